@@ -1,0 +1,61 @@
+"""Where samples come from, what is asked of each, and how they are packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_gemini.config.check import at_least, one_of, positive
+
+TASKS = ("caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text")
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One set of WebDataset-style tar shards, read for one task."""
+
+    shards: str = ""
+    """Path of the tars; globs and {000..015} ranges are expanded. Relative to the working directory."""
+    task: Literal["caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text"] = (
+        "caption"
+    )
+    weight: float = 1.0
+    """Share of the documents drawn from here, relative to the other sources."""
+    prompts: tuple[str, ...] = ()
+    """Questions to choose from (the task's own when empty). For `generate`, templates with {text}."""
+    name: str = ""
+    """In logs and error messages; the task and the file name when empty."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "data.sources", "task", TASKS)
+        positive(self, "data.sources", "weight")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The training mixture and the packing of its documents into rows."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    held_out: tuple[SourceConfig, ...] = ()
+    """Sources of the held-out loss; never trained on."""
+    text_model: str = ""
+    """SentencePiece model file."""
+    row_tokens: int = 1024
+    """T: tokens of a packed row, one microbatch."""
+    lanes: int = 8
+    """Independent streams of rows; the order of samples depends on this number but never on ranks."""
+    look_ahead: int = 16
+    """Documents that the packer may choose from."""
+    caption_dropout: float = 0.1
+    """Share of image-generating prompts left empty, for classifier-free guidance."""
+    max_bad_share: float = 0.05
+    """Stop when more than this share of the samples read is unreadable (after the first 200 samples)."""
+    prefetch: int = 2
+    """Global steps that a background thread reads ahead; 0 reads in the training loop."""
+
+    def __post_init__(self) -> None:
+        positive(self, "data", "row_tokens", "lanes", "look_ahead")
+        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch")
+        for name in ("caption_dropout", "max_bad_share"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")

@@ -1,0 +1,109 @@
+"""The decoder, its encoders and the image code tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_gemini.config.check import at_least, divides, one_of, positive
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder: pre-norm, multi-query attention, gated MLP."""
+
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 1
+    """Key/value heads: 1 is multi-query attention, more is grouped-query attention."""
+    head_width: int = 32
+    mlp_width: int = 384
+    activation: Literal["gelu", "silu"] = "gelu"
+    """Of the gate: GeGLU (tanh approximation, as in Gemma) or SwiGLU."""
+    qk_norm: bool = True
+    """RMSNorm on every query and key head, for stability with mixed modalities (Chameleon)."""
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        positive(self, "model", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
+        positive(self, "model", "rope_theta", "norm_eps", "init_std")
+        divides(self.kv_heads, self.heads, "model.kv_heads", "model.heads")
+        divides(2, self.head_width, "2", "model.head_width")
+        one_of(self, "model", "activation", ("gelu", "silu"))
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The ViT that encodes images and the frames of clips, at native resolution."""
+
+    enabled: bool = True
+    width: int = 96
+    layers: int = 2
+    heads: int = 4
+    mlp_width: int = 192
+    patch: int = 4
+    """Pixels of a patch's side."""
+    max_side: int = 64
+    """Longest side in pixels; a larger image is resized to it, keeping its aspect."""
+    max_frames: int = 8
+    """Frames of a clip; a longer clip is sampled evenly."""
+
+    def __post_init__(self) -> None:
+        positive(self, "vision", "width", "layers", "heads", "mlp_width", "patch", "max_side", "max_frames")
+        divides(self.heads, self.width, "vision.heads", "vision.width")
+        divides(4, self.width, "4 (the 2D positions)", "vision.width")
+        divides(self.patch, self.max_side, "vision.patch", "vision.max_side")
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """The USM-style audio encoder: log-mel, two stride-2 convolutions, Conformer blocks, 25 Hz out."""
+
+    enabled: bool = True
+    width: int = 96
+    layers: int = 2
+    heads: int = 4
+    mlp_width: int = 192
+    kernel: int = 5
+    """Width of the Conformer's depthwise convolution."""
+    mels: int = 128
+    max_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        positive(self, "audio", "width", "layers", "heads", "mlp_width", "kernel", "mels", "max_seconds")
+        divides(self.heads, self.width, "audio.heads", "audio.width")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"audio.kernel is {self.kernel}; a centred convolution needs an odd width")
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """The ViT-VQGAN that turns an image into discrete codes and back."""
+
+    image_size: int = 16
+    patch: int = 4
+    width: int = 96
+    layers: int = 3
+    heads: int = 4
+    mlp_width: int = 256
+    codes: int = 256
+    """Codebook size; 0 for a model that draws no images."""
+    code_width: int = 8
+    commitment: float = 0.25
+    l2_weight: float = 1.0
+    logit_laplace_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive(self, "image_tokenizer", "image_size", "patch", "width", "layers", "heads", "mlp_width", "code_width")
+        at_least(self, "image_tokenizer", 0, "codes", "commitment", "l2_weight", "logit_laplace_weight")
+        divides(self.patch, self.image_size, "image_tokenizer.patch", "image_tokenizer.image_size")
+        divides(self.heads, self.width, "image_tokenizer.heads", "image_tokenizer.width")
+
+    @property
+    def codes_per_image(self) -> int:
+        return (self.image_size // self.patch) ** 2

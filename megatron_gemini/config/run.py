@@ -1,0 +1,46 @@
+"""The whole of one run's configuration, and the rules between its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.training import (
+    EngineConfig,
+    LoggingConfig,
+    LossConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        tensor = self.parallel.tensor
+        for name in ("heads", "mlp_width"):
+            value = getattr(self.model, name)
+            if value % tensor:
+                raise ValueError(f"parallel.tensor is {tensor}, which does not divide model.{name} ({value})")
+        if tensor > 1 and self.model.kv_heads > 1 and self.model.kv_heads % tensor and tensor % self.model.kv_heads:
+            raise ValueError(
+                f"parallel.tensor is {tensor} and model.kv_heads is {self.model.kv_heads}; one must divide the other"
+            )

@@ -1,0 +1,146 @@
+"""The run: parallel layout, DeepSpeed engine, optimizer, schedule, loss, loop and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_gemini.config.check import at_least, one_of, positive
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks divide the model; what remains of the world is data parallel."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks: query heads, MLP and vocabulary are sharded, K/V heads replicated."""
+
+    def __post_init__(self) -> None:
+        positive(self, "parallel", "tensor")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What DeepSpeed is told."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: int = 3
+    offload_optimizer: Literal["none", "cpu"] = "cpu"
+    offload_parameters: Literal["none", "cpu"] = "none"
+    gradient_clipping: float = 1.0
+    """Bound of the global gradient norm; 0 does not clip."""
+    deepspeed_config: str = ""
+    """A DeepSpeed JSON of your own. What it and this file both determine must agree; "auto" is filled in."""
+    cpu_adam: bool = False
+    """With an offloaded optimizer, DeepSpeed's own CPU Adam (compiled at first use) instead of torch's."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "engine", "precision", ("fp32", "bf16"))
+        one_of(self, "engine", "offload_optimizer", ("none", "cpu"))
+        one_of(self, "engine", "offload_parameters", ("none", "cpu"))
+        at_least(self, "engine", 0, "gradient_clipping")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"engine.zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, not 0; "
+                "set engine.offload_optimizer to none or raise the stage"
+            )
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"engine.offload_parameters needs engine.zero_stage 3, not {self.zero_stage}; "
+                "set engine.offload_parameters to none or raise the stage"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW; no weight decay on norms, biases and embeddings."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        positive(self, "optimizer", "lr", "eps")
+        at_least(self, "optimizer", 0, "weight_decay", "beta1", "beta2")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the steps: linear warm-up, then the named shape down to `final_ratio`."""
+
+    kind: Literal["cosine", "linear", "wsd"] = "cosine"
+    """wsd: warm-up, stable, then a linear decay over the last `decay_steps`."""
+    warmup_steps: int = 20
+    decay_steps: int = 100
+    final_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        one_of(self, "schedule", "kind", ("cosine", "linear", "wsd"))
+        at_least(self, "schedule", 0, "warmup_steps", "decay_steps", "final_ratio")
+        if self.final_ratio > 1:
+            raise ValueError(f"schedule.final_ratio is {self.final_ratio}; it is a share of optimizer.lr, at most 1")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss."""
+
+    text: float = 1.0
+    image: float = 1.0
+    """Weight of image-code targets, relative to text."""
+    z_loss: float = 1e-4
+    """Weight of log^2 of the softmax's normaliser."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "loss", 0, "text", "image", "z_loss")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    task: Literal["pretrain", "image_tokenizer"] = "pretrain"
+    output_dir: str = "runs/default"
+    steps: int = 100
+    rows_per_step: int = 2
+    """Packed rows of a global step over all data-parallel ranks; each rank's share is its microbatches."""
+    images_per_step: int = 128
+    """Global batch of the image tokenizer."""
+    seed: int = 0
+    save_every: int = 0
+    """Steps between checkpoints; 0 saves only at the end (and when stopped)."""
+    keep: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    held_out_every: int = 0
+    """Steps between held-out losses; 0 never."""
+    held_out_rows: int = 8
+    resume: bool = True
+    """Go on from the newest checkpoint in output_dir, if there is one."""
+    image_tokenizer: str = ""
+    """Checkpoint of the image tokenizer whose codes the shards hold; copied into every checkpoint."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "train", "task", ("pretrain", "image_tokenizer"))
+        positive(self, "train", "steps", "rows_per_step", "images_per_step", "keep", "held_out_rows")
+        at_least(self, "train", 0, "save_every", "held_out_every", "seed")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every: int = 1
+    """Steps between metric records."""
+    tensorboard: bool = True
+    wandb_project: str = ""
+    """Weights & Biases project; empty does not use it."""
+
+    def __post_init__(self) -> None:
+        positive(self, "logging", "every")

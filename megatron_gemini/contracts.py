@@ -1,0 +1,129 @@
+"""What data, models and training share: token ids, spans, and the packed row.
+
+Shape suffixes: T packed tokens, P encoder input rows (image patches or log-mel frames), C values an input
+row, I items (images, clips of frames, audio clips), O encoder output embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# The order is part of every checkpoint: append only.
+CONTROL_TOKENS = (
+    "pad",  # fills the end of a row; never attended to, never a target
+    "bos",  # begins every document
+    "eos",  # ends every document
+    "user",  # begins a prompt
+    "model",  # begins an answer
+    "image",  # placeholder: one embedding of an input image
+    "video",  # placeholder: one embedding of a frame of an input clip
+    "audio",  # placeholder: one embedding of an input audio clip
+    "image_begin",  # begins a run of image codes, the output image
+    "image_end",  # ends it
+    *(f"reserved_{i}" for i in range(6)),
+)
+
+TEXT, IMAGE = 0, 1  # modality of a target token: text and control tokens, or image codes
+MODALITIES = ("text", "image")
+VISION, AUDIO = "vision", "audio"  # the encoders; images and video frames share one
+ENCODERS = (VISION, AUDIO)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Disjoint id ranges of the one vocabulary: text pieces, then control tokens, then image codes."""
+
+    text_size: int
+    image_codes: int
+
+    def __post_init__(self) -> None:
+        if self.text_size < 1:
+            raise ValueError(f"text_size is {self.text_size}; a vocabulary needs at least one text piece")
+        if self.image_codes < 0:
+            raise ValueError(f"image_codes is {self.image_codes}; use 0 for a model that draws no images")
+
+    @property
+    def size(self) -> int:
+        """Number of ids, without any padding for tensor parallelism."""
+        return self.text_size + len(CONTROL_TOKENS) + self.image_codes
+
+    def control(self, name: str) -> int:
+        """Id of a control token, by its name in `CONTROL_TOKENS`."""
+        return self.text_size + CONTROL_TOKENS.index(name)
+
+    @property
+    def first_image_code(self) -> int:
+        return self.text_size + len(CONTROL_TOKENS)
+
+    def is_text(self, token: int) -> bool:
+        return 0 <= token < self.text_size
+
+    def is_image_code(self, token: int) -> bool:
+        return self.first_image_code <= token < self.size
+
+
+@dataclass
+class Media:
+    """Inputs of one encoder for one packed row: its items back to back, in the order of their placeholders.
+
+    values_PC: float32. vision: patches of images and frames, flattened (row, column, channel), in [-1, 1];
+        audio: log-mel frames at 100 Hz.
+    grid_I3: int64. vision: (frames, patch rows, patch columns); audio: (log-mel frames, 1, 1).
+    time_I: float32, vision only: seconds between two frames of the item (0 for a still image).
+    token_O: int64, position in the row T of every output embedding.
+    """
+
+    values_PC: torch.Tensor
+    grid_I3: torch.Tensor
+    time_I: torch.Tensor
+    token_O: torch.Tensor
+
+    @property
+    def items(self) -> int:
+        return self.grid_I3.shape[0]
+
+
+@dataclass
+class Batch:
+    """One microbatch: one packed row of T tokens that holds whole documents.
+
+    token_T, target_T, position_T: int64. target_T[i] is the token that position i predicts (its document's next);
+        position_T counts from 0 in each document.
+    weight_T: float32, the loss weight of target_T (0: prompt, placeholder, last token of a document, padding);
+        the modality's own loss weight is already multiplied in.
+    segment_T: int32, document id from 1; 0 is padding, and only at the end of the row.
+    span_T: int32, 0 for a causal token, otherwise the id of a bidirectional span (unique in the row).
+        Token i attends to token j iff segment_T[i] == segment_T[j] != 0 and
+        (j <= i or span_T[i] == span_T[j] != 0).
+    modality_T: int8, modality of target_T (`TEXT` or `IMAGE`).
+    media: inputs by encoder name; an encoder without an item in this row is absent.
+    samples: keys of the documents, in order, for error messages and tests.
+    """
+
+    token_T: torch.Tensor
+    target_T: torch.Tensor
+    weight_T: torch.Tensor
+    position_T: torch.Tensor
+    segment_T: torch.Tensor
+    span_T: torch.Tensor
+    modality_T: torch.Tensor
+    media: dict[str, Media] = field(default_factory=dict)
+    samples: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same row with every tensor on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if f.name.endswith("_T")
+        }
+        media = {
+            name: Media(*(getattr(m, f.name).to(device, non_blocking=True) for f in dataclasses.fields(m)))
+            for name, m in self.media.items()
+        }
+        return Batch(**moved, media=media, samples=self.samples)
