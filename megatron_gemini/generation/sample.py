@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gemini.contracts import TEXT, Batch, TokenLayout
-from megatron_gemini.data.document import Document, build_document, pack
+from megatron_gemini.config.training import LossConfig
+from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.data.document import Document
+from megatron_gemini.data.pack import pack
 from megatron_gemini.generation.choose import choose
 from megatron_gemini.generation.grammar import Grammar
-from megatron_gemini.generation.sequences import CachedSequences, RecomputedSequences, Sequences, concatenate
+from megatron_gemini.generation.sequences import (
+    CachedSequences,
+    RecomputedSequences,
+    Sequences,
+    concatenate,
+    empty_prompts,
+)
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.models.gemini import Gemini
 
@@ -32,18 +40,17 @@ def generate(
     seeds: of each sequence (settings.seed + i when None). A sequence's answer depends on its own document and seed
         only, whatever else is in the batch (to the rounding of the arithmetic).
     With guidance other than 1, each sequence has a twin with the empty prompt and the same answer, and image codes are
-    drawn from twin + guidance * (prompted - twin) (Ho & Salimans 2022, on logits as in Parti, eq. 1).
+    drawn from twin + guidance * (prompted - twin) (Ho & Salimans 2022).
     """
     if not documents:
         return []
-    grammar = Grammar(layout, codes_per_image, settings.answer, settings.max_tokens, len(documents))
+    size = len(documents)
+    grammar = Grammar(layout, codes_per_image, settings.answer, settings.max_tokens, size)
     guided = settings.guidance != 1 and grammar.draws
     sequences = _sequences(model, layout, documents, settings, guided)
-    first_seed = settings.seed
-    seeds = seeds if seeds is not None else [first_seed + i for i in range(len(documents))]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(settings.seed, settings.seed + size)]
     answers: list[list[int]] = [[] for _ in documents]
-    alive = list(range(len(documents)))
+    alive = list(range(size))
     logits_BV = sequences.start()
     while True:
         if guided:
@@ -55,7 +62,7 @@ def generate(
             answers[sequence].append(token)
         rows = [row for row, done in enumerate(finished) if not done]
         if not rows:
-            return [_without(layout.control("eos"), answer) for answer in answers]
+            return [_without_eos(answer, layout.control("eos")) for answer in answers]
         if len(rows) < len(alive):
             twins = [row + len(alive) for row in rows] if guided else []
             sequences.keep(rows + twins)
@@ -75,11 +82,14 @@ def guide(logits_BV: torch.Tensor, in_image: list[bool], guidance: float) -> tor
 def _sequences(
     model: Gemini, layout: TokenLayout, documents: list[Document], settings: SampleSettings, guided: bool
 ) -> Sequences:
-    prompts = _row(documents)
+    prompts = pack(documents, sum(map(len, documents)), LossConfig())
     if guided:
-        empty = build_document([], [], layout=layout, key="empty prompt")
-        prompts = concatenate(prompts, _row([empty] * len(documents)))
+        prompts = concatenate(prompts, empty_prompts(layout, len(documents)))
     prompts = prompts.to(next(model.parameters()).device)
     if settings.cache:
         return CachedSequences(model, prompts, settings.max_tokens)
     return RecomputedSequences(model, prompts)
+
+
+def _without_eos(answer: list[int], eos: int) -> list[int]:
+    return answer[:-1] if answer[-1] == eos else answer

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_gemini.contracts import TEXT, Batch, Media
+from megatron_gemini.contracts import TEXT, Batch, Media, TokenLayout
 from megatron_gemini.generation.cache import KVCache
 from megatron_gemini.models.gemini import Gemini
 
@@ -82,6 +82,13 @@ def prompt_lengths(batch: Batch) -> list[int]:
     """Tokens of every document of a row without padding."""
     lengths: list[int] = batch.segment_T.unique_consecutive(return_counts=True)[1].tolist()
     return lengths
+
+
+def empty_prompts(layout: TokenLayout, sequences: int) -> Batch:
+    """A row of so many documents open behind an empty prompt: what caption dropout trains on."""
+    opening = [layout.control(name) for name in ("bos", "user", "model")]
+    first = _causal_row(torch.tensor(opening[:1] * sequences), torch.zeros(sequences, dtype=torch.int64))
+    return extend(first, [opening[1:]] * sequences)
 
 
 def concatenate(first: Batch, second: Batch) -> Batch:
