@@ -17,7 +17,7 @@ def shape_probabilities(logits_BV: torch.Tensor, temperature: float, top_k: int,
     scaled_BV = logits_BV.float() / temperature
     if not top_k and top_p >= 1:
         return scaled_BV.softmax(-1)
-    sorted_BR, id_BR = scaled_BV.sort(-1, descending=True, stable=True)
+    sorted_BR, id_BR = scaled_BV.sort(dim=-1, descending=True, stable=True)
     if top_k:
         sorted_BR[:, top_k:] = float("-inf")
     p_BR = sorted_BR.softmax(-1)
