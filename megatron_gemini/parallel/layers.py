@@ -159,7 +159,7 @@ class Layers:
         return self.divided and key % self.topology.tensor_size == 0
 
     def key_value(self, width_in: int, key: int, head_width: int, *, std: float) -> nn.Module:
-        """The fused K and V projection: [..., in] -> [..., 2 * heads of this rank * H], the keys and then the values."""
+        """The fused K and V projection: [..., in] -> [..., 2 * heads of this rank * H], keys and then values."""
         make = self.column if self.key_heads_divided(key) else self.replicated
         return make(width_in, key * head_width, std=std, parts=2)
 
