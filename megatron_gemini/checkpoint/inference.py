@@ -55,3 +55,23 @@ def load_for_inference(path: str | Path) -> Loaded:
     model = Gemini(config, layout, Layers(Topology.serial()))
     fill(model, PieceReader(directory), directory)
     return Loaded(config, model.eval(), layout, text_tokenizer, _image_tokenizer(directory), directory)
+
+
+@torch.no_grad()
+def fill(module: nn.Module, reader: PieceReader, directory: Path) -> None:
+    """Copies every parameter in from the checkpoint, one at a time.
+
+    Raises ValueError that names the first parameters that only one side has, or that differ in shape, with both.
+    """
+    wanted = dict(module.named_parameters())
+    wrong = [f"{name} is not in the checkpoint" for name in wanted if name not in reader.names()]
+    wrong += [f"{name} is not in the model" for name in reader.names() if name not in wanted]
+    for name in wanted.keys() & set(reader.names()):
+        ours, theirs = tuple(wanted[name].shape), reader.shape(name)
+        if ours != theirs:
+            wrong.append(f"{name} is {theirs} in the checkpoint and {ours} in the model of its config.yaml")
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ValueError(f"{directory} does not fit its own config.yaml: {'; '.join(sorted(wrong)[:SHOWN])}{more}")
+    for name, tensor in reader.weights():
+        wanted[name].copy_(tensor)
