@@ -1,0 +1,149 @@
+"""Recordings from files to log-mel frames: limits first, then mono 16 kHz, then the USM front end.
+
+Shape suffixes: L frames of the log-mel spectrogram, M mel bins, B bins of the Fourier transform.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+from megatron_gemini.modalities.bad_sample import BadSample, one_line
+
+SAMPLE_RATE = 16_000
+WINDOW = 512  # 32 ms
+HOP = 160  # 10 ms
+# Twice the window, by zero padding: with 128 mels the lowest triangles are about 46 Hz wide, and bins 31 Hz apart
+# would leave some of them without a single bin.
+FOURIER = 1024
+DYNAMIC_RANGE = 8.0  # powers of ten of energy that are kept below the clip's loudest cell
+
+MIN_RATE, MAX_RATE = 1_000, 768_000
+MAX_CHANNELS = 32
+SILENCE = 1e-4  # half of peak to peak; one step of 16-bit audio is 3e-5
+MAX_AMPLITUDE = 1e6
+
+
+def decode_audio(data: bytes, max_seconds: float = 30.0) -> np.ndarray:
+    """A WAV, FLAC, Ogg or MP3 file as float32[samples], mono at 16 kHz.
+
+    Channels are averaged and any sampling rate is resampled (soxr). Too long a recording is refused, never cut:
+    a transcript would no longer be true of it.
+
+    Raises BadSample: audio_empty, audio_unreadable, audio_bad_rate, audio_bad_channels, audio_too_long,
+    audio_truncated, audio_corrupt, audio_not_finite, audio_out_of_range, audio_silent.
+    """
+    if not data:
+        raise BadSample("audio_empty", "the audio file is empty (0 bytes)")
+    try:
+        file = soundfile.SoundFile(io.BytesIO(data))
+    except Exception as error:  # the header parsers of a foreign library meet arbitrary bytes here
+        raise BadSample("audio_unreadable", f"not a readable WAV, FLAC, Ogg or MP3 file: {one_line(error)}") from None
+    with file:
+        _check_header(file, data, max_seconds)
+        rate = file.samplerate
+        limit = math.floor(max_seconds * rate) + 1
+        try:
+            # One sample more than allowed, so that a header that lies about the length costs no memory.
+            samples = file.read(frames=min(limit, max(file.frames, 0)), dtype="float32", always_2d=True)
+        except Exception as error:
+            raise BadSample("audio_corrupt", f"the audio cannot be decoded: {one_line(error)}") from None
+        if len(samples) < file.frames:
+            raise BadSample(
+                "audio_truncated", f"the audio ends after {len(samples)} of the {file.frames} samples in its header"
+            )
+    check_wave(samples)
+    return np.ascontiguousarray(soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE), dtype=np.float32)
+
+
+def _check_header(file: soundfile.SoundFile, data: bytes, max_seconds: float) -> None:
+    if not MIN_RATE <= file.samplerate <= MAX_RATE:
+        raise BadSample(
+            "audio_bad_rate", f"the sampling rate is {file.samplerate} Hz; it must be {MIN_RATE} to {MAX_RATE}"
+        )
+    if not 1 <= file.channels <= MAX_CHANNELS:
+        raise BadSample(
+            "audio_bad_channels", f"the audio has {file.channels} channels; it must have 1 to {MAX_CHANNELS}"
+        )
+    if file.frames <= 0:
+        raise BadSample("audio_empty", "the audio has no samples")
+    seconds = file.frames / file.samplerate
+    if seconds > max_seconds:
+        raise BadSample("audio_too_long", f"the audio lasts {seconds:.1f} s; the limit is {max_seconds:g} s")
+    # libsndfile silently shortens a WAV whose data is shorter than its header says; the RIFF size still tells.
+    # Programs that write to a pipe leave the size at 0 or at the largest value.
+    if data[:4] == b"RIFF":
+        declared = int.from_bytes(data[4:8], "little") + 8
+        if len(data) < declared < 0xFFFFFF00:
+            raise BadSample("audio_truncated", f"the WAV file has {len(data)} of the {declared} bytes in its header")
+
+
+def check_wave(samples: np.ndarray) -> None:
+    """Refuses float32 samples that carry no sound.
+
+    Raises BadSample: audio_empty, audio_not_finite, audio_out_of_range, audio_silent.
+    """
+    if samples.size == 0:
+        raise BadSample("audio_empty", "the audio has no samples")
+    if not np.isfinite(samples).all():
+        raise BadSample("audio_not_finite", "the audio holds samples that are NaN or infinite")
+    low, high = float(samples.min()), float(samples.max())
+    if max(-low, high) > MAX_AMPLITUDE:
+        raise BadSample("audio_out_of_range", f"the audio reaches {max(-low, high):.3g}; full scale is 1.0")
+    if (high - low) / 2 < SILENCE:
+        raise BadSample("audio_silent", f"the audio is silent (amplitude {(high - low) / 2:.1e})")
+
+
+def log_mel_frames(samples: int) -> int:
+    """Log-mel frames of so many 16 kHz samples: one for every 10 ms begun."""
+    return (samples + HOP - 1) // HOP
+
+
+def audio_output_length(frames: int) -> int:
+    """Embeddings of so many log-mel frames after two stride-2 convolutions: one for every 40 ms begun."""
+    return (frames + 3) // 4
+
+
+def log_mel(wave_16k: np.ndarray | torch.Tensor, mels: int = 128) -> torch.Tensor:
+    """Log-mel spectrogram of float32[samples] at 16 kHz as float32[L, M] in [-1, 1].
+
+    32 ms Hann window every 10 ms, each centred on its hop, zeros beyond the ends; energies in a Slaney mel
+    filterbank; base-10 logarithm. The clip's loudest cell is 1 and whatever lies 80 dB or more below it is -1,
+    so that the recording level does not matter. (USM's front end: Zhang et al. 2023, section 2.1.)
+    """
+    wave = torch.as_tensor(wave_16k, dtype=torch.float32)
+    frames = log_mel_frames(wave.numel())
+    before = (WINDOW - HOP) // 2
+    padded = torch.nn.functional.pad(wave, (before, (frames - 1) * HOP + WINDOW - before - wave.numel()))
+    windows = padded.unfold(0, WINDOW, HOP) * _hann(wave.device)
+    power_LB = torch.fft.rfft(windows, n=FOURIER).abs().square()
+    energy_LM = power_LB @ _mel_filters(mels).to(wave.device).T
+    peak = energy_LM.max().clamp_min(1e-10)
+    level_LM = torch.log10((energy_LM / peak).clamp_min(10.0**-DYNAMIC_RANGE))
+    return level_LM * (2.0 / DYNAMIC_RANGE) + 1.0
+
+
+def _hann(device: torch.device) -> torch.Tensor:
+    return torch.hann_window(WINDOW, periodic=True, device=device)
+
+
+@functools.lru_cache(maxsize=4)
+def _mel_filters(mels: int) -> torch.Tensor:
+    """float32[M, B]: triangles of equal area, equally spaced on Slaney's mel scale from 0 Hz to 8 kHz.
+
+    Slaney's scale is linear below 1 kHz (3 mels every 200 Hz) and logarithmic above (27 mels a factor of 6.4).
+    """
+    top = 15.0 + 27.0 * math.log(SAMPLE_RATE / 2 / 1000.0) / math.log(6.4)
+    mel = torch.linspace(0.0, top, mels + 2, dtype=torch.float64)
+    hertz = torch.where(mel < 15.0, mel * (200.0 / 3.0), 1000.0 * torch.exp((mel - 15.0) * (math.log(6.4) / 27.0)))
+    bins = torch.linspace(0.0, SAMPLE_RATE / 2, FOURIER // 2 + 1, dtype=torch.float64)
+    left, centre, right = hertz[:-2, None], hertz[1:-1, None], hertz[2:, None]
+    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    triangles = torch.minimum(rising, falling).clamp_min(0.0)
+    return (triangles * (2.0 / (right - left))).to(torch.float32)

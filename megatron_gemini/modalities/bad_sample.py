@@ -1,0 +1,25 @@
+"""The one error of unusable input, which data counts by reason and command lines print."""
+
+from __future__ import annotations
+
+
+class BadSample(ValueError):
+    """An image, clip, recording or text that cannot be used.
+
+    reason: short slug that is the same for every sample of this kind ("image_too_large"), to count by.
+    str(): one line that names the offending value and the limit.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)  # both in args, so that the error survives pickling between processes
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def one_line(error: BaseException) -> str:
+    """A decoder's own words, short enough for a log line."""
+    words = " ".join(str(error).split())
+    return (words[:160] or type(error).__name__) if words else type(error).__name__

@@ -1,0 +1,124 @@
+"""Images from files to patches: limits first, then RGB, then a native-aspect size, then patches.
+
+Shape suffixes: F frames (1 for a still image), H height, W width, P patches, C values of a patch.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from megatron_gemini.modalities.bad_sample import BadSample, one_line
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 50_000_000
+MAX_ASPECT = 200
+_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L")
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The first frame of an image file as uint8[H, W, 3].
+
+    The format is found from the content, whatever the file was called. Palette, grey, CMYK and 16-bit images
+    become 8-bit RGB; transparency is composited on white; the EXIF orientation is applied. The size is read
+    from the header and checked before anything is decoded.
+
+    Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt.
+    """
+    if not data:
+        raise BadSample("image_empty", "the image file is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample("image_too_large", f"the image is too large: {one_line(error)}") from None
+    except Exception:  # a foreign parser meets arbitrary bytes here
+        raise BadSample(
+            "image_unreadable", f"not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+        ) from None
+    with image:
+        check_size(*image.size, max_pixels)
+        try:
+            image.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        except Exception as error:  # as above: truncated data, bad checksums, broken colour tables
+            raise BadSample("image_corrupt", f"the image cannot be decoded: {one_line(error)}") from None
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, kind: str = "image") -> None:
+    """Refuses sides of zero, more than `max_pixels` pixels, and strips longer than `MAX_ASPECT` times their width.
+
+    Raises BadSample: {kind}_empty, {kind}_too_large, {kind}_too_narrow.
+    """
+    if min(width, height) < 1:
+        raise BadSample(f"{kind}_empty", f"the {kind} is {width} x {height} pixels; both sides must be at least 1")
+    if width * height > max_pixels:
+        raise BadSample(f"{kind}_too_large", f"the {kind} is {width} x {height} pixels; the limit is {max_pixels:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample(
+            f"{kind}_too_narrow",
+            f"the {kind} is {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other",
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _SIXTEEN_BIT:  # Pillow's own conversion of mode I clips at 255 instead of scaling
+        grey = np.asarray(image).astype(np.int64) >> 8
+        return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+    return image.convert("RGB")
+
+
+def fitted_size(height: int, width: int, patch: int, max_side: int) -> tuple[int, int]:
+    """(height, width) nearest to the native size and aspect, in whole patches, no side above `max_side`."""
+    scale = min(1.0, max_side / max(height, width))
+
+    def whole_patches(side: int) -> int:
+        return min(max(round(side * scale / patch), 1), max_side // patch) * patch
+
+    return whole_patches(height), whole_patches(width)
+
+
+def fit_image(image_HW3: np.ndarray, patch: int, max_side: int) -> np.ndarray:
+    """Resizes uint8[H, W, 3] to whole patches at its native aspect, at most `max_side` a side (bicubic).
+
+    An image that already fits is returned as it is. Raises BadSample: image_empty.
+    """
+    height, width = image_HW3.shape[:2]
+    check_size(width, height)
+    fitted = fitted_size(height, width, patch, max_side)
+    if fitted == (height, width):
+        return image_HW3
+    resized = Image.fromarray(image_HW3).resize(fitted[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(resized)
+
+
+def vision_grid(images_FHW3: np.ndarray, patch: int) -> tuple[int, int, int]:
+    """(frames, patch rows, patch columns) of fitted frames; their product is the encoder's output length."""
+    frames, height, width = images_FHW3.shape[:3]
+    return frames, height // patch, width // patch
+
+
+def patchify(images_FHW3: np.ndarray | torch.Tensor, patch: int) -> torch.Tensor:
+    """Cuts uint8[F, H, W, 3] into float32[F * rows * columns, patch * patch * 3] in [-1, 1].
+
+    Patches are in the order frame, row, column; the values of a patch in the order row, column, channel.
+    Raises ValueError when `patch` does not divide a side.
+    """
+    frames, height, width, channels = images_FHW3.shape
+    if height % patch or width % patch:
+        raise ValueError(f"an image of {width} x {height} pixels is not whole patches of {patch}; use fit_image first")
+    pixels = torch.as_tensor(np.ascontiguousarray(images_FHW3)).to(torch.float32) / 127.5 - 1.0
+    grid = pixels.view(frames, height // patch, patch, width // patch, patch, channels)
+    return grid.transpose(2, 3).reshape(-1, patch * patch * channels)
+
+
+def unpatchify(values_PC: torch.Tensor, grid: tuple[int, int, int], patch: int) -> torch.Tensor:
+    """The inverse of `patchify` without the rounding: float[F * rows * columns, C] to float[F, H, W, 3]."""
+    frames, rows, columns = grid
+    tiles = values_PC.reshape(frames, rows, columns, patch, patch, -1).transpose(2, 3)
+    return tiles.reshape(frames, rows * patch, columns * patch, -1)

@@ -1,0 +1,137 @@
+"""The decoder: pre-norm transformer layers with multi-query attention and a gated MLP, on one packed row.
+
+Shape suffixes: T packed tokens, D model width, N query heads, K key/value heads, H head width, F MLP width,
+V vocabulary. N, K, F and V are this rank's where `Layers` divides them; nothing here depends on it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.kernels.attention import AttentionPlan, attention
+from megatron_gemini.kernels.gate import gated
+from megatron_gemini.kernels.rope import Rotation, rotate, rotation
+from megatron_gemini.parallel.layers import Layers
+
+
+class AttentionCache(Protocol):
+    """Keys and values of earlier tokens, for generation."""
+
+    def attend(
+        self,
+        layer_index: int,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """Store the new keys and values, and attend to all that the new queries may see: [T, N, H]."""
+        ...
+
+
+class Attention(nn.Module):
+    """Multi-query (Shazeer, 2019) or grouped-query attention with RoPE and, if asked for, QK-norm."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
+        super().__init__()
+        width, head_width, std = config.width, config.head_width, config.init_std
+        self.index = index
+        self.head_width = head_width
+        self.shard = layers.heads(config.heads, config.kv_heads)
+        self.query = layers.column(width, config.heads * head_width, std=std)
+        self.key_value = layers.key_value(width, config.kv_heads, head_width, std=std)
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm = layers.head_norm(head_width, config.norm_eps, heads_divided=True)
+            self.key_norm = layers.head_norm(head_width, config.norm_eps, layers.key_heads_divided(config.kv_heads))
+        self.output = layers.row(config.heads * head_width, width, std=std * (2 * config.layers) ** -0.5)
+
+    def forward(
+        self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
+    ) -> torch.Tensor:
+        tokens = h_TD.shape[0]
+        q_TNH = self.query(h_TD).view(tokens, self.shard.query, self.head_width)
+        k_TKH, v_TKH = self.key_value(h_TD).view(tokens, 2, self.shard.key, self.head_width).unbind(1)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
+        q_TNH, k_TKH = rotate(q_TNH, k_TKH, turn)
+        k_TKH, v_TKH = self.shard.share(k_TKH, v_TKH)
+        if cache is None:
+            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan)
+        else:
+            out_TNH = cache.attend(self.index, q_TNH, k_TKH, v_TKH, plan)
+        return self.output(out_TNH.flatten(1))
+
+
+class MLP(nn.Module):
+    """down(activation(gate(h)) * up(h)), gate and up in one product."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate_up = layers.column(config.width, config.mlp_width, std=config.init_std, parts=2)
+        self.down = layers.row(config.mlp_width, config.width, std=config.init_std * (2 * config.layers) ** -0.5)
+
+    def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
+        return self.down(gated(self.gate_up(h_TD), self.activation))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
+        super().__init__()
+        self.attention_norm = layers.norm(config.width, config.norm_eps)
+        self.attention = Attention(config, layers, index)
+        self.mlp_norm = layers.norm(config.width, config.norm_eps)
+        self.mlp = MLP(config, layers)
+
+    def forward(
+        self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
+    ) -> torch.Tensor:
+        h_TD = h_TD + self.attention(self.attention_norm(h_TD), turn, plan, cache)
+        return h_TD + self.mlp(self.mlp_norm(h_TD))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and head over `vocabulary` ids.
+
+    The embedding is scaled by sqrt(D), as in Gemma. A tied head is the embedding module itself, called as head, so the
+    weight is only ever used inside the module that owns it.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: int, layers: Layers) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = layers.embedding(vocabulary, config.width, std=config.init_std)
+        self.layers = nn.ModuleList(DecoderLayer(config, layers, index) for index in range(config.layers))
+        self.norm = layers.norm(config.width, config.norm_eps)
+        self.head = None if config.tie_embeddings else layers.embedding(vocabulary, config.width, std=config.init_std)
+
+    def embed(self, token_T: torch.Tensor) -> torch.Tensor:
+        """int64 ids -> h_TD."""
+        return self.embedding(token_T) * self.config.width**0.5
+
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        position_T: torch.Tensor,
+        plan: AttentionPlan,
+        cache: AttentionCache | None = None,
+    ) -> torch.Tensor:
+        """Embedded tokens -> hidden states after the final norm, both [T, D]."""
+        turn = rotation(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
+        for layer in self.layers:
+            h_TD = layer(h_TD, turn, plan, cache)
+        return self.norm(h_TD)
+
+    @property
+    def output_embedding(self) -> nn.Module:
+        """The `Vocabulary` that is the head."""
+        return self.embedding if self.head is None else self.head
+
+    def logits(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., D] -> logits [..., V] of the ids that this rank holds (see `Vocabulary.shard`)."""
+        return self.output_embedding(h_TD, as_head=True)

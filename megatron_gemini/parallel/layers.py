@@ -1,0 +1,189 @@
+"""The decoder's layers, whatever the number of tensor-parallel ranks: one interface, one set of parameter names.
+
+A model asks `Layers` for a layer and never learns whether it is divided. Serial layers are plain torch; divided ones
+are megatron-core's (`tensor_layers.py`, imported only then). Every layer's forward returns a tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from megatron_gemini.kernels.linear import linear
+from megatron_gemini.kernels.norm import rms_norm
+from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
+from megatron_gemini.parallel.topology import Topology
+
+
+class Linear(nn.Module):
+    """y = x W^T, weight [out, in] or, with parts > 1, [parts, out, in]: y's last dimension is parts * out."""
+
+    def __init__(self, width_in: int, width_out: int, *, parts: int, init: Init) -> None:
+        super().__init__()
+        shape = (width_out, width_in) if parts == 1 else (parts, width_out, width_in)
+        self.weight = new_parameter(*shape, init=init)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight) over the last dimension, `width` wide.
+
+    group: ranks that each see only their part of the activations (their query heads); they sum the weight's gradient.
+    """
+
+    def __init__(self, width: int, eps: float, group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.weight = new_parameter(width, init=zeros())
+        self.eps = eps
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight if self.group is None else sum_gradient(self.group, self.weight)[0]
+        return rms_norm(x, weight, self.eps)
+
+
+class Vocabulary(nn.Module):
+    """One row a token id: an embedding, a head, or both when tied.
+
+    Both uses go through forward so that ZeRO-3's hooks gather the weight whichever it is.
+    """
+
+    def __init__(self, size: int, width: int, *, init: Init) -> None:
+        super().__init__()
+        self.weight = new_parameter(size, width, init=init)
+        self.shard = VocabularyShard(0, size, size, None)
+
+    def forward(self, x: torch.Tensor, as_head: bool = False) -> torch.Tensor:
+        """int64 ids [...] -> embeddings [..., D]; as_head: hidden [..., D] -> logits [..., rows of this rank]."""
+        return linear(x, self.weight) if as_head else nn.functional.embedding(x, self.weight)
+
+    def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of this rank's rows -> logits of the whole vocabulary, without padding."""
+        return logits
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which ids this rank's logits are for: `first` to `first + rows`; those from `size` on are padding."""
+
+    first: int
+    rows: int
+    size: int
+    group: ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """This rank's share of the attention heads.
+
+    query: query heads of this rank. key: key/value heads that its projection returns. used: the first and the number
+        of those that its query heads read. group: ranks that hold the same key/value heads; None if no other does.
+    """
+
+    query: int
+    key: int
+    used: tuple[int, int]
+    group: ProcessGroup | None
+
+    def share(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values for this rank's query heads.
+
+        Where ranks hold the same heads, their gradients are summed here, on the small dK and dV, so that everything
+        before (RoPE, K norm, K/V weights) gets the complete gradient, the same on all ranks.
+        """
+        if self.group is not None:
+            k_TKH, v_TKH = sum_gradient(self.group, k_TKH, v_TKH)
+        if self.used[1] < self.key:
+            k_TKH, v_TKH = k_TKH.narrow(1, *self.used), v_TKH.narrow(1, *self.used)
+        return k_TKH, v_TKH
+
+
+class Layers:
+    """Makes the layers of one topology. Widths are global; `std` is that of the normal initial weights."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+
+    @property
+    def divided(self) -> bool:
+        return self.topology.tensor_size > 1
+
+    def column(self, width_in: int, width_out: int, *, std: float, parts: int = 1) -> nn.Module:
+        """Linear whose output is divided over the ranks: [..., in] -> [..., parts * out / ranks]."""
+        if not self.divided:
+            return Linear(width_in, width_out, parts=parts, init=normal(std))
+        return self._tensor_layers().ColumnLinear(self.topology, width_in, width_out, parts=parts, init=normal(std))
+
+    def row(self, width_in: int, width_out: int, *, std: float) -> nn.Module:
+        """Linear whose input is divided over the ranks: [..., in / ranks] -> [..., out], the sum over the ranks."""
+        if not self.divided:
+            return Linear(width_in, width_out, parts=1, init=normal(std))
+        return self._tensor_layers().RowLinear(self.topology, width_in, width_out, init=normal(std))
+
+    def replicated(self, width_in: int, width_out: int, *, std: float, parts: int = 1) -> nn.Module:
+        """Linear that every rank holds and computes whole: [..., in] -> [..., parts * out]."""
+        return Linear(width_in, width_out, parts=parts, init=normal(std))
+
+    def embedding(self, size: int, width: int, *, std: float) -> nn.Module:
+        """A `Vocabulary` of `size` rows, divided over the ranks (and padded to a multiple of them)."""
+        if not self.divided:
+            return Vocabulary(size, width, init=normal(std))
+        return self._tensor_layers().DividedVocabulary(self.topology, size, width, init=normal(std))
+
+    def norm(self, width: int, eps: float) -> RMSNorm:
+        """RMSNorm of activations that every rank holds whole."""
+        return RMSNorm(width, eps)
+
+    def head_norm(self, width: int, eps: float, heads_divided: bool) -> RMSNorm:
+        """RMSNorm of every head; the ranks hold different heads (`heads_divided`) or the same ones."""
+        return RMSNorm(width, eps, self.topology.tensor_group if heads_divided and self.divided else None)
+
+    def heads(self, query: int, key: int) -> HeadShard:
+        """This rank's share of `query` and `key` heads; key heads are divided if there is one or more for each rank."""
+        ranks, rank = self.topology.tensor_size, self.topology.tensor_rank
+        assert query % ranks == 0, f"{query} query heads on {ranks} ranks"
+        if not self.divided or self.key_heads_divided(key):
+            return HeadShard(query // ranks, key // ranks, (0, key // ranks), None)
+        first = rank * (query // ranks) // (query // key)
+        last = ((rank + 1) * (query // ranks) - 1) // (query // key)
+        return HeadShard(query // ranks, key, (first, last - first + 1), self.topology.tensor_group)
+
+    def key_heads_divided(self, key: int) -> bool:
+        return self.divided and key % self.topology.tensor_size == 0
+
+    def key_value(self, width_in: int, key: int, head_width: int, *, std: float) -> nn.Module:
+        """The fused K and V projection: [..., in] -> [..., 2 * heads of this rank * H], keys and then values."""
+        make = self.column if self.key_heads_divided(key) else self.replicated
+        return make(width_in, key * head_width, std=std, parts=2)
+
+    @staticmethod
+    def _tensor_layers() -> Any:
+        from megatron_gemini.parallel import tensor_layers  # imports megatron.core, which takes seconds
+
+        return tensor_layers
+
+
+def sum_gradient(group: ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The same tensors; their gradients are summed over the ranks of `group`, in one all-reduce."""
+    return _SumGradient.apply(group, *tensors)
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=ctx.group)
+        pieces = flat.split([grad.numel() for grad in grads])
+        return None, *(piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True))
