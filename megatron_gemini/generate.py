@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
         raise ValueError('nothing was asked; give a text ("what is this?"), --image, --audio or --video')
     out = Path(options.out or "answer.png")
     check_out(out)
+    if options.scale < 0:
+        raise ValueError(f"--scale is {options.scale}; 1 keeps the size, 0 enlarges to {SHORTEST_SIDE} pixels")
 
     from megatron_gemini.checkpoint.inference import load_for_inference
     from megatron_gemini.generation.api import Generator
