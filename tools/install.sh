@@ -46,7 +46,7 @@ choose_python() {
         INTERPRETER="$(command -v "$PYTHON" || true)"
         [ -n "$INTERPRETER" ] || fail "PYTHON is $PYTHON, which is no command; give the path of a Python 3.11 or newer" 2
         is_new_enough "$INTERPRETER" ||
-            fail "PYTHON is $PYTHON ($("$INTERPRETER" -V 2>&1 | head -n 1)); Python 3.11 or newer is needed" 2
+            fail "PYTHON is $PYTHON (version: $("$INTERPRETER" -V 2>&1 | head -n 1)); Python 3.11 or newer is needed" 2
         return
     fi
     if is_new_enough python3 && [ -n "$(version_of python3 torch)" ]; then
@@ -65,7 +65,7 @@ choose_python() {
 # fingerprint WHAT: changes when anything that decides the environment's content does.
 fingerprint() {
     {
-        echo "$1 $INTERPRETER ${TORCH_INDEX_URL:-}" "$HAD_TORCH" "$ROOT"
+        echo "$1 $ROOT $INTERPRETER $HAD_TORCH ${TORCH_INDEX_URL:-}"
         has_gpu && echo gpu
         "$INTERPRETER" -V
         cat "$ROOT"/requirements.txt "$ROOT"/requirements-dev.txt "$ROOT"/constraints.txt "$ROOT"/pyproject.toml \
@@ -105,6 +105,9 @@ pip_install() {
 
 install_torch() {
     local cpu_index=https://download.pytorch.org/whl/cpu
+    case "$(version_of "$VENV/bin/python" torch)" in
+        "$TORCH_VERSION" | "$TORCH_VERSION"+*) return ;;
+    esac
     if [ -n "${TORCH_INDEX_URL:-}" ]; then
         pip_install --no-deps --index-url "$TORCH_INDEX_URL" "torch==$TORCH_VERSION"
     elif has_gpu; then
@@ -119,12 +122,15 @@ install_torch() {
 # install_requirements WHAT: with a torch that was there, our ranges and its versions; otherwise our exact versions.
 install_requirements() {
     local requirements="$VENV/requirements.txt" constraints="$ROOT/constraints.txt" name version
-    cat "$ROOT/requirements.txt" >"$requirements"
+    if [ -n "$HAD_TORCH" ]; then
+        grep -v '^torch[<>=]' "$ROOT/requirements.txt" >"$requirements" # whatever its version is, it stays
+    else
+        cp "$ROOT/requirements.txt" "$requirements"
+    fi
     [ "$1" != dev ] || cat "$ROOT/requirements-dev.txt" >>"$requirements"
     if [ -n "$HAD_TORCH" ]; then
         constraints="$VENV/constraints.txt"
         : >"$constraints"
-        sed -i.range '/^torch[<>=]/d' "$requirements"
         for name in torch triton numpy flash-attn transformer-engine apex; do
             version="$(version_of "$INTERPRETER" "$name")"
             [ -z "$version" ] || echo "$name==$version" >>"$constraints"
@@ -164,12 +170,12 @@ install() {
 # install_now WHAT STAMP: the same, without asking whether it is there.
 install_now() {
     INSTALL_LOG="$(mktemp "${TMPDIR:-/tmp}/megatron-gemini-install.XXXXXX")"
-    if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/interpreter" 2>/dev/null)" = "$ROOT $INTERPRETER $HAD_TORCH" ]; then
+    if [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/interpreter" 2>/dev/null)" = "$ROOT $INTERPRETER $HAD_TORCH ${TORCH_INDEX_URL:-}" ]; then
         echo "-- using $VENV"
         rm -f "$VENV"/installed-*
     else
         make_environment
-        echo "$ROOT $INTERPRETER $HAD_TORCH" >"$VENV/interpreter"
+        echo "$ROOT $INTERPRETER $HAD_TORCH ${TORCH_INDEX_URL:-}" >"$VENV/interpreter"
     fi
     [ -n "$HAD_TORCH" ] || logged "installing torch $TORCH_VERSION" install_torch
     [ -z "$HAD_TORCH" ] || echo "-- keeping torch $HAD_TORCH of $INTERPRETER"
