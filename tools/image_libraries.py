@@ -59,8 +59,7 @@ def record(path: Path) -> None:
 def check(path: Path) -> list[str]:
     """What is wrong, one line each; empty when nothing is."""
     pairs = (line.split("==", 1) for line in path.read_text().splitlines())
-    recorded = {name: version for name, version in pairs}
-    return [*(f"{name} is missing from the image" for name in missing()), *changed(recorded)]
+    return [*(f"{name} is missing from the image" for name in missing()), *changed(dict(pairs))]
 
 
 def main(arguments: list[str] | None = None) -> int:
