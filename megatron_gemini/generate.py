@@ -136,7 +136,9 @@ def _named(argv: list[str], parser: _Parser) -> list[str]:
 
 def _parser() -> _Parser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("megatron-gemini generate", description=_DESCRIPTION, formatter_class=formatter, allow_abbrev=False)
+    parser = _Parser(
+        "megatron-gemini generate", description=_DESCRIPTION, formatter_class=formatter, allow_abbrev=False
+    )
     default = SampleSettings()
     parser.set_defaults(items=[])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or one checkpoint's")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ LOG_SCALE = (-3.0, 3.0)  # its scale; without a floor, a background that never c
 SPREAD = 0.1  # weight with which codes are drawn to encoder outputs
 
 
-@dataclass(frozen=True)
-class TokenizerLoss:
+class TokenizerLoss(NamedTuple):
     """loss: scalar, with its graph; the parts are detached scalars.
 
     l2: mean squared error of pixels in [-1, 1]. logit_laplace: mean negative log-likelihood. quantization: mean
@@ -133,8 +132,7 @@ def _plan(images: int, patches: int, device: torch.device) -> AttentionPlan:
     return plan_attention(image_X, image_X)
 
 
-@dataclass(frozen=True)
-class Quantized:
+class Quantized(NamedTuple):
     """code_X: int64. vector_XC: the codes' unit vectors, whose gradient passes straight to the encoder's outputs.
 
     distance_to_codes moves only codes, distance_to_outputs only the encoder (its commitment); both are means of
