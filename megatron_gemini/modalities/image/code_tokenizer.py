@@ -63,7 +63,7 @@ class ImageTokenizer(nn.Module):
         self.pixels = linear(config.width, 2 * values)
 
     def forward(self, images_BSS3: torch.Tensor) -> TokenizerLoss:
-        """The training loss of float32[B, S, S, 3] in [-1, 1]; every term is a mean, so equal batches may be averaged."""
+        """The training loss of float32[B, S, S, 3] in [-1, 1]; a mean, so that of equal batches may be averaged."""
         config = self.config
         quantized = self.codebook(self._encode(images_BSS3))
         mean, log_scale = self._decode(quantized.vector_XC)
