@@ -15,15 +15,8 @@ import torch
 from megatron_gemini.config.model import AudioConfig, VisionConfig
 from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, TokenLayout
 from megatron_gemini.modalities.audio.preprocess import audio_output_length, log_mel
-from megatron_gemini.modalities.image.preprocess import fit_image, patchify
-
-
-class BadSample(ValueError):
-    """A sample that cannot become a document. `reason` is a short word that is counted; the message says more."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.image.preprocess import fit_image, patchify, vision_grid
 
 
 class Encodes(Protocol):
@@ -125,7 +118,7 @@ def prepare_audio(audio: Audio, config: AudioConfig) -> EncoderInput:
     """Log-mel frames of the sound, at 100 Hz."""
     if not config.enabled:
         raise ValueError("sound needs an audio encoder, and audio.enabled is false")
-    values_PC = torch.as_tensor(log_mel(torch.as_tensor(audio.wave), config.mels), dtype=torch.float32)
+    values_PC = log_mel(audio.wave, config.mels)
     frames = len(values_PC)
     return EncoderInput(AUDIO, "audio", values_PC, (frames, 1, 1), 0.0, (audio_output_length(frames),))
 
@@ -134,10 +127,9 @@ def _vision_input(frames_FHW3: np.ndarray, seconds: float, placeholder: str, vis
     if not vision.enabled:
         raise ValueError("images and clips need a vision encoder, and vision.enabled is false")
     fitted_FHW3 = np.stack([fit_image(frame_HW3, vision.patch, vision.max_side) for frame_HW3 in frames_FHW3])
-    values_PC = torch.as_tensor(patchify(fitted_FHW3, vision.patch), dtype=torch.float32)
-    frames, height, width, _ = fitted_FHW3.shape
-    grid = (frames, height // vision.patch, width // vision.patch)
-    return EncoderInput(VISION, placeholder, values_PC, grid, float(seconds), (grid[1] * grid[2],) * frames)
+    frames, rows, columns = grid = vision_grid(fitted_FHW3, vision.patch)
+    values_PC = patchify(fitted_FHW3, vision.patch)
+    return EncoderInput(VISION, placeholder, values_PC, grid, float(seconds), (rows * columns,) * frames)
 
 
 def prepare(item: Item, vision: VisionConfig, audio: AudioConfig) -> Text | ImageCodes | EncoderInput:

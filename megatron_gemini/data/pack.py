@@ -13,7 +13,8 @@ import torch
 
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import ENCODERS, IMAGE, Batch, Media
-from megatron_gemini.data.document import BadSample, Document
+from megatron_gemini.data.document import Document
+from megatron_gemini.modalities.bad_sample import BadSample
 
 
 def best_fit(lengths: Sequence[int], room: int) -> int | None:
