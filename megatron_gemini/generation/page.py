@@ -64,9 +64,7 @@ class Page:
     ) -> None:
         """One line, centred on y; shortened with an ellipsis to `room` pixels."""
         line = "".join(letter if letter.isprintable() else "□" for letter in " ".join(text.split()))
-        shown = self._sheet.text(
-            x, y, line, fontsize=size, color=colour, weight=weight, ha=ha, va="center_baseline"
-        )
+        shown = self._sheet.text(x, y, line, fontsize=size, color=colour, weight=weight, ha=ha, va="center_baseline")
         shown.set_parse_math(False)  # a model's words may hold dollar signs
         while room is not None and len(shown.get_text()) > 2 and shown.get_window_extent().width > room:
             shown.set_text(shown.get_text().rstrip("…")[:-1].rstrip() + "…")

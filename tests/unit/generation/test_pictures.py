@@ -6,17 +6,28 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from megatron_gemini.generation.pictures import Answer, Captions, Clips, Drawn, Rebuilt, Sheet, Spoken, Transcripts
+from megatron_gemini.generation.pictures import (
+    Answer,
+    Captions,
+    Clips,
+    DrawnFromSpeech,
+    DrawnFromText,
+    Rebuilt,
+    Sheet,
+    Transcripts,
+)
 
 NOISE = np.random.default_rng(0)
 IMAGE = NOISE.integers(0, 255, (16, 24, 3), dtype=np.uint8)
 MEL = NOISE.normal(size=(60, 32)).astype(np.float32)
 SECTIONS = [
-    Drawn([("draw", [IMAGE] * 3), ("a longer prompt than there is room for in the margin of a row", [IMAGE] * 2)]),
+    DrawnFromText(
+        [("draw", [IMAGE] * 3), ("a longer prompt than there is room for in the margin of a row", [IMAGE] * 2)]
+    ),
     Captions([(IMAGE, Answer("a cat", "a  cat")), (IMAGE, Answer("", "dog"))]),
     Transcripts([(MEL, Answer("costs $5 or $6_", "x"))]),
     Clips([(np.stack([IMAGE] * 9), Answer("one", "one"))]),
-    Spoken([(MEL, "seven", IMAGE)]),
+    DrawnFromSpeech([(MEL, "seven", IMAGE)]),
     Rebuilt([(IMAGE, IMAGE)] * 40),
 ]
 

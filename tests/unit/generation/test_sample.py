@@ -171,7 +171,13 @@ def test_an_extended_row_is_the_row_of_the_longer_documents() -> None:
     config, documents = tiny_config(), prompts()
     longer = [
         build_document(
-            [], [Text("abc"[:i])], layout=LAYOUT, text_tokenizer=Letters(), vision=config.vision, audio=config.audio, key=""
+            [],
+            [Text("abc"[:i])],
+            layout=LAYOUT,
+            text_tokenizer=Letters(),
+            vision=config.vision,
+            audio=config.audio,
+            key="",
         ).token_L[3 : 3 + i]
         for i in range(len(documents))
     ]
