@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from megatron_gemini.cli import run_command
+from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import ANSWERS, SampleSettings
 
 if TYPE_CHECKING:
@@ -65,12 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises ValueError for a mistake; `--help` prints and raises SystemExit(0).
     """
     parser = _parser()
-    options, unknown = parser.parse_known_args(_named(argv, parser))
-    if unknown:
-        known = [name for action in parser.actions for name in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        raise ValueError(f"there is no option {unknown[0]}; {f'did you mean {close[0]}?' if close else 'see --help'}")
-    return options
+    return parser.parse(_named(argv, parser.value_options()))
 
 
 def check_out(out: Path) -> None:
@@ -106,20 +101,8 @@ class _Item(argparse.Action):
         namespace.items = [*namespace.items, (self.option_strings[0].removeprefix("--"), values)]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes are ValueErrors, told in one line like those of every other command."""
-
-    @property
-    def actions(self) -> list[argparse.Action]:
-        return self._actions
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _named(argv: list[str], parser: _Parser) -> list[str]:
+def _named(argv: list[str], takes_value: set[str]) -> list[str]:
     """argv with `--text=` before every bare text: argparse itself forgets where positionals stood among options."""
-    takes_value = {name for action in parser.actions if action.nargs != 0 for name in action.option_strings}
     named: list[str] = []
     rest = iter(argv)
     for word in rest:
@@ -134,12 +117,8 @@ def _named(argv: list[str], parser: _Parser) -> list[str]:
     return named
 
 
-def _parser() -> _Parser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
-        "megatron-gemini generate", description=_DESCRIPTION, formatter_class=formatter, allow_abbrev=False
-    )
-    default = SampleSettings()
+def _parser() -> OptionParser:
+    parser = OptionParser("megatron-gemini generate", _DESCRIPTION)
     parser.set_defaults(items=[])
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or one checkpoint's")
     prompt = parser.add_argument_group("prompt, any number in any order")
@@ -148,20 +127,9 @@ def _parser() -> _Parser:
     prompt.add_argument("--audio", action=_Item, metavar="FILE", help="WAV, FLAC, Ogg or MP3")
     prompt.add_argument("--video", action=_Item, metavar="FILE", help="MP4, WebM, MKV, AVI or TS")
     sampling = parser.add_argument_group("sampling")
-    for name, kind, what in (
-        ("temperature", float, "0 takes the likeliest token"),
-        ("top_k", int, "sample from the k likeliest tokens; 0 from all"),
-        ("top_p", float, "sample from the fewest likeliest tokens whose probabilities reach this sum"),
-        ("seed", int, "the same seed gives the same answer"),
-        ("guidance", float, "classifier-free guidance of images; 1 is off, 2 to 4 follow the prompt more closely"),
-        ("max_tokens", int, "most tokens of the answer, image codes included"),
-    ):
-        value = getattr(default, name)
-        option = f"--{name.replace('_', '-')}"
-        sampling.add_argument(option, type=kind, default=value, metavar="N", help=f"{what} (default: {value})")
-    sampling.add_argument(
-        "--answer", choices=ANSWERS, default=default.answer, help=f"what may be answered (default: {default.answer})"
-    )
+    parser.add_sampling(sampling, ("temperature", "top_k", "top_p", "seed", "guidance", "max_tokens"))
+    answer = SampleSettings.answer
+    sampling.add_argument("--answer", choices=ANSWERS, default=answer, help=f"what may be answered (default: {answer})")
     sampling.add_argument("--no-cache", action="store_true", help="compute keys and values again for every token")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="image to write; several are numbered (default: answer.png)")

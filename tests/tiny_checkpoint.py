@@ -29,7 +29,7 @@ CONFIG = RunConfig(
 
 
 def train_text_model(path: Path) -> None:
-    words = "zero one two three four five six seven eight nine draw what is this".split()
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "draw", "what", "is", "this"]
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(words * 20),

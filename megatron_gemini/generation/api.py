@@ -5,6 +5,7 @@ Shape suffixes: B images, S pixels of a side, H rows and W columns of pixels.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,20 @@ class Generator:
             key=key,
         )
 
+    def open_stream(self, items: Sequence[Item], key: str) -> Document:
+        """An interleaved document that is open behind its items, without the roles of user and model."""
+        closed = build_document(
+            items,
+            None,
+            layout=self.layout,
+            text_tokenizer=self.text_tokenizer,
+            vision=self.config.vision,
+            audio=self.config.audio,
+            key=key,
+        )
+        columns = {name: getattr(closed, name)[:-1] for name in ("token_L", "loss_L", "modality_L", "span_L")}
+        return dataclasses.replace(closed, **columns)
+
     def continue_all(
         self, documents: Sequence[Document], settings: SampleSettings, batch_size: int = 128
     ) -> list[Answer]:
@@ -91,6 +106,18 @@ class Generator:
             images_BSS3 = self.image_tokenizer.decode(part)
             images.append(((images_BSS3.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
         return list(torch.cat(images).numpy())
+
+    @torch.inference_mode()
+    def codes(self, images: Sequence[np.ndarray], batch_size: int = 256) -> list[tuple[int, ...]]:
+        """The codes of every image, uint8[S, S, 3] of the image tokenizer's size."""
+        if not images:
+            return []
+        assert self.image_tokenizer is not None, "this model has no image tokenizer"
+        codes: list[tuple[int, ...]] = []
+        for part in torch.from_numpy(np.stack(images)).split(batch_size):
+            encoded = self.image_tokenizer.encode(part.to(self.device).float() / 127.5 - 1)
+            codes += [tuple(image) for image in encoded.tolist()]
+        return codes
 
     def _decoded(self, answers: Sequence[list[int]]) -> list[Answer]:
         runs = [split_answer(self.layout, answer) for answer in answers]

@@ -5,6 +5,7 @@ Shape suffixes: H rows and W columns of pixels, L log-mel frames, M mel bins.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ class Page:
 
     def save(self, path: Path) -> None:
         """Writes a PNG."""
-        self.figure.savefig(path, dpi=DPI * self.scale, format="png", metadata={"Software": None})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a model may write in any script; the font shows boxes
+            self.figure.savefig(path, dpi=DPI * self.scale, format="png", metadata={"Software": None})
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         axes = self.figure.add_axes(
@@ -60,9 +63,8 @@ class Page:
         room: float | None = None,
     ) -> None:
         """One line, centred on y; shortened with an ellipsis to `room` pixels."""
-        shown = self._sheet.text(
-            x, y, " ".join(text.split()), fontsize=size, color=colour, weight=weight, ha=ha, va="center_baseline"
-        )
+        line = "".join(letter if letter.isprintable() else "□" for letter in " ".join(text.split()))
+        shown = self._sheet.text(x, y, line, fontsize=size, color=colour, weight=weight, ha=ha, va="center_baseline")
         shown.set_parse_math(False)  # a model's words may hold dollar signs
         while room is not None and len(shown.get_text()) > 2 and shown.get_window_extent().width > room:
             shown.set_text(shown.get_text().rstrip("…")[:-1].rstrip() + "…")

@@ -64,7 +64,7 @@ def _answer(page: Page, x: float, y: float, answer: Answer, size: float, room: f
 
 
 @dataclass
-class Drawn(Section):
+class DrawnFromText(Section):
     """items: a prompt and the images drawn from it, uint8[H, W, 3]."""
 
     items: Sequence[tuple[str, Sequence[np.ndarray]]]
@@ -169,7 +169,7 @@ class Clips(Section):
 
 
 @dataclass
-class Spoken(Section):
+class DrawnFromSpeech(Section):
     """items: a spectrogram, float32[L, M], its words, and the image drawn from it, uint8[H, W, 3]."""
 
     items: Sequence[tuple[np.ndarray, str, np.ndarray]]
