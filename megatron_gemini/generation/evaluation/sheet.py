@@ -20,6 +20,7 @@ from megatron_gemini.generation.pictures import (
     DrawnFromSpeech,
     DrawnFromText,
     Rebuilt,
+    Section,
     Sheet,
     Transcripts,
 )
@@ -43,7 +44,8 @@ def make_sheet(results: Results, title: str, report: Mapping[str, Any], patch: i
     transcripts = Transcripts(_answered(results, "transcribe", SOUNDS, spectrogram))
     clips = Clips(_answered(results, "video_caption", CLIPS, lambda item: pixels(item, patch)))
     rebuilt = Rebuilt(some(list(zip(results.held_out.images, results.rebuilt, strict=False)), REBUILT))
-    rows = [[text, captions], [transcripts], [clips, DrawnFromSpeech(_from_speech(results))], [rebuilt]]
+    spoken = DrawnFromSpeech(_from_speech(results))
+    rows: list[list[Section]] = [[text, captions], [transcripts], [clips, spoken], [rebuilt]]
     return Sheet(title, subtitle(report), rows)
 
 
