@@ -89,15 +89,16 @@ link image_codes python tools/encode_images.py --checkpoint "$RUN_DIR/image_toke
 link pretrain train "$(config pretrain)" "$@"
 link evaluate megatron-gemini evaluate --checkpoint "$RUN_DIR"
 
+shown="$(printf %q "$RUN_DIR")" # as a shell would need it
 cat <<END
 
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at
-    $RUN_DIR/report.json   what it can do, on held-out data
-    $RUN_DIR/samples.png   what it draws, sees and hears
-    $RUN_DIR/loss.png      how it learned
+    $shown/report.json   what it can do, on held-out data
+    $shown/samples.png   what it draws, sees and hears
+    $shown/loss.png      how it learned
 and ask it something:
     source .venv/bin/activate
-    megatron-gemini generate --checkpoint $RUN_DIR "draw a seven" --out seven.png
-    megatron-gemini generate --checkpoint $RUN_DIR --image seven.png "what is this?"
-    megatron-gemini generate --checkpoint $RUN_DIR "draw a three" --guidance 3 --seed 1 --out three.png
+    megatron-gemini generate --checkpoint $shown "draw a seven" --out seven.png
+    megatron-gemini generate --checkpoint $shown --image seven.png "what is this?"
+    megatron-gemini generate --checkpoint $shown "draw a three" --guidance 3 --seed 1 --out three.png
 END

@@ -19,14 +19,15 @@ for argument in "$@"; do
     esac
 done
 
-# check NAME COMMAND...: runs one check and stops at the first that fails.
+# check NAME COMMAND...: runs one check; what failed is told at the end.
+failed=""
 check() {
     local name="$1" started=$SECONDS status=0
     shift
     echo "== $name: $*"
     "$@" || status=$?
-    echo "== $name took $((SECONDS - started)) s"
-    [ "$status" -eq 0 ] || fail "$name failed; the lines above say where" "$status"
+    echo "== $name: $([ "$status" -eq 0 ] && echo passed || echo "failed with status $status") in $((SECONDS - started)) s"
+    [ "$status" -eq 0 ] || failed="${failed:+$failed, }$name"
 }
 
 echo "== installing into $VENV, if needed"
@@ -43,3 +44,5 @@ check "ruff format" ruff format --check .
 check "mypy" mypy megatron_gemini tools tests
 # An empty array is an unbound variable to the bash of macOS, hence the +.
 check "pytest" python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+
+[ -z "$failed" ] || fail "$failed failed; the lines above say where"

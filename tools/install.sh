@@ -164,7 +164,7 @@ install() {
     fi
     exec 9<&-
     command -v gcc >/dev/null 2>&1 ||
-        echo "warning: no gcc; only DeepSpeed's compiled operators (engine.cpu_adam) need it" >&2
+        echo "warning: no gcc; only DeepSpeed's compiled operators (engine.adam: deepspeed) need it" >&2
 }
 
 # install_now WHAT STAMP: the same, without asking whether it is there.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -20,10 +21,12 @@ from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.engine import Engine, StepResult
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.training.metrics import MetricsWriter, peak_memory_bytes
+from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
+from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress
 from megatron_gemini.training.schedule import learning_rate
 from megatron_gemini.training.stop import StoppedError, StopRequest
+from megatron_gemini.training.throughput import peak_memory_bytes
 
 
 class Task(ABC):
@@ -61,12 +64,16 @@ class Task(ABC):
     @abstractmethod
     def load_data_state(self, state: dict[str, Any]) -> None: ...
 
+    def utilisation(self, record: dict[str, float], seconds: float) -> dict[str, float]:
+        """{"mfu": share of the devices' peak} where that is known."""
+        return {}
+
     @abstractmethod
     def held_out(self) -> dict[str, float]:
         """Held-out figures, the same on every rank; empty if there is no held-out data."""
 
     @abstractmethod
-    def assets(self) -> dict[str, Path | str]:
+    def assets(self) -> dict[str, training_state.Asset]:
         """Files that a checkpoint needs beside the weights."""
 
     def close(self) -> None:
@@ -88,60 +95,72 @@ class Loop:
             self.state = training_state.load(self.engine, self.resumed_from)
             task.load_data_state(self.state.data)
         self.saved_at = self.state.step if self.resumed_from else -1
+        self.data = task.data_state()
 
     def run(self) -> None:
         """Train to the end, or to the step at which the ranks agree to stop (`StoppedError`)."""
-        train = self.config.train
-        writer = MetricsWriter(self.config, self.task.run_dir, self.task.topology.rank, first_step=self.state.step)
-        bar = Progress(self.config, first_step=self.state.step, enabled=self.main)
-        if self.main and self.resumed_from:
-            bar.say(f"going on from {self.resumed_from} at step {self.state.step}")
+        start, train = self.state.step, self.config.train
+        writer = MetricsWriter(self.config, self.task.run_dir, self.task.topology.rank, start)
+        progress = Progress(train.steps, start, self.task.topology.rank)
+        if self.resumed_from:
+            progress.note(f"going on from {self.resumed_from}")
         self.stop.install()
         try:
             while self.state.step < train.steps:
-                started = time.perf_counter()
-                batches = self.task.next_batches()
-                waited = time.perf_counter() - started
-                weight, number = self.agree(self.task.weight(batches))
-                if number:
-                    self.save(bar)
-                    raise self.stopped(number, bar)
-                record = self.step(self.task.to_device(batches), weight)
-                seconds = time.perf_counter() - started
-                self.state.seconds += seconds
-                record |= {"seconds": seconds, "data_seconds": waited, "peak_memory_bytes": peak_memory_bytes()}
-                if self._due(train.held_out_every):
-                    record |= self.task.held_out()
-                writer.write(record)
-                bar.update(record)
+                self.one_step(writer, progress)
                 if self._due(train.save_every):
-                    self.save(bar)
-            self.save(bar)
-            self.write_summary()
+                    self.save(progress)
+            self.save(progress)
         finally:
             self.stop.restore()
-            bar.close()
             writer.close()
             self.task.close()
+            progress.finish()
+        self.write_summary()
+
+    def one_step(self, writer: MetricsWriter, progress: Progress) -> None:
+        """Read, agree, train, record; where the ranks agree to stop, save and raise `StoppedError` instead."""
+        step, started = self.state.step, time.perf_counter()
+        batches = self.task.next_batches()
+        waited = time.perf_counter() - started
+        weight, number = self.agree(self.task.weight(batches))
+        if number:
+            # The step's rows have been handed out but not trained on: the state before them is what counts.
+            self.save(progress)
+            progress.note(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+            raise StoppedError(number)
+        record = self.step(self.task.to_device(batches), weight)
+        self.data = self.task.data_state()
+        seconds = time.perf_counter() - started
+        self.state.seconds += seconds
+        record |= {
+            "tokens_per_second": record["tokens"] / seconds,
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **self.task.utilisation(record, seconds),
+        }
+        if self._due(self.config.train.held_out_every):
+            record |= self.task.held_out()
+        if writer.due(step):
+            writer.write(step, record)
+        progress.update(step, record)
 
     def step(self, batches: list[Any], weight: float) -> dict[str, float]:
         """One global step. weight: the sum of its loss weights over all data-parallel ranks."""
         outputs: list[Any] = []
         self.engine.forward_backward(batches, weight, outputs.append)
-        lr = learning_rate(
-            self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps
-        )
+        lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
         result = self.engine.step(lr)
         record = self.task.record(self.add_over_data(self.task.sums(outputs, batches)))
         return self.advance(record, result, lr)
 
     def advance(self, record: dict[str, float], result: StepResult, lr: float) -> dict[str, float]:
         """Count the step and complete its record."""
-        step = self.state.step
         self.state.step += 1
         self.state.tokens += int(record["tokens"])
         self.state.optimizer_steps += not result.skipped
-        return {"step": step, **record, "lr": lr, "grad_norm": result.norm, "skipped": float(result.skipped)}
+        return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
 
     def agree(self, weight: float) -> tuple[float, int]:
         """(sum of the weights over the data-parallel ranks, signal number to stop for or 0), the same everywhere."""
@@ -164,21 +183,15 @@ class Loop:
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
 
-    def save(self, bar: Progress) -> None:
+    def save(self, progress: Progress) -> None:
         """Write a checkpoint of the state as it is now, unless it is there already."""
         if self.saved_at == self.state.step:
             return
-        self.state.data = self.task.data_state()
-        assets = {"config.yaml": dump_config(self.config), **self.task.assets()}
+        self.state.data = self.data
+        assets: dict[str, training_state.Asset] = {"config.yaml": dump_config(self.config), **self.task.assets()}
         path = training_state.save(self.engine, self.task.run_dir, self.state, assets, self.config.train.keep)
         self.saved_at = self.state.step
-        if self.main:
-            bar.say(f"saved {path}")
-
-    def stopped(self, number: int, bar: Progress) -> StoppedError:
-        if self.main:
-            bar.say(f"stopped by signal {number} before step {self.state.step}; the same command goes on from here")
-        return StoppedError(number)
+        progress.note(f"saved {path}")
 
     def write_summary(self) -> None:
         """summary.json: what the run took, for reports."""
@@ -194,6 +207,7 @@ class Loop:
             "peak_memory_bytes": peak_memory_bytes(),
         }
         directory.write_text(self.task.run_dir / "summary.json", json.dumps(summary, indent=1))
+        plot_losses(self.task.run_dir / FILE_NAME, self.task.run_dir / "loss.png")
 
 
 def mean(total: float, count: float) -> float:

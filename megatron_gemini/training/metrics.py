@@ -43,7 +43,7 @@ class MetricsWriter:
     """
 
     def __init__(self, config: RunConfig, run_dir: str | Path, rank: int, start_step: int = 0) -> None:
-        self.every = config.logging.every
+        self.every, self.held_out_every = config.logging.every, config.train.held_out_every
         self.last_step = config.train.steps - 1
         self.active = rank == 0
         self.trackers: list[Tracker] = []
@@ -57,8 +57,9 @@ class MetricsWriter:
         self.file = path.open("a", encoding="utf-8")
 
     def due(self, step: int) -> bool:
-        """Whether the configuration wants a record of this step: the first, the last and every n-th."""
-        return step % self.every == 0 or step == self.last_step
+        """Whether a record of this step is wanted: the first, the last, every n-th, and those with held-out losses."""
+        held_out = self.held_out_every > 0 and (step + 1) % self.held_out_every == 0
+        return held_out or step % self.every == 0 or step == self.last_step
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         """Write the record of a step, at once, so that it can be followed and survives a crash."""

@@ -46,7 +46,8 @@ class Progress:
         if not self.active:
             return
         if self.bar is not None:
-            self.bar.set_postfix_str(describe(self.latest), refresh=False)
+            brief = {name: value for name, value in self.latest.items() if name != "learning_rate"}  # fits 80 columns
+            self.bar.set_description_str(describe(brief), refresh=False)
             self.bar.update(self.done - self.bar.n)
         elif self._line_is_due(record):
             self.last_line = self.clock()
@@ -95,7 +96,7 @@ class Progress:
     def _open_bar(self) -> Any:
         from tqdm import tqdm
 
-        layout = "{n}/{total} {percentage:.0f}%|{bar:20}| {elapsed}<{remaining}{postfix}"
+        layout = "{n}/{total}  {desc}  {remaining} left |{bar}|"  # the bar takes what the numbers leave
         return tqdm(total=self.steps, initial=self.start, file=self.stream, dynamic_ncols=True, bar_format=layout)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.distributed import choose_device, join, leave
 from megatron_gemini.parallel.topology import build_topology
+from megatron_gemini.training.quiet import known_prints_dropped
 
 
 def run(config: RunConfig) -> None:
     """Train as `config` says, on every rank that the launcher started."""
     device = choose_device()
-    join(device)
+    with known_prints_dropped():
+        join(device)
     topology = build_topology(config.parallel, "nccl" if device.type == "cuda" else "gloo")
 
     from megatron_gemini.training.loop import Loop, Task

@@ -12,7 +12,6 @@ import pytest
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.models.presets import preset
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted((ROOT / "examples").glob("*/*.yaml"))
@@ -29,6 +28,8 @@ def name(path: Path) -> str:
 
 
 def load(path: Path) -> RunConfig:
+    from megatron_gemini.models.presets import preset
+
     return load_config(["--config", str(path)], presets=preset)
 
 

@@ -88,6 +88,13 @@ def test_records_are_due_at_the_first_the_last_and_every_nth_step(tmp_path):
     assert [step for step in range(11) if writer.due(step)] == [0, 4, 8, 10]
 
 
+def test_a_record_with_a_held_out_loss_is_always_due(tmp_path):
+    train = TrainConfig(steps=12, held_out_every=5)
+    config = RunConfig(logging=LoggingConfig(every=4, tensorboard=False), train=train)
+    writer = MetricsWriter(config, tmp_path, rank=0)
+    assert [step for step in range(12) if writer.due(step)] == [0, 4, 8, 9, 11]
+
+
 def test_tensorboard_holds_the_same_numbers(tmp_path):
     config = RunConfig(logging=LoggingConfig(tensorboard=True))
     writer = MetricsWriter(config, tmp_path, rank=0)

@@ -109,7 +109,7 @@ def test_a_terminal_has_one_bar_and_notes_above_it(clock):
     progress.finish()
     shown = stream.getvalue()
     assert "saved step 6\n" in shown
-    assert "20/20 100%" in shown
+    assert "20/20  loss 2.3457  12.3k tokens/s" in shown
     assert shown.count("\n") == 3  # the note, the finished bar, the summary
     assert shown.splitlines()[-1].startswith("trained 15 steps")
 
