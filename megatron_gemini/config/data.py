@@ -53,9 +53,12 @@ class DataConfig:
     prefetch: int = 2
     """Global steps that a background thread reads ahead; 0 reads in the training loop."""
 
+    cache_bytes: int = 256 * 1024 * 1024
+    """Memory of a rank for decoded samples, so that small data sets are decoded once, not once an epoch; 0 for none."""
+
     def __post_init__(self) -> None:
         positive(self, "data", "row_tokens", "lanes", "look_ahead")
-        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch")
+        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch", "cache_bytes")
         for name in ("caption_dropout", "max_bad_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")

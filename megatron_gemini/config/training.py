@@ -31,13 +31,19 @@ class EngineConfig:
     """Bound of the global gradient norm; 0 does not clip."""
     deepspeed_config: str = ""
     """A DeepSpeed JSON of your own. What it and this file both determine must agree; "auto" is filled in."""
-    cpu_adam: bool = False
-    """With an offloaded optimizer, DeepSpeed's own CPU Adam (compiled at first use) instead of torch's."""
+    adam: Literal["auto", "torch", "deepspeed"] = "auto"
+    """auto: DeepSpeed's CPU Adam (compiled at first use) when the optimizer is offloaded from a GPU, else torch's
+    fused AdamW."""
 
     def __post_init__(self) -> None:
         one_of(self, "engine", "precision", ("fp32", "bf16"))
         one_of(self, "engine", "offload_optimizer", ("none", "cpu"))
         one_of(self, "engine", "offload_parameters", ("none", "cpu"))
+        one_of(self, "engine", "adam", ("auto", "torch", "deepspeed"))
+        if self.adam == "deepspeed" and self.offload_optimizer == "none":
+            raise ValueError(
+                "engine.adam deepspeed is its CPU Adam; set engine.offload_optimizer to cpu, or adam to auto"
+            )
         at_least(self, "engine", 0, "gradient_clipping")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")

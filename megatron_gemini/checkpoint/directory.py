@@ -1,0 +1,122 @@
+"""A run's checkpoints on disk: written beside, hashed, then renamed into place.
+
+<run>/checkpoints/step-00000600/   complete, or not there at all
+<run>/checkpoints/latest           the name of the newest complete one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+INDEX = "index.json"
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{8})$")
+
+
+def step_directory(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def temporary_directory(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f".step-{step:08d}.tmp"
+
+
+def step_of(directory: Path) -> int:
+    match = _STEP.match(directory.name)
+    assert match, directory
+    return int(match.group(1))
+
+
+def complete_steps(run: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.match(path.name) and is_complete(path)]
+    return sorted(found, key=step_of)
+
+
+def is_complete(directory: Path) -> bool:
+    return (directory / INDEX).is_file()
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint that `latest` names; the newest complete one where `latest` is missing or names none."""
+    pointer = run / "checkpoints" / "latest"
+    steps = complete_steps(run)
+    if pointer.is_file():
+        named = pointer.read_text(errors="replace").strip()
+        for path in steps:
+            if path.name == named:
+                return path
+    return steps[-1] if steps else None
+
+
+def resolve(path: Path) -> Path:
+    """The step directory that a user means by a step directory or a run directory.
+
+    Raises `ValueError` when there is no complete checkpoint.
+    """
+    if not path.exists():
+        raise ValueError(f"checkpoint {path} does not exist")
+    if is_complete(path):
+        return path
+    found = newest(path)
+    if found is None:
+        raise ValueError(f"{path} holds no complete checkpoint; give a run directory or one of its checkpoints/step-*")
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write and flush to the disk."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def seal(directory: Path) -> None:
+    """Write the index of names, sizes and hashes that makes a directory complete."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    entries = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
+    }
+    write_text(directory / INDEX, json.dumps({"format": FORMAT, "files": entries}, indent=1))
+
+
+def verify(directory: Path) -> None:
+    """Compare every file with the index. Raises `ValueError` that names the first that differs."""
+    try:
+        index = json.loads((directory / INDEX).read_text())
+        form, entries = index["format"], dict(index["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / INDEX} is not readable: {error}") from error
+    if form != FORMAT:
+        raise ValueError(f"{directory} has format {form}; this version reads format {FORMAT}")
+    for name, entry in entries.items():
+        path = directory / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
+            raise ValueError(f"{directory}: {name} is missing; the checkpoint is damaged")
+        if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
+            raise ValueError(f"{path} is not what was saved (its hash differs); the checkpoint is damaged")
+
+
+def publish(temporary: Path, final: Path, keep: int) -> None:
+    """Rename a sealed directory into place, point `latest` at it, delete all but the newest `keep`."""
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    pointer = final.parent / "latest"
+    write_text(pointer.with_suffix(".tmp"), final.name + "\n")
+    os.replace(pointer.with_suffix(".tmp"), pointer)
+    for old in complete_steps(final.parent.parent)[:-keep]:
+        if old != final:
+            shutil.rmtree(old)

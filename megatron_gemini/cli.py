@@ -1,0 +1,120 @@
+"""The console script, and how every entry point ends: with a status, and a mistake of the user's in one line.
+
+Exit status: 0 done; 2 a mistake in settings, files or data (`ValueError`, or a file that cannot be used), told in one
+line, with its traceback only after `--debug`; 1 anything else, with its traceback; 130 interrupted.
+
+In a job of several ranks all of them usually meet the same mistake. Rank 0 tells it at once; another rank first waits
+`PATIENCE` seconds, in which the launcher ends it if rank 0 failed too. So a shared mistake is told once, and one of a
+single rank is told with the number of that rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from megatron_gemini import __version__
+
+COMMANDS = {
+    "train": "train a model, or go on with a run that was stopped",
+    "generate": "ask a trained model, in text, images, audio and video",
+    "evaluate": "score a trained model on held-out data",
+}
+PATIENCE = 5.0  # DeepSpeed's launcher looks at its ranks once a second, torchrun more often
+_FILE_MISTAKES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`megatron-gemini COMMAND ...`. Returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return run_command(_dispatch, arguments)
+
+
+def _dispatch(argv: list[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command in COMMANDS:
+        return importlib.import_module(f"megatron_gemini.{command}").main(rest)
+    if command == "--version":
+        print(f"megatron-gemini {__version__}")
+    elif command in ("--help", "-h", "help"):
+        print(_usage())
+    elif not command:
+        print(_usage(), file=sys.stderr)
+        return 2
+    else:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        way_out = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise ValueError(f"{command!r} is no command; {way_out}")
+    return 0
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    return (
+        "usage: megatron-gemini [--help] [--version] COMMAND ...\n\n"
+        f"Natively multimodal models: training, generation, evaluation.\n\ncommands:\n{commands}\n\n"
+        "megatron-gemini COMMAND --help shows a command's options.\n"
+        "--debug after any command shows the traceback of a mistake."
+    )
+
+
+def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Run an entry point's `main(argv)` and turn what it raises into an exit status (see the top of this file).
+
+    `--debug` is taken out of argv before `main` sees it.
+    """
+    debug = "--debug" in argv
+    try:
+        return main([argument for argument in argv if argument != "--debug"])
+    except KeyboardInterrupt:
+        print("megatron-gemini: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, *_FILE_MISTAKES) as error:
+        _report(_one_line(error), debug)
+        return 2
+    except Exception as error:
+        if any(sign in str(error) for sign in _PEER_LOST) and _rank() is not None:
+            _report("lost the connection to another rank; what that rank printed says why", debug)
+        else:
+            traceback.print_exc()
+        return 1
+
+
+def _report(line: str, debug: bool) -> None:
+    rank = _rank() or 0
+    if rank and not debug:
+        _wait_for_the_launcher()
+    where = f"rank {rank}: " if rank else ""
+    if debug:
+        traceback.print_exc()
+    print(f"megatron-gemini: error: {where}{line}", file=sys.stderr, flush=True)
+
+
+def _wait_for_the_launcher() -> None:
+    """Give the launcher the time to end this rank, also where SIGTERM has a handler that would let it live on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)
+
+
+def _rank() -> int | None:
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split("\n")) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

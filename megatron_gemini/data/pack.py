@@ -1,0 +1,94 @@
+"""Packing: which documents share a row, and the row they make.
+
+Shape suffixes: T tokens of the row, L tokens of one document, P encoder input rows, C values an input row,
+I items, O encoder output embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_gemini.config.training import LossConfig
+from megatron_gemini.contracts import ENCODERS, IMAGE, Batch, Media
+from megatron_gemini.data.document import Document
+from megatron_gemini.modalities.bad_sample import BadSample
+
+
+def best_fit(lengths: Sequence[int], room: int) -> int | None:
+    """Index of the longest document that still fits into `room` tokens, the oldest of equals; None if none fits."""
+    fitting = [i for i, length in enumerate(lengths) if length <= room]
+    return max(fitting, key=lambda i: (lengths[i], -i)) if fitting else None
+
+
+def check_fits(document: Document, row_tokens: int) -> None:
+    """Raise BadSample("too_long") for a document that no row can hold."""
+    if len(document) > row_tokens:
+        raise BadSample(
+            "too_long",
+            f"{document.key}: {len(document)} tokens do not fit into a row of {row_tokens}; raise data.row_tokens",
+        )
+
+
+def pack(documents: Sequence[Document], row_tokens: int, loss_weights: LossConfig) -> Batch:
+    """One row of `row_tokens` tokens that holds the documents (at least one) in this order, padded at its end.
+
+    The weight of a target is loss_weights.text or .image by its modality, 0 where its document puts no loss.
+    Raises BadSample("too_long") for a document longer than a row, ValueError when they do not fit together.
+    """
+    for document in documents:
+        check_fits(document, row_tokens)
+    total = sum(map(len, documents))
+    if total > row_tokens:
+        raise ValueError(f"{len(documents)} documents have {total} tokens; the row holds {row_tokens}")
+
+    pad = documents[0].layout.control("pad")
+    token_T = np.full(row_tokens, pad, np.int64)
+    target_T = np.full(row_tokens, pad, np.int64)
+    weight_T = np.zeros(row_tokens, np.float32)
+    position_T = np.zeros(row_tokens, np.int64)
+    segment_T = np.zeros(row_tokens, np.int32)
+    span_T = np.zeros(row_tokens, np.int32)
+    modality_T = np.zeros(row_tokens, np.int8)
+    begins, begin, spans = [], 0, 0
+    for number, document in enumerate(documents, start=1):
+        end = begin + len(document)
+        token_T[begin:end] = document.token_L
+        position_T[begin:end] = np.arange(len(document))
+        segment_T[begin:end] = number
+        span_T[begin:end] = np.where(document.span_L > 0, document.span_L + spans, 0)
+        predicting = slice(begin, end - 1)
+        target_T[predicting] = document.token_L[1:]
+        modality_T[predicting] = document.modality_L[1:]
+        weights_L = np.where(document.modality_L == IMAGE, loss_weights.image, loss_weights.text)
+        weight_T[predicting] = (weights_L * document.loss_L)[1:]
+        spans += int(document.span_L.max(initial=0))
+        begins.append(begin)
+        begin = end
+    return Batch(
+        *map(torch.from_numpy, (token_T, target_T, weight_T, position_T, segment_T, span_T, modality_T)),
+        media=_media(documents, begins),
+        samples=[document.key for document in documents],
+    )
+
+
+def _media(documents: Sequence[Document], begins: Sequence[int]) -> dict[str, Media]:
+    """Inputs by encoder, in the order of their placeholders; token_O counts from the row's beginning."""
+    placed = [
+        (item, begin + offset)
+        for document, begin in zip(documents, begins, strict=True)
+        for item, offset in zip(document.media, document.media_begin, strict=True)
+    ]
+    media = {}
+    for encoder in ENCODERS:
+        mine = [(item, start) for item, start in placed if item.encoder == encoder]
+        if mine:
+            media[encoder] = Media(
+                values_PC=torch.cat([item.values_PC for item, _ in mine]),
+                grid_I3=torch.tensor([item.grid for item, _ in mine], dtype=torch.int64),
+                time_I=torch.tensor([item.seconds for item, _ in mine], dtype=torch.float32),
+                token_O=torch.cat([torch.arange(start, start + sum(item.spans)) for item, start in mine]),
+            )
+    return media

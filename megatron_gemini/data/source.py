@@ -1,0 +1,146 @@
+"""One source of documents: its shards, its task, and an order of samples that depends on (seed, source, epoch) alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.data.decode import TASK_FIELDS, Decoder, field_bytes, wanted_endings
+from megatron_gemini.data.document import Document, Encodes, build_document
+from megatron_gemini.data.pack import check_fits
+from megatron_gemini.data.shards import Shards, expand_shards
+from megatron_gemini.data.tasks import ask, check_prompts, random_stream
+from megatron_gemini.modalities.bad_sample import BadSample
+
+
+def source_labels(sources: tuple[SourceConfig, ...]) -> list[str]:
+    """A distinct name of every source, for logs, states and random streams. Raises ValueError for a name used twice."""
+    labels = [source.name or f"{source.task}:{source.shards.rsplit('/', 1)[-1]}" for source in sources]
+    twice = [label for label, count in Counter(labels).items() if count > 1]
+    if twice:
+        raise ValueError(f"two data sources are called {twice[0]!r}; give each its own data.sources name")
+    return labels
+
+
+class Cache:
+    """Decoded samples up to a number of bytes, never evicted.
+
+    Every epoch reads all samples in a new order, so whatever is kept is worth the same, and replacing only costs.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+        self._fields: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def get(self, label: str, sample: int) -> dict[str, Any] | None:
+        return self._fields.get((label, sample))
+
+    def put(self, label: str, sample: int, fields: dict[str, Any]) -> None:
+        cost = sum(map(field_bytes, fields.values()))
+        if cost <= self.left:
+            self.left -= cost
+            self._fields[label, sample] = fields
+
+
+class Source:
+    """Documents by position in an endless sequence of epochs; position p is in epoch p // len(source).
+
+    Raises ValueError for shards that are missing, empty or in which no sample can be used, naming the shard.
+    """
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        label: str,
+        config: RunConfig,
+        layout: TokenLayout,
+        text_tokenizer: Encodes,
+        cache: Cache,
+        caption_dropout: float,
+    ) -> None:
+        check_prompts(source.task, source.prompts, label)
+        _check_encoders(source.task, label, config)
+        self.label, self.task, self.prompts = label, source.task, source.prompts
+        self.weight, self.seed, self.caption_dropout = source.weight, config.train.seed, caption_dropout
+        self.row_tokens = config.data.row_tokens
+        self.layout, self.text_tokenizer, self.cache = layout, text_tokenizer, cache
+        self.decoder = Decoder.from_config(config)
+        self.shards = Shards(expand_shards(source.shards))
+        self._orders: dict[int, np.ndarray] = {}
+        self._check_shards()
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def sample_at(self, position: int) -> tuple[int, int]:
+        """(epoch, sample) of a position; every epoch is its own permutation of all samples."""
+        epoch, place = divmod(position, len(self))
+        if epoch not in self._orders:
+            while len(self._orders) > 1:  # two, since some lanes begin an epoch while others finish the one before
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = random_stream(self.seed, "order", self.label, epoch).permutation(len(self))
+        return epoch, int(self._orders[epoch][place])
+
+    def document(self, position: int) -> Document:
+        """The document at a position. Raises BadSample."""
+        epoch, sample = self.sample_at(position)
+        key = self.shards.keys[sample]
+        random = random_stream(self.seed, "prompt", self.label, epoch, key)
+        prompt, answer = ask(self.task, self.fields(sample), self.prompts, random, self.caption_dropout)
+        document = build_document(
+            prompt,
+            answer,
+            layout=self.layout,
+            text_tokenizer=self.text_tokenizer,
+            vision=self.decoder.vision,
+            audio=self.decoder.audio,
+            key=f"{self.label}/{key}",
+            loss_on_prompt=answer is None,
+        )
+        check_fits(document, self.row_tokens)
+        return document
+
+    def fields(self, sample: int) -> dict[str, Any]:
+        """The decoded sample, from the cache if it is there."""
+        fields = self.cache.get(self.label, sample)
+        if fields is None:
+            members = self.shards.read(sample, wanted_endings(self.task, self.shards.endings(sample)))
+            fields = self.decoder.decode(members, self.task, self.shards.keys[sample])
+            self.cache.put(self.label, sample, fields)
+        return fields
+
+    def _check_shards(self) -> None:
+        """Every shard has a sample that can be used. As a rule the first can, so this reads one sample a shard."""
+        bounds = [*self.shards.first_sample, len(self)]
+        for path, first, end in zip(self.shards.paths, bounds, bounds[1:], strict=True):
+            reasons: Counter[str] = Counter()
+            for sample in range(first, end):
+                try:
+                    self.fields(sample)
+                    break
+                except BadSample as error:
+                    reasons[error.reason] += 1
+                    last = error
+            else:
+                found = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+                raise ValueError(f"no sample of {path!r} can be used for {self.task} ({found}); the last one: {last}")
+
+
+def _check_encoders(task: str, label: str, config: RunConfig) -> None:
+    needs = {"image": "vision", "video": "vision", "audio": "audio"}
+    for name in TASK_FIELDS[task]:
+        encoder = needs.get(name)
+        if encoder and not getattr(config, encoder).enabled:
+            raise ValueError(
+                f"the data source {label!r} ({task}) needs {encoder}.enabled; enable it or leave the source out"
+            )
+        if name == "codes" and not config.image_tokenizer.codes:
+            raise ValueError(
+                f"the data source {label!r} ({task}) has images to draw, and image_tokenizer.codes is 0; "
+                "set it to the image tokenizer's codebook size or leave the source out"
+            )

@@ -1,0 +1,143 @@
+"""DeepSpeed's JSON, made from the run's configuration and checked against the user's own.
+
+A value that both determine must agree or is an error that names both; "auto" is filled in; whatever the run's
+configuration does not decide (buckets, pinning, profilers, monitors) passes through untouched.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_gemini.config.run import RunConfig
+
+# Decided elsewhere, so a user's JSON must not switch them on.
+REFUSED = {
+    "fp16": "engine.precision decides; the trainer runs in fp32 or bf16",
+    "scheduler": "the schedule section decides the learning rate",
+    "amp": "engine.precision decides",
+    "pipeline": "parallel decides the layout",
+    "tensor_parallel": "parallel.tensor decides",
+}
+
+
+def deepspeed_config(config: RunConfig, rows: int, data_size: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    rows: microbatches (or images) of a global step; data_size: data-parallel ranks.
+    Raises `ValueError` where the JSON of `engine.deepspeed_config` contradicts the run's configuration.
+    """
+    decided = decided_values(config, rows, data_size)
+    merged: dict[str, Any] = {}
+    if config.engine.deepspeed_config:
+        merged = read_json(config.engine.deepspeed_config)
+    refuse(merged, config.engine.deepspeed_config)
+    merged.pop("optimizer", None) if agrees_optimizer(merged, config) else None
+    agree(merged, decided, config.engine.deepspeed_config)
+    merge(merged, decided)
+    zero = merged["zero_optimization"]
+    if zero["stage"] == 3:
+        zero.setdefault("stage3_param_persistence_threshold", 0)
+    merged.setdefault("steps_per_print", 10**9)  # the trainer prints its own progress
+    merged.setdefault("zero_force_ds_cpu_optimizer", False)
+    merged.setdefault("zero_allow_untested_optimizer", True)
+    return merged
+
+
+def decided_values(config: RunConfig, rows: int, data_size: int) -> dict[str, Any]:
+    """What the run's configuration determines, in DeepSpeed's vocabulary."""
+    engine = config.engine
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    for key, device in (("offload_optimizer", engine.offload_optimizer), ("offload_param", engine.offload_parameters)):
+        if device != "none":
+            zero[key] = {"device": device}
+    decided: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": rows // data_size,
+        "train_batch_size": rows,
+        "gradient_clipping": engine.gradient_clipping,
+        "zero_optimization": zero,
+    }
+    if engine.precision == "bf16":
+        # Gradients of several microbatches are summed in fp32; a non-finite norm skips the step.
+        decided["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if engine.zero_stage:
+            decided["data_types"] = {"grad_accum_dtype": "fp32"}
+    else:
+        decided["bf16"] = {"enabled": False}
+    return decided
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object from a file, or a `ValueError` that names the file."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"engine.deepspeed_config {path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"engine.deepspeed_config {path} holds a {type(value).__name__}; it must be a JSON object")
+    return value
+
+
+def refuse(user: dict[str, Any], path: str) -> None:
+    """Raise on a section that something else decides, unless it is off."""
+    for key, reason in REFUSED.items():
+        section = user.get(key)
+        if section and not (isinstance(section, dict) and section.get("enabled") is False):
+            raise ValueError(f"{path} sets {key}; remove it: {reason}")
+
+
+def agrees_optimizer(user: dict[str, Any], config: RunConfig) -> bool:
+    """Check the JSON's optimizer section, if any, against the run's; returns whether there is one to drop."""
+    section = user.get("optimizer")
+    if section is None:
+        return False
+    path, chosen = config.engine.deepspeed_config, config.optimizer
+    if section.get("type", "auto").lower() not in ("adamw", "auto"):
+        raise ValueError(f"{path} sets optimizer.type {section['type']!r}; the trainer's optimizer is AdamW")
+    ours = {
+        "lr": chosen.lr,
+        "betas": [chosen.beta1, chosen.beta2],
+        "eps": chosen.eps,
+        "weight_decay": chosen.weight_decay,
+    }
+    params = section.get("params", {})
+    agree({k: v for k, v in params.items() if k in ours}, ours, f"{path} (optimizer.params)")
+    unknown = sorted(set(params) - set(ours) - {"torch_adam", "adam_w_mode"})
+    if unknown:
+        raise ValueError(f"{path} sets optimizer.params.{unknown[0]}, which the trainer does not pass on; remove it")
+    return True
+
+
+def agree(user: dict[str, Any], decided: dict[str, Any], path: str, prefix: str = "") -> None:
+    """Raise where a value of the user's JSON is neither "auto" nor what the run's configuration says."""
+    for key, ours in decided.items():
+        if key not in user or user[key] == "auto":
+            continue
+        theirs = user[key]
+        if isinstance(ours, dict):
+            if not isinstance(theirs, dict):
+                raise ValueError(f"{path} sets {prefix}{key} to {theirs!r}; it must be an object")
+            agree(theirs, ours, path, f"{prefix}{key}.")
+        elif theirs != ours:
+            raise ValueError(
+                f"{path} sets {prefix}{key} to {theirs!r}, the run's configuration gives {ours!r}; "
+                'make them equal or write "auto"'
+            )
+    if prefix == "zero_optimization.":
+        for key in ("offload_optimizer", "offload_param"):
+            if user.get(key, {}).get("device", "none") not in ("none", "auto") and key not in decided:
+                raise ValueError(
+                    f"{path} sets {prefix}{key}.device to {user[key]['device']!r}, the run's configuration gives 'none'; "
+                    f"set engine.{key.replace('offload_param', 'offload_parameters')} or remove it"
+                )
+
+
+def merge(user: dict[str, Any], decided: dict[str, Any]) -> None:
+    """Write the decided values into the user's dictionary, section by section."""
+    for key, value in decided.items():
+        if isinstance(value, dict) and isinstance(user.get(key), dict):
+            merge(user[key], value)
+        else:
+            user[key] = value

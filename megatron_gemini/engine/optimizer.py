@@ -1,0 +1,35 @@
+"""AdamW over two parameter groups: with weight decay, and without (norms, biases, embeddings)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_gemini.config.run import RunConfig
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups. Matrices decay; vectors (norms, biases) and embeddings do not."""
+    decayed, plain = [], []
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        matrix = len(parameter.placement.global_shape) >= 2  # a ZeRO-3 parameter itself has an empty shape
+        (decayed if matrix and "embedding" not in name else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, on_gpu: bool) -> torch.optim.Optimizer:
+    """torch's fused AdamW, or DeepSpeed's CPU Adam where `engine.adam` says so."""
+    chosen, offloaded = config.optimizer, config.engine.offload_optimizer != "none"
+    # Some of DeepSpeed's wrappers step once on zero gradients while they are built: a rate of 0 keeps the weights.
+    arguments: dict[str, Any] = {"lr": 0.0, "betas": (chosen.beta1, chosen.beta2), "eps": chosen.eps}
+    if config.engine.adam == "deepspeed" or (config.engine.adam == "auto" and offloaded and on_gpu):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)

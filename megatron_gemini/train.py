@@ -1,0 +1,37 @@
+"""Entry point of training: `megatron-gemini train`, `python -m` and `deepspeed --module megatron_gemini.train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_gemini.cli import run_command
+from megatron_gemini.config.load import load_config
+from megatron_gemini.training.schedule import check_schedule
+
+
+def main(argv: list[str]) -> int:
+    """Read the settings, check what can be checked without torch, and train. Returns the exit status."""
+    config = load_config(argv, presets=_preset)
+    check_schedule(config.schedule, config.train.steps)
+
+    # Imported here so that --help and a mistyped option answer at once; quiet before DeepSpeed is imported.
+    from megatron_gemini.training.quiet import quiet_warnings
+
+    quiet_warnings()
+
+    from megatron_gemini.training.run import run
+
+    run(config)
+    return 0
+
+
+def _preset(name: str) -> Mapping[str, Mapping[str, Any]]:
+    from megatron_gemini.models.presets import preset
+
+    return preset(name)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

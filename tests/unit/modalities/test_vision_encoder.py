@@ -1,0 +1,144 @@
+"""The ViT: the same numbers as SigLIP's block, and packed equals one image at a time."""
+
+import pytest
+import torch
+
+from megatron_gemini.config.model import VisionConfig
+from megatron_gemini.contracts import Media
+from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.modalities.image.encoder import VisionEncoder
+from megatron_gemini.modalities.transformer import Block, grid_positions
+from megatron_gemini.parallel.parameters import initialize
+
+CONFIG = VisionConfig(width=24, layers=2, heads=3, mlp_width=40, patch=2, max_side=16)
+GRIDS = [(1, 2, 3), (3, 2, 2), (1, 1, 1), (2, 1, 4)]
+SECONDS = [0.0, 0.5, 0.0, 1.25]
+
+
+@pytest.fixture
+def encoder() -> VisionEncoder:
+    encoder = VisionEncoder(CONFIG, out_width=20)
+    initialize(encoder, seed=3)
+    return encoder
+
+
+def _media(grids=GRIDS, seconds=SECONDS, seed=0) -> Media:
+    patches = sum(f * h * w for f, h, w in grids)
+    values = torch.rand(patches, 12, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return Media(values, torch.tensor(grids), torch.tensor(seconds), torch.zeros(patches, dtype=torch.int64))
+
+
+def _items(media: Media) -> list[Media]:
+    parts = media.values_PC.split(media.grid_I3.prod(1).tolist())
+    return [
+        Media(part, media.grid_I3[i : i + 1], media.time_I[i : i + 1], media.token_O[: len(part)])
+        for i, part in enumerate(parts)
+    ]
+
+
+def test_block_equals_siglips():
+    siglip = pytest.importorskip("transformers.models.siglip.modeling_siglip")
+    config = siglip.SiglipVisionConfig(
+        hidden_size=24, intermediate_size=40, num_attention_heads=3, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6
+    )
+    config._attn_implementation = "eager"
+    theirs = siglip.SiglipEncoderLayer(config)
+    torch.manual_seed(0)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours = Block(24, heads=3, mlp_width=40)
+    source = theirs.state_dict()
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    ours.load_state_dict(
+        {
+            **{f"attention.qkv.{p}": torch.cat([source[f"{name}.{p}"] for name in qkv]) for p in ("weight", "bias")},
+            **{
+                f"{mine}.{p}": source[f"{other}.{p}"]
+                for mine, other in {
+                    "attention.out": "self_attn.out_proj",
+                    "attention_norm": "layer_norm1",
+                    "mlp_norm": "layer_norm2",
+                    "mlp.up": "mlp.fc1",
+                    "mlp.down": "mlp.fc2",
+                }.items()
+                for p in ("weight", "bias")
+            },
+        }
+    )
+    x_XD = torch.randn(7, 24)
+    segment = torch.ones(7, dtype=torch.int32)
+    expected = theirs(x_XD[None], attention_mask=None)
+    expected = (expected[0] if isinstance(expected, tuple) else expected).view(7, 24)
+    torch.testing.assert_close(ours(x_XD, plan_attention(segment, segment)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_equals_one_item_at_a_time_forward_and_gradient(encoder):
+    media = _media()
+    direction = torch.randn(len(media.values_PC), 20)
+    packed = encoder(media)
+    packed_grads = torch.autograd.grad((packed * direction).sum(), list(encoder.parameters()))
+    alone = torch.cat([encoder(item) for item in _items(media)])
+    alone_grads = torch.autograd.grad((alone * direction).sum(), list(encoder.parameters()))
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(packed_grads, alone_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_frames_of_a_clip_do_not_see_each_other(encoder):
+    media = _media([(2, 2, 2)], [0.5])
+    before = encoder(media)
+    media.values_PC = media.values_PC.clone()
+    media.values_PC[4:] += 1
+    after = encoder(media)
+    torch.testing.assert_close(before[:4], after[:4])
+    assert not torch.allclose(before[4:], after[4:])
+
+
+def test_time_tells_frames_apart_and_is_absent_from_still_images(encoder):
+    same = torch.ones(2, 12)
+
+    def encode(frames: int, seconds: float) -> torch.Tensor:
+        media = Media(same[:frames], torch.tensor([[frames, 1, 1]]), torch.tensor([seconds]), torch.zeros(frames))
+        return encoder(media)
+
+    clip = encode(2, 0.5)
+    assert not torch.allclose(clip[0], clip[1])
+    assert not torch.allclose(clip[1], encode(2, 1.0)[1])
+    still = encode(1, 0.0)
+    encoder.time.weight.data.zero_()
+    torch.testing.assert_close(encode(1, 0.0), still)
+    torch.testing.assert_close(encode(2, 0.5)[:1], still)
+
+
+def test_every_position_of_a_grid_is_different():
+    row, column = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    positions = grid_positions(row.flatten(), column.flatten(), 24)
+    assert positions.shape == (4096, 24)
+    distance = torch.cdist(positions, positions) + torch.eye(4096) * 9
+    assert distance.min() > 1e-2
+
+
+def test_dummy_is_the_smallest_input_and_uses_every_parameter(encoder):
+    media = encoder.dummy()
+    out = encoder(media)
+    assert out.shape == (1, 20)
+    assert len(media.token_O) == 1
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_wrong_patch_count_is_refused(encoder):
+    media = _media()
+    media.values_PC = media.values_PC[:-1]
+    with pytest.raises(ValueError, match="27 patches, but there are 26"):
+        encoder(media)
+
+
+def test_every_parameter_says_how_it_begins(encoder):
+    for parameter in encoder.parameters():
+        assert parameter.placement.sharded_dim is None
+        assert parameter.placement.global_shape == tuple(parameter.shape)
+
+
+def test_bfloat16_runs(encoder):
+    assert encoder.to(torch.bfloat16)(_media()).dtype == torch.bfloat16
