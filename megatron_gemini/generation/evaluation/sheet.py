@@ -24,7 +24,6 @@ from megatron_gemini.generation.pictures import (
     Sheet,
     Transcripts,
 )
-from megatron_gemini.modalities.image.preprocess import unpatchify
 
 CLASSES, OF_A_CLASS, IMAGES, SOUNDS, CLIPS, SPOKEN, REBUILT = 10, 10, 25, 8, 4, 4, 20
 _FIGURES = (
@@ -60,7 +59,9 @@ def subtitle(report: Mapping[str, Any]) -> str:
 
 def pixels(item: EncoderInput, patch: int) -> np.ndarray:
     """uint8[F, H, W, 3] of an image or clip as the vision encoder takes it."""
-    images_FHW3 = unpatchify(item.values_PC, item.grid, patch)
+    frames, rows, columns = item.grid
+    tiles = item.values_PC.view(frames, rows, columns, patch, patch, 3).transpose(2, 3)
+    images_FHW3 = tiles.reshape(frames, rows * patch, columns * patch, 3)
     return ((images_FHW3.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
 

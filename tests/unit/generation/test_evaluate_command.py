@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -54,23 +55,26 @@ def wav(seed: int) -> bytes:
 
 def write_shards(folder: Path, indices: list[int], voice: str) -> None:
     """One tar a task, of real digits and noise for speech."""
-    digits, speech, clips, mixed = {}, {}, {}, {}
+    digits: dict[str, bytes] = {}
+    speech: dict[str, bytes] = {}
+    clips: dict[str, bytes] = {}
+    mixed: dict[str, bytes] = {}
     for i in indices:
-        word, origin = WORDS[DIGITS.target[i]].encode(), json.dumps({"index": i}).encode()
-        digits |= {f"{i}.png": png(i), f"{i}.txt": word, f"{i}.json": origin, f"{i}.codes.json": CODES}
+        name, origin = WORDS[DIGITS.target[i]].encode(), json.dumps({"index": i}).encode()
+        digits |= {f"{i}.png": png(i), f"{i}.txt": name, f"{i}.json": origin, f"{i}.codes.json": CODES}
     for i in indices[:12]:
         word, told = WORDS[DIGITS.target[i]], json.dumps({"voice": voice}).encode()
         speech |= {f"{i}.wav": wav(i), f"{i}.txt": word.encode(), f"{i}.codes.json": CODES, f"{i}.json": told}
         clip = np.stack([image(i), image(i + 1)])
         clips |= {f"{i}.mp4": encode_video(clip, 2.0), f"{i}.txt": word.encode()}
-        items = [{"text": word}, {"image": "0.png"}, {"codes": "0.codes.json"}]
+        items: list[dict[str, str]] = [{"text": word}, {"image": "0.png"}, {"codes": "0.codes.json"}]
         items += [{"text": "one"}] if i % 2 else []
         mixed |= {f"{i}.json": json.dumps({"items": items}).encode(), f"{i}.0.png": png(i), f"{i}.0.codes.json": CODES}
-    for name, members in (("digits", digits), ("speech", speech), ("clips", clips), ("mixed", mixed)):
-        write_tar(folder / f"{name}.tar", members)
+    for shard, members in (("digits", digits), ("speech", speech), ("clips", clips), ("mixed", mixed)):
+        write_tar(folder / f"{shard}.tar", members)
 
 
-TASKS = {
+TASKS: dict[Any, str] = {
     "caption": "digits",
     "generate": "digits",
     "transcribe": "speech",

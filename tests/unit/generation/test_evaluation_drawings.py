@@ -5,7 +5,7 @@ import pytest
 
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.document import Text
-from megatron_gemini.generation.api import Drawing
+from megatron_gemini.generation.api import Drawing, Generator
 from megatron_gemini.generation.evaluation.answers import accuracy
 from megatron_gemini.generation.evaluation.drawings import (
     Drawn,
@@ -18,15 +18,16 @@ from megatron_gemini.generation.evaluation.held_out import Example, RealImages, 
 from megatron_gemini.generation.evaluation.images import Classifier
 
 
-class Tokens:
+class Tokens(Generator):
     """An image is its grey value; its code is that value."""
 
-    layout = TokenLayout(text_size=5, image_codes=256)
+    def __init__(self) -> None:
+        self.layout = TokenLayout(text_size=5, image_codes=256)
 
-    def codes(self, images):
+    def codes(self, images, batch_size=1):
         return [(int(image[0, 0, 0]),) for image in images]
 
-    def pixels(self, codes):
+    def pixels(self, codes, batch_size=1):
         return [grey(code) for (code,) in codes]
 
 
