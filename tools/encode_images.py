@@ -63,14 +63,13 @@ def encode_shards(checkpoint: Path, shards: Sequence[Path], batch: int, device: 
     import torch
     from tqdm import tqdm
 
-    from megatron_gemini.checkpoint.image_tokenizer import image_tokenizer_path
     from megatron_gemini.checkpoint.inference import load_image_tokenizer
 
     if batch < 1:
         raise ValueError(f"--batch is {batch}; it must be 1 or more")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = load_image_tokenizer(image_tokenizer_path(checkpoint)).to(device)
+        tokenizer = load_image_tokenizer(checkpoint).to(device)
     except RuntimeError as error:
         raise ValueError(f"--device {device} cannot be used: {error}") from None
     name = fingerprint(tokenizer)

@@ -68,21 +68,26 @@ def load_for_inference(path: str | Path) -> Loaded:
 
 
 def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
-    """The image tokenizer, in eval mode, of its own run directory, a step directory, or what `save_weights` wrote.
+    """The image tokenizer, in eval mode.
 
-    Raises ValueError as `load_for_inference`.
+    path: what `save_weights` wrote, a run or step directory of the tokenizer's own training, or one of a model that
+    carries its tokenizer. Raises ValueError as `load_for_inference`.
     """
-    path = Path(path)
-    reader: Reader
-    if (path / WEIGHTS).is_file():
-        directory, reader = path, WholeReader(path / WEIGHTS)
-    else:
-        directory = resolve(path)
-        verify(directory)
-        reader = PieceReader(directory)
+    directory, reader = _tokenizer_reader(Path(path))
     tokenizer = ImageTokenizer(read_config(directory / "config.yaml").image_tokenizer)
     fill(tokenizer, reader, directory)
     return tokenizer.eval()
+
+
+def _tokenizer_reader(path: Path) -> tuple[Path, Reader]:
+    if (path / WEIGHTS).is_file():
+        return path, WholeReader(path / WEIGHTS)
+    step = resolve(path)
+    verify(step)
+    carried = step / "image_tokenizer"
+    if (carried / WEIGHTS).is_file():
+        return carried, WholeReader(carried / WEIGHTS)
+    return step, PieceReader(step)
 
 
 def save_weights(module: nn.Module, config: RunConfig, directory: Path) -> None:

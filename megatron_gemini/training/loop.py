@@ -76,7 +76,7 @@ class Task(ABC):
     def assets(self) -> dict[str, training_state.Asset]:
         """Files that a checkpoint needs beside the weights."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most tasks have nothing to end
         """End background work."""
 
 

@@ -102,11 +102,18 @@ class Pretraining(Task):
         if not self.config.data.held_out:
             return {}
         outputs: list[LossOutput] = []
-        batches = self.to_device(self.loader.held_out())
+        batches = self.to_device(self._held_out_rows())
         self.engine.evaluate(batches, outputs.append)
         sums = self.sums(outputs, batches)
         totals = self.record(dict(zip(sums, self.engine.sum_over_data(list(sums.values())), strict=True)))
         return {f"held_out_{key}": totals[key] for key in ("loss", "loss_text", "loss_image")}
+
+    def _held_out_rows(self) -> list[Batch]:
+        topology = self.topology
+        with Loader.held_out(
+            self.config, topology.data_rank, topology.data_size, self.layout, self.tokenizer
+        ) as loader:
+            return loader.next()
 
     def assets(self) -> dict[str, Asset]:
         assets: dict[str, Asset] = {"text.model": Path(self.config.data.text_model)}
