@@ -74,7 +74,7 @@ def judge_drawings(
 def judge_tokenizer(
     generator: Generator, classifier: Classifier, train: RealImages, held_out: RealImages
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """code_usage on training images; reconstruction_recognised and _psnr of held-out ones, and their reconstructions."""
+    """code_usage on training images, reconstruction_recognised and _psnr of held-out ones; and the reconstructions."""
     rebuilt = generator.pixels(generator.codes(held_out.images))
     used = {code for codes in generator.codes(train.images) for code in codes}
     figures = {

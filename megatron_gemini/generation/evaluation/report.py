@@ -85,9 +85,9 @@ def evaluate(
         _images(generator, examples, train, held_out, settings, results)
     elif "interleave" in examples:
         results.figures["interleave_accuracy"] = last_item_accuracy(generator, examples["interleave"], GREEDY, None)
-    fingerprints = [read_fingerprint(side, settings.disjoint, settings.checked) for side in (train, held_out)]
+    ours, theirs = (read_fingerprint(side, settings.disjoint, settings.checked) for side in (train, held_out))
     results.figures |= {
-        "held_out": compare(*fingerprints, settings.disjoint),
+        "held_out": compare(ours, theirs, settings.disjoint),
         "held_out_samples": {task: len(found) for task, found in examples.items()},
         "held_out_unreadable": dict(skipped),
         "evaluation_seconds": round(time.perf_counter() - begin, 2),
