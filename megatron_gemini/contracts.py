@@ -87,6 +87,10 @@ class Media:
     def items(self) -> int:
         return self.grid_I3.shape[0]
 
+    def to(self, device: torch.device | str) -> Media:
+        """The same inputs on `device`."""
+        return Media(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
 
 @dataclass
 class Batch:
@@ -122,8 +126,5 @@ class Batch:
             for f in dataclasses.fields(self)
             if f.name.endswith("_T")
         }
-        media = {
-            name: Media(*(getattr(m, f.name).to(device, non_blocking=True) for f in dataclasses.fields(m)))
-            for name, m in self.media.items()
-        }
+        media = {name: inputs.to(device) for name, inputs in self.media.items()}
         return Batch(**moved, media=media, samples=self.samples)

@@ -1,7 +1,7 @@
 """A run's checkpoints on disk: written beside, hashed, then renamed into place.
 
-    <run>/checkpoints/step-00000600/   complete, or not there at all
-    <run>/checkpoints/latest           the name of the newest complete one
+<run>/checkpoints/step-00000600/   complete, or not there at all
+<run>/checkpoints/latest           the name of the newest complete one
 """
 
 from __future__ import annotations

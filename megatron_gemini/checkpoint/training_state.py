@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, cut
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.fragments import Fragment, ensure_moments, has_moments, publish_masters, set_step_count
+
+# What is put beside the weights: a file or directory to copy, a text, or a function that writes to a path.
+Asset = Path | str | Callable[[Path], None]
 
 
 @dataclass
@@ -52,15 +56,14 @@ def owned(engine: Engine) -> list[Fragment]:
     return [
         fragment
         for fragment in engine.fragments
-        if fragment.count
-        and (fragment.parameter.placement.sharded_dim is not None or topology.tensor_rank == 0)
+        if fragment.count and (fragment.parameter.placement.sharded_dim is not None or topology.tensor_rank == 0)
     ]
 
 
-def save(engine: Engine, run: Path, progress: Progress, assets: dict[str, Path | str], keep: int) -> Path:
+def save(engine: Engine, run: Path, progress: Progress, assets: dict[str, Asset], keep: int) -> Path:
     """Write a checkpoint; every rank calls it. Returns its directory.
 
-    progress.data: this rank's lanes only. assets: files or directories to copy in by name, or text to write.
+    progress.data: this rank's lanes only. assets: what else belongs in it, by name.
     """
     temporary, final = layout.temporary_directory(run, progress.step), layout.step_directory(run, progress.step)
     rank = engine.topology.rank
@@ -107,8 +110,10 @@ def _write_rank(engine: Engine, stem: Path, progress: Progress) -> None:
     layout.write_text(stem.with_suffix(".json"), json.dumps(description))
 
 
-def _add(target: Path, source: Path | str) -> None:
-    if isinstance(source, str):
+def _add(target: Path, source: Asset) -> None:
+    if callable(source):
+        source(target)
+    elif isinstance(source, str):
         layout.write_text(target, source)
     elif source.is_dir():
         shutil.copytree(source, target)

@@ -76,7 +76,8 @@ def dump_config(config: RunConfig) -> str:
     """The whole configuration as YAML; `read_config` of it gives an equal one."""
     import yaml
 
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+    # Escaped to ASCII: written as they are, some characters (U+0085) would come back as spaces.
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120)
 
 
 def _checked(values: Mapping[Any, Any], label: str) -> dict[str, Any]:

@@ -87,13 +87,14 @@ class ImageTokenizerConfig:
 
     image_size: int = 16
     patch: int = 4
-    width: int = 96
-    layers: int = 3
+    width: int = 64
+    layers: int = 2
     heads: int = 4
-    mlp_width: int = 256
-    codes: int = 256
+    mlp_width: int = 128
+    codes: int = 64
     """Codebook size; 0 for a model that draws no images."""
-    code_width: int = 8
+    code_width: int = 4
+    """Width of a code's unit vector: few dimensions keep all codes in use."""
     commitment: float = 0.25
     l2_weight: float = 1.0
     logit_laplace_weight: float = 0.1

@@ -41,7 +41,9 @@ class EngineConfig:
         one_of(self, "engine", "offload_parameters", ("none", "cpu"))
         one_of(self, "engine", "adam", ("auto", "torch", "deepspeed"))
         if self.adam == "deepspeed" and self.offload_optimizer == "none":
-            raise ValueError("engine.adam deepspeed is its CPU Adam; set engine.offload_optimizer to cpu, or adam to auto")
+            raise ValueError(
+                "engine.adam deepspeed is its CPU Adam; set engine.offload_optimizer to cpu, or adam to auto"
+            )
         at_least(self, "engine", 0, "gradient_clipping")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")

@@ -119,9 +119,7 @@ def _stage3(name: str, parameter: Any, optimizer: Any) -> Fragment:
         view, _ = optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
         return view
 
-    return Fragment(
-        name, parameter, tuple(parameter.ds_shape), start, count, lambda: state(None).data, state, gradient
-    )
+    return Fragment(name, parameter, tuple(parameter.ds_shape), start, count, lambda: state(None).data, state, gradient)
 
 
 def _basic(engine: Any) -> torch.optim.Optimizer:

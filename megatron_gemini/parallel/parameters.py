@@ -61,7 +61,8 @@ def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = N
     """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it."""
     tagged = cast(Any, parameter)
     tagged.init = init
-    tagged.placement = placement or Placement(None, tuple(parameter.shape))
+    # Under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty until gathered.
+    tagged.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
     return parameter
 
 

@@ -117,7 +117,9 @@ def compare(layers: int, width: int, tokens: int, pairs: int, repeats: int) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=0, help="one case of your own; without it the two that are bounded")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="one case of your own; without it the two that are bounded"
+    )
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs of measurements, at least 10")

@@ -44,6 +44,7 @@ class AudioEncoder(nn.Module):
             for _ in range(config.layers)
         )
         self.out = linear(config.width, out_width)
+        self.register_buffer("like", torch.empty(0), persistent=False)  # dtype and device; see VisionEncoder
 
     def forward(self, media: Media) -> torch.Tensor:
         """[O, out_width]: ceil(ceil(frames / 2) / 2) embeddings a clip, clip after clip.
@@ -55,7 +56,7 @@ class AudioEncoder(nn.Module):
             raise ValueError(
                 f"{len(frames_I)} audio clips have {total} log-mel frames, but there are {len(media.values_PC)}"
             )
-        h_OD, length_I = self.subsample(media.values_PC, frames_I)
+        h_OD, length_I = self.subsample(media.values_PC.to(self.like.dtype), frames_I)
         position_O, clip_O = _within(length_I, len(h_OD))
         h_OD = h_OD + sinusoids(position_O, self.config.width).to(h_OD.dtype)
         segment_O = (clip_O + 1).to(torch.int32)
@@ -67,7 +68,7 @@ class AudioEncoder(nn.Module):
 
     def dummy(self) -> Media:
         """One clip of one log-mel frame: the smallest valid input."""
-        device = self.out.weight.device
+        device = self.like.device
         return Media(
             values_PC=torch.zeros(1, self.config.mels, device=device),
             grid_I3=torch.ones(1, 3, dtype=torch.int64, device=device),
@@ -120,12 +121,11 @@ class Subsample(nn.Module):
 
     def forward(self, values_PM: torch.Tensor, frames_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(float[O, D], int64 rows of each clip)."""
-        x_PM = values_PM.to(self.first.weight.dtype)
         # Two zeros and a start at a multiple of 4 leave at least one zero after every clip at half rate as well.
-        full = Gaps.between(frames_I, len(x_PM), gap=2, multiple=4)
+        full = Gaps.between(frames_I, len(values_PM), gap=2, multiple=4)
         half_I = (frames_I + 1) // 2
         length_I = (half_I + 1) // 2
-        x_MS = self.first(full.spread(x_PM).T[None])
+        x_MS = self.first(full.spread(values_PM).T[None])
         x_MS = F.gelu(x_MS) * _halved_mask(full, x_MS)
         x_SD = F.gelu(self.second(x_MS))[0].T
         return x_SD.index_select(0, _halved(_halved(full.slot_X))), length_I

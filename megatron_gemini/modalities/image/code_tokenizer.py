@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,7 @@ LOG_SCALE = (-3.0, 3.0)  # its scale; without a floor, a background that never c
 SPREAD = 0.1  # weight with which codes are drawn to encoder outputs
 
 
-@dataclass(frozen=True)
-class TokenizerLoss:
+class TokenizerLoss(NamedTuple):
     """loss: scalar, with its graph; the parts are detached scalars.
 
     l2: mean squared error of pixels in [-1, 1]. logit_laplace: mean negative log-likelihood. quantization: mean
@@ -64,7 +63,7 @@ class ImageTokenizer(nn.Module):
         self.pixels = linear(config.width, 2 * values)
 
     def forward(self, images_BSS3: torch.Tensor) -> TokenizerLoss:
-        """The training loss of float32[B, S, S, 3] in [-1, 1]; every term is a mean, so equal batches may be averaged."""
+        """The training loss of float32[B, S, S, 3] in [-1, 1]; a mean, so that of equal batches may be averaged."""
         config = self.config
         quantized = self.codebook(self._encode(images_BSS3))
         mean, log_scale = self._decode(quantized.vector_XC)
@@ -133,8 +132,7 @@ def _plan(images: int, patches: int, device: torch.device) -> AttentionPlan:
     return plan_attention(image_X, image_X)
 
 
-@dataclass(frozen=True)
-class Quantized:
+class Quantized(NamedTuple):
     """code_X: int64. vector_XC: the codes' unit vectors, whose gradient passes straight to the encoder's outputs.
 
     distance_to_codes moves only codes, distance_to_outputs only the encoder (its commitment); both are means of

@@ -31,6 +31,9 @@ class VisionEncoder(nn.Module):
         self.time = linear(config.width, config.width, bias=False)
         self.transformer = Transformer(config.width, config.layers, config.heads, config.mlp_width)
         self.out = linear(config.width, out_width)
+        # Tells the computation's dtype and device. Reading them off a weight would make ZeRO-3 gather it, on the ranks
+        # that happen to read it only, and the job would hang.
+        self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, media: Media) -> torch.Tensor:
         """[O, out_width], one embedding a patch, in the order of `media.values_PC`.
@@ -38,19 +41,19 @@ class VisionEncoder(nn.Module):
         Raises ValueError when the grids do not add up to the number of patches.
         """
         item_P, row_P, column_P, frame_P, segment_P = _locate(media)
-        weight = self.patch.weight
+        dtype = self.like.dtype
         seconds_P = media.time_I[item_P] * frame_P
-        h_PD = self.patch(media.values_PC.to(weight.dtype))
-        h_PD = h_PD + grid_positions(row_P, column_P, self.config.width).to(weight.dtype)
+        h_PD = self.patch(media.values_PC.to(dtype))
+        h_PD = h_PD + grid_positions(row_P, column_P, self.config.width).to(dtype)
         # Every still image has time 0 and no embedding of it; the projection runs all the same, so that ranks with
         # and without clips gather and reduce the same parameters.
-        time_PD = self.time(sinusoids(seconds_P / TIME_UNIT, self.config.width).to(weight.dtype))
+        time_PD = self.time(sinusoids(seconds_P / TIME_UNIT, self.config.width).to(dtype))
         h_PD = h_PD + time_PD * (media.time_I > 0)[item_P, None]
         return self.out(self.transformer(h_PD, plan_attention(segment_P, segment_P)))
 
     def dummy(self) -> Media:
         """One image of one patch: the smallest valid input."""
-        device = self.out.weight.device
+        device = self.like.device
         return Media(
             values_PC=torch.zeros(1, self.config.patch * self.config.patch * CHANNELS, device=device),
             grid_I3=torch.ones(1, 3, dtype=torch.int64, device=device),

@@ -97,13 +97,33 @@ def fit_image(image_HW3: np.ndarray, patch: int, max_side: int) -> np.ndarray:
     return np.asarray(resized)
 
 
+def square_image(image_HW3: np.ndarray, size: int) -> np.ndarray:
+    """The central square of uint8[H, W, 3], resized to uint8[size, size, 3] (bicubic), for the image code tokenizer.
+
+    An image of that size is returned as it is. Raises BadSample: image_empty.
+    """
+    height, width = image_HW3.shape[:2]
+    check_size(width, height)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image_HW3[top : top + side, left : left + side]
+    if side == size:
+        return square
+    return np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def signed_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 of any shape as float32 in [-1, 1]."""
+    return torch.from_numpy(images.astype(np.float32, order="C")).div_(127.5).sub_(1.0)
+
+
 def vision_grid(images_FHW3: np.ndarray, patch: int) -> tuple[int, int, int]:
     """(frames, patch rows, patch columns) of fitted frames; their product is the encoder's output length."""
     frames, height, width = images_FHW3.shape[:3]
     return frames, height // patch, width // patch
 
 
-def patchify(images_FHW3: np.ndarray | torch.Tensor, patch: int) -> torch.Tensor:
+def patchify(images_FHW3: np.ndarray, patch: int) -> torch.Tensor:
     """Cuts uint8[F, H, W, 3] into float32[F * rows * columns, patch * patch * 3] in [-1, 1].
 
     Patches are in the order frame, row, column; the values of a patch in the order row, column, channel.
@@ -112,13 +132,5 @@ def patchify(images_FHW3: np.ndarray | torch.Tensor, patch: int) -> torch.Tensor
     frames, height, width, channels = images_FHW3.shape
     if height % patch or width % patch:
         raise ValueError(f"an image of {width} x {height} pixels is not whole patches of {patch}; use fit_image first")
-    pixels = torch.as_tensor(np.ascontiguousarray(images_FHW3)).to(torch.float32) / 127.5 - 1.0
-    grid = pixels.view(frames, height // patch, patch, width // patch, patch, channels)
+    grid = signed_pixels(images_FHW3).view(frames, height // patch, patch, width // patch, patch, channels)
     return grid.transpose(2, 3).reshape(-1, patch * patch * channels)
-
-
-def unpatchify(values_PC: torch.Tensor, grid: tuple[int, int, int], patch: int) -> torch.Tensor:
-    """The inverse of `patchify` without the rounding: float[F * rows * columns, C] to float[F, H, W, 3]."""
-    frames, rows, columns = grid
-    tiles = values_PC.reshape(frames, rows, columns, patch, patch, -1).transpose(2, 3)
-    return tiles.reshape(frames, rows * patch, columns * patch, -1)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.data import DataConfig, SourceConfig
@@ -231,6 +231,7 @@ sources = st.builds(
 )
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     sources=st.lists(sources, max_size=3).map(tuple),
     lr=st.floats(1e-300, 1e300),

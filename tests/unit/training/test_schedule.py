@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.training import ScheduleConfig
@@ -47,6 +47,7 @@ schedules = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(schedule=schedules, more=st.integers(1, 40))
 def test_every_schedule_rises_to_the_peak_then_falls_to_the_final_ratio(schedule, more):
     steps = schedule.warmup_steps + schedule.decay_steps + more

@@ -1,0 +1,154 @@
+"""Entry point of evaluation: `megatron-gemini evaluate --checkpoint DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_gemini.cli import run_command
+from megatron_gemini.config.data import TASKS, SourceConfig
+from megatron_gemini.generation.options import OptionParser
+from megatron_gemini.generation.settings import SampleSettings
+
+if TYPE_CHECKING:
+    from megatron_gemini.checkpoint.inference import Loaded
+    from megatron_gemini.generation.evaluation.report import EvaluationSettings, Results
+
+SAMPLING = ("temperature", "top_k", "top_p", "seed", "guidance")
+_DESCRIPTION = """Score a trained model on held-out data, and draw a sheet of samples.
+
+The data is that of the model's own configuration (data.sources, data.held_out; paths are relative to the working
+directory), unless --held-out names other shards. Written are the figures (--out), and beside them samples.png and,
+for a run directory, loss.png.
+
+  megatron-gemini evaluate --checkpoint runs/quickstart
+  megatron-gemini evaluate --checkpoint runs/quickstart --held-out caption=data/test-*.tar --out report.json
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parse, load, evaluate, write. Returns the exit status."""
+    options = _parser().parse(argv)
+    out = Path(options.out) if options.out else Path(options.checkpoint) / "report.json"
+    if options.out and not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if min(options.samples, options.images) < 1:
+        raise ValueError(f"--samples is {options.samples} and --images {options.images}; both must be 1 or more")
+    drawing = SampleSettings(**{name: getattr(options, name) for name in SAMPLING})
+
+    from megatron_gemini.checkpoint.inference import load_for_inference
+    from megatron_gemini.generation.api import Generator
+    from megatron_gemini.generation.evaluation.report import EvaluationSettings, evaluate
+
+    loaded = load_for_inference(options.checkpoint)
+    held_out = tuple(options.held_out) or loaded.config.data.held_out
+    if not held_out:
+        raise ValueError("there is no held-out data: the model's data.held_out is empty; name shards by --held-out")
+    settings = EvaluationSettings(drawing, options.samples, options.images, tuple(options.disjoint))
+    results = evaluate(Generator(loaded), training_sources(loaded), held_out, settings)
+    report = complete(results, loaded, settings, options.runs)
+    write(report, results, loaded, out)
+    return 0
+
+
+def training_sources(loaded: Loaded) -> list[SourceConfig]:
+    """What the model and its image tokenizer were trained on."""
+    from megatron_gemini.config.load import read_config
+
+    sources = list(loaded.config.data.sources)
+    tokenizer = loaded.directory / "image_tokenizer" / "config.yaml"
+    return sources + (list(read_config(tokenizer).data.sources) if tokenizer.is_file() else [])
+
+
+def complete(results: Results, loaded: Loaded, settings: EvaluationSettings, runs: Sequence[str]) -> dict[str, Any]:
+    """The report: results, what training took, and how it all was made."""
+    from megatron_gemini.generation.evaluation.runs import training_figures
+
+    tokenizer = loaded.config.train.image_tokenizer
+    paths = [Path(run) for run in runs] or [run_of(loaded), *([Path(tokenizer)] if tokenizer else [])]
+    return {
+        **results.figures,
+        **training_figures(paths),
+        "checkpoint": str(loaded.directory),
+        "sampling": dataclasses.asdict(settings.drawing),
+    }
+
+
+def run_of(loaded: Loaded) -> Path:
+    """The run directory that the checkpoint lies in."""
+    return loaded.directory.parent.parent
+
+
+def write(report: dict[str, Any], results: Results, loaded: Loaded, out: Path) -> None:
+    """Writes report, sheet and loss curves; prints the figures."""
+    from megatron_gemini.generation.evaluation.sheet import make_sheet
+    from megatron_gemini.training.plots import plot_losses
+
+    out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    run = run_of(loaded)
+    samples = out.with_name("samples.png")
+    make_sheet(results, f"What {run.name} draws, sees and hears", report, loaded.config.vision.patch).save(samples)
+    written = [out, samples]
+    metrics = run / "metrics.jsonl"
+    if metrics.is_file():
+        plot_losses(metrics, out.with_name("loss.png"))
+        written.append(out.with_name("loss.png"))
+    for name, value in report.items():
+        if isinstance(value, (int, float)):
+            print(f"{name:<28} {value:g}")
+    if not report["held_out"]["separate"]:
+        print("warning: training and held-out shards share content; see held_out in the report", file=sys.stderr)
+    print(f"written: {', '.join(map(str, written))}")
+
+
+def _source(text: str) -> SourceConfig:
+    task, equals, shards = text.partition("=")
+    if task not in TASKS or not equals or not shards:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=SHARDS, with TASK one of {', '.join(TASKS)}")
+    return SourceConfig(shards=shards, task=task)  # type: ignore[arg-type]
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser("megatron-gemini evaluate", _DESCRIPTION)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or one checkpoint's")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--held-out",
+        action="append",
+        type=_source,
+        default=[],
+        metavar="TASK=SHARDS",
+        help="held-out shards and what to ask of them, any number of times (default: the model's data.held_out)",
+    )
+    data.add_argument(
+        "--disjoint",
+        nargs="+",
+        default=[],
+        metavar="FIELD",
+        help="metadata fields of which training and held-out shards must share no value, such as voice",
+    )
+    data.add_argument("--samples", type=int, default=400, metavar="N", help="of every held-out source (default: 400)")
+    drawing = parser.add_argument_group("drawing; texts are always the likeliest")
+    drawing.add_argument("--images", type=int, default=200, metavar="N", help="images to draw (default: 200)")
+    parser.add_sampling(drawing, SAMPLING)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help="the report (default: report.json in the checkpoint's directory)")
+    output.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="run directories whose training the report sums up, the model's first (default: its own and its image "
+        "tokenizer's)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,148 @@
+"""Entry point of generation: `megatron-gemini generate --checkpoint DIR ... "text"`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_gemini.cli import run_command
+from megatron_gemini.generation.options import OptionParser
+from megatron_gemini.generation.settings import ANSWERS, SampleSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SHORTEST_SIDE = 256  # pixels of a saved image that is enlarged by default
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
+_DESCRIPTION = """Ask a trained model. What it says is printed; what it draws is saved.
+
+Texts and files make up the prompt in the order in which they are given:
+
+  megatron-gemini generate --checkpoint runs/quickstart "draw a seven" --out seven.png
+  megatron-gemini generate --checkpoint runs/quickstart --image x.png "what is this?"
+  megatron-gemini generate --checkpoint runs/quickstart --audio x.wav "what was said?"
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Parse, load, ask, print and save. Returns the exit status."""
+    options = parse(argv)
+    settings = SampleSettings(
+        **{f.name: getattr(options, f.name) for f in dataclasses.fields(SampleSettings) if f.name != "cache"},
+        cache=not options.no_cache,
+    )
+    if not options.items:
+        raise ValueError('nothing was asked; give a text ("what is this?"), --image, --audio or --video')
+    out = Path(options.out or "answer.png")
+    check_out(out)
+    if options.scale < 0:
+        raise ValueError(f"--scale is {options.scale}; 1 keeps the size, 0 enlarges to {SHORTEST_SIDE} pixels")
+
+    from megatron_gemini.checkpoint.inference import load_for_inference
+    from megatron_gemini.generation.api import Generator
+    from megatron_gemini.generation.prompt_files import read_item
+
+    loaded = load_for_inference(options.checkpoint)
+    items = [read_item(kind, value, loaded.config) for kind, value in options.items]
+    answer = Generator(loaded).respond(items, settings)
+    images = [piece.pixels_HW3 for piece in answer if not isinstance(piece, str)]
+    paths = iter(save_images(images, out, options.scale))
+    for piece in answer:
+        print(piece if isinstance(piece, str) else f"image saved to {next(paths)}")
+    if options.out and not images:
+        print(f"no image was drawn, so {out} was not written; --answer image asks for one", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options; `items` holds the pairs (kind, value) of the prompt in the order of the command line.
+
+    Raises ValueError for a mistake; `--help` prints and raises SystemExit(0).
+    """
+    parser = _parser()
+    return parser.parse(_named(argv, parser.value_options()))
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError when no image could be saved there, before any work is done."""
+    if out.suffix.lower() not in IMAGE_FILES:
+        raise ValueError(f"--out {out} is not the name of an image; end it in one of {', '.join(IMAGE_FILES)}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+
+
+def save_images(images: Sequence[np.ndarray], out: Path, scale: int) -> list[Path]:
+    """Saves uint8[H, W, 3] images: one as `out`, several as out-1, out-2, ...; returns their paths.
+
+    scale: enlarges by this factor (bicubic); 0 by the smallest that makes the shorter side `SHORTEST_SIDE`.
+    """
+    from PIL import Image
+
+    paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(images))]
+    for path, pixels_HW3 in zip(paths, images, strict=True):
+        height, width = pixels_HW3.shape[:2]
+        factor = scale or -(-SHORTEST_SIDE // min(height, width))
+        picture = Image.fromarray(pixels_HW3)
+        if factor > 1:
+            picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+        picture.save(path)
+    return paths
+
+
+class _Item(argparse.Action):
+    """Adds (kind, value) to the prompt."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.items = [*namespace.items, (self.option_strings[0].removeprefix("--"), values)]
+
+
+def _named(argv: list[str], takes_value: set[str]) -> list[str]:
+    """argv with `--text=` before every bare text: argparse itself forgets where positionals stood among options."""
+    named: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--":
+            named += [f"--text={text}" for text in rest]
+        elif word.startswith("--") or word == "-h":
+            named.append(word)
+            if word in takes_value:
+                named += [value] if (value := next(rest, None)) is not None else []
+        else:
+            named.append(f"--text={word}")
+    return named
+
+
+def _parser() -> OptionParser:
+    parser = OptionParser("megatron-gemini generate", _DESCRIPTION)
+    parser.set_defaults(items=[])
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or one checkpoint's")
+    prompt = parser.add_argument_group("prompt, any number in any order")
+    prompt.add_argument("--text", action=_Item, metavar="TEXT", help="a text; --text itself may be left out")
+    prompt.add_argument("--image", action=_Item, metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP")
+    prompt.add_argument("--audio", action=_Item, metavar="FILE", help="WAV, FLAC, Ogg or MP3")
+    prompt.add_argument("--video", action=_Item, metavar="FILE", help="MP4, WebM, MKV, AVI or TS")
+    sampling = parser.add_argument_group("sampling")
+    parser.add_sampling(sampling, ("temperature", "top_k", "top_p", "seed", "guidance", "max_tokens"))
+    answer = SampleSettings.answer
+    sampling.add_argument("--answer", choices=ANSWERS, default=answer, help=f"what may be answered (default: {answer})")
+    sampling.add_argument("--no-cache", action="store_true", help="compute keys and values again for every token")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help="image to write; several are numbered (default: answer.png)")
+    output.add_argument(
+        "--scale",
+        type=int,
+        default=0,
+        metavar="N",
+        help=f"enlarge saved images N times; 1 keeps their size (default: to {SHORTEST_SIDE} pixels or more)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a mistake")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

@@ -1,0 +1,118 @@
+"""What the shards hold, read for evaluation: questions with their right answers, and real images with their classes.
+
+Shape suffixes: S pixels of a side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.data.decode import IMAGE_ENDINGS, Decoder, decode_text
+from megatron_gemini.data.document import Item
+from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.tasks import ask, random_stream
+from megatron_gemini.generation.evaluation.images import resized
+from megatron_gemini.generation.evaluation.separation import Fingerprint
+from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.image.preprocess import decode_image
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A question and what is right. answer: None for a document that is learned whole (interleave, text).
+
+    text: the sample's own text, empty if it has none. label: its class, see `label_of`.
+    """
+
+    key: str
+    prompt: list[Item]
+    answer: list[Item] | None
+    text: str
+    label: str
+
+
+@dataclass
+class RealImages:
+    """Images of one size, uint8[S, S, 3], and their classes."""
+
+    images: list[np.ndarray]
+    labels: list[str]
+
+
+def read_examples(
+    source: SourceConfig, decoder: Decoder, limit: int, seed: int, skipped: Counter[str]
+) -> list[Example]:
+    """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
+    shards = Shards.from_pattern(source.shards)
+    examples = []
+    for sample in spaced(len(shards), limit):
+        key = shards.keys[sample]
+        try:
+            members = shards.read(sample, shards.endings(sample))
+            fields = decoder.decode(members, source.task, key)
+            text, label = text_of(members), label_of(members)
+        except BadSample as error:
+            skipped[error.reason] += 1
+            continue
+        question = ask(source.task, fields, source.prompts, random_stream(seed, "evaluate", source.task, key))
+        examples.append(Example(key, question.prompt, question.answer, text, label))
+    return examples
+
+
+def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealImages:
+    """Images that have a class, from the sources' shards, at most `limit` of every set of shards, resized to `side`."""
+    real = RealImages([], [])
+    for pattern in dict.fromkeys(source.shards for source in sources if source.task in ("caption", "generate")):
+        shards = Shards.from_pattern(pattern)
+        for sample in spaced(len(shards), limit):
+            wanted = [*IMAGE_ENDINGS, "txt", "json"]
+            try:
+                members = shards.read(sample, wanted)
+                data = next((members[ending] for ending in IMAGE_ENDINGS if ending in members), None)
+                if data is not None and (label := label_of(members)):
+                    real.images.append(resized(decode_image(data), side))
+                    real.labels.append(label)
+            except BadSample:
+                continue  # the loader counts and reports these; here an image less changes nothing
+    return real
+
+
+def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limit: int) -> Fingerprint:
+    """The content of the sources' shards, at most `limit` samples of every set of shards."""
+    fingerprint = Fingerprint()
+    for pattern in dict.fromkeys(source.shards for source in sources):
+        shards = Shards.from_pattern(pattern)
+        for sample in spaced(len(shards), limit):
+            try:
+                members = shards.read(sample, shards.endings(sample))
+            except BadSample:
+                continue
+            fingerprint.add(shards.keys[sample], members, names)
+    return fingerprint
+
+
+def label_of(members: dict[str, bytes]) -> str:
+    """The class of a sample: "label" in its metadata, otherwise its text; empty when it has neither."""
+    try:
+        metadata = json.loads(members.get("json", b"{}"))
+    except ValueError:
+        metadata = {}
+    if isinstance(metadata, dict) and isinstance(metadata.get("label"), (str, int)):
+        return str(metadata["label"])
+    return text_of(members)
+
+
+def text_of(members: dict[str, bytes]) -> str:
+    """The text of a sample, or an empty one."""
+    return decode_text(members["txt"]) if "txt" in members else ""
+
+
+def spaced(size: int, limit: int) -> Iterator[int]:
+    """At most `limit` indices below `size`, evenly spaced from the first to the last."""
+    return iter(np.linspace(0, size - 1, min(size, limit)).astype(int).tolist())

@@ -1,0 +1,81 @@
+"""That held-out data is not trained on: checked on the shards themselves, not taken from their names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+MEDIA = ("png", "jpg", "jpeg", "webp", "wav", "flac", "mp4")
+HOW = (
+    "Every image, recording and clip of the training and the held-out shards was hashed (SHA-256), and the named "
+    "metadata fields of their samples were collected; nothing may be on both sides."
+)
+
+
+@dataclass
+class Fingerprint:
+    """What identifies the content of a set of shards.
+
+    media: hashes of all images, recordings and clips, with the key of a sample that holds each.
+    fields: for each metadata field, the values that occur, with the key of a sample that has each.
+    """
+
+    samples: int = 0
+    media: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def add(self, key: str, members: Mapping[str, bytes], names: Iterable[str]) -> None:
+        """Takes a sample: its key, its members by extension, and the metadata fields that identify its origin."""
+        self.samples += 1
+        for extension, data in members.items():
+            if extension.rpartition(".")[2].lower() in MEDIA:
+                self.media[hashlib.sha256(data).hexdigest()] = key
+        metadata = _metadata(members.get("json", b"{}"))
+        for name in names:
+            for value in _values(metadata.get(name)):
+                self.fields.setdefault(name, {})[value] = key
+
+
+def compare(train: Fingerprint, held_out: Fingerprint, names: Iterable[str]) -> dict[str, Any]:
+    """What is on both sides, as plain data for a report. `separate` is true when nothing is, and something was there.
+
+    A field that one side lacks is not compared, and says so.
+    """
+    shared_media = train.media.keys() & held_out.media.keys()
+    report: dict[str, Any] = {
+        "how": HOW,
+        "training_samples": train.samples,
+        "held_out_samples": held_out.samples,
+        "media_hashed": {"training": len(train.media), "held_out": len(held_out.media)},
+        "shared_media": len(shared_media),
+        "fields": {},
+    }
+    examples = [(train.media[x], held_out.media[x]) for x in sorted(shared_media)]
+    for name in names:
+        ours, theirs = train.fields.get(name, {}), held_out.fields.get(name, {})
+        shared = sorted(ours.keys() & theirs.keys())
+        values = {"training": len(ours), "held_out": len(theirs)}
+        report["fields"][name] = {**values, "shared": len(shared) if ours and theirs else "not comparable"}
+        examples += [(ours[x], theirs[x]) for x in shared]
+    report["separate"] = not examples and train.samples > 0 and held_out.samples > 0
+    if examples:
+        report["example"] = {"training": examples[0][0], "held_out": examples[0][1]}
+    return report
+
+
+def _metadata(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _values(value: Any) -> list[str]:
+    """A list is several values: the frames of a clip, the images of a document."""
+    if value is None:
+        return []
+    return [str(x) for x in value] if isinstance(value, list) else [str(value)]

@@ -1,0 +1,83 @@
+"""Which tokens may follow: text and whole images, as a small state machine over a batch.
+
+Shape suffixes: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_gemini.contracts import TokenLayout
+
+TEXT, START_IMAGE, IMAGE, END_IMAGE, END = range(5)
+
+
+class Grammar:
+    """answer = (text piece | image_begin, `codes_per_image` codes, image_end)* eos, a state per sequence.
+
+    answer="text" leaves images out; answer="image" is exactly one image. An image begins only if all of it and
+    the eos behind it fit into the `max_tokens` of the answer, so that no half image is ever returned.
+    """
+
+    def __init__(self, layout: TokenLayout, codes_per_image: int, answer: str, max_tokens: int, sequences: int) -> None:
+        draws = layout.image_codes > 0 and codes_per_image > 0
+        if answer == "image" and not draws:
+            raise ValueError("an image was asked for, but this model has no image codes; ask for text instead")
+        self.image_tokens = codes_per_image + 3  # begin, codes, end, eos
+        if answer == "image" and max_tokens < self.image_tokens:
+            raise ValueError(f"max_tokens is {max_tokens}; an image of this model needs {self.image_tokens}")
+        self.layout, self.codes, self.answer = layout, codes_per_image, answer
+        self.draws = draws and answer != "text"
+        self.state_B = [START_IMAGE if answer == "image" else TEXT] * sequences
+        self.drawn_B = [0] * sequences
+        self.left_B = [max_tokens] * sequences
+        self._table = self._masks()
+
+    def allowed(self) -> torch.Tensor:
+        """What may come next, bool[B, V]; at least one token a row."""
+        rows = [
+            len(self._table) - 1 if state == TEXT and self._image_fits(left) else state
+            for state, left in zip(self.state_B, self.left_B, strict=True)
+        ]
+        return self._table[rows]
+
+    def in_image(self) -> list[bool]:
+        """Whether the next token is an image code, by sequence."""
+        return [state == IMAGE for state in self.state_B]
+
+    def advance(self, tokens: list[int]) -> list[bool]:
+        """Takes the chosen token of every sequence; returns which sequences are finished."""
+        return [self._advance(row, token) for row, token in enumerate(tokens)]
+
+    def keep(self, rows: list[int]) -> None:
+        """Keeps only these sequences, in this order."""
+        for name in ("state_B", "drawn_B", "left_B"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+
+    def _image_fits(self, left: int) -> bool:
+        return self.draws and left >= self.image_tokens
+
+    def _advance(self, row: int, token: int) -> bool:
+        state = self.state_B[row]
+        self.left_B[row] -= 1
+        if state in (TEXT, START_IMAGE) and token == self.layout.control("image_begin"):
+            self.state_B[row], self.drawn_B[row] = IMAGE, 0
+        elif state == IMAGE:
+            self.drawn_B[row] += 1
+            self.state_B[row] = END_IMAGE if self.drawn_B[row] == self.codes else IMAGE
+        elif state == END_IMAGE:
+            self.state_B[row] = END if self.answer == "image" else TEXT
+        return token == self.layout.control("eos") or self.left_B[row] == 0
+
+    def _masks(self) -> torch.Tensor:
+        """bool[6, V]: a row for each state, then TEXT with leave to begin an image."""
+        layout = self.layout
+        table = torch.zeros(6, layout.size, dtype=torch.bool)
+        for text_row in (TEXT, -1):
+            table[text_row, : layout.text_size] = True
+            table[text_row, layout.control("eos")] = True
+        table[[START_IMAGE, -1], layout.control("image_begin")] = True
+        table[IMAGE, layout.first_image_code :] = True
+        table[END_IMAGE, layout.control("image_end")] = True
+        table[END, layout.control("eos")] = True
+        return table

@@ -1,0 +1,41 @@
+"""Files that a user names in a prompt, read into items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.data.document import Audio, Image, Item, Text, Video
+from megatron_gemini.modalities.audio.preprocess import decode_audio
+from megatron_gemini.modalities.image.preprocess import decode_image
+from megatron_gemini.modalities.video.preprocess import decode_video
+
+MAX_BYTES = 512 * 1024 * 1024
+
+
+def read_item(kind: str, value: str, config: RunConfig) -> Item:
+    """A prompt item. kind: "text" (value is the text), or "image", "audio", "video" (value is a path).
+
+    Raises ValueError that names the file and what is wrong with it.
+    """
+    if kind == "text":
+        return Text(value)
+    data = _read(kind, Path(value))
+    try:
+        if kind == "image":
+            return Image(decode_image(data))
+        if kind == "audio":
+            return Audio(decode_audio(data, config.audio.max_seconds))
+        return Video(*decode_video(data, config.vision.max_frames))
+    except ValueError as error:
+        raise ValueError(f"{value}: {error}") from error
+
+
+def _read(kind: str, path: Path) -> bytes:
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise ValueError(f"--{kind} {path} {what}")
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"--{kind} {path} has {size:,} bytes; the limit is {MAX_BYTES:,}")
+    return path.read_bytes()

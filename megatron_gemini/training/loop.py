@@ -1,0 +1,215 @@
+"""What every training task shares: the order of a step, saving, stopping, resuming, and the records of it all.
+
+A task supplies the module, its data and the figures worth logging; the loop here is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_gemini.checkpoint import directory, training_state
+from megatron_gemini.config.load import dump_config
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.engine.engine import Engine, StepResult
+from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
+from megatron_gemini.training.plots import plot_losses
+from megatron_gemini.training.progress import Progress
+from megatron_gemini.training.schedule import learning_rate
+from megatron_gemini.training.stop import StoppedError, StopRequest
+from megatron_gemini.training.throughput import peak_memory_bytes
+
+
+class Task(ABC):
+    """One kind of training. `engine` and `run_dir` exist after construction."""
+
+    engine: Engine
+
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
+        self.config, self.topology, self.device = config, topology, device
+        self.run_dir = Path(config.train.output_dir)
+
+    @abstractmethod
+    def next_batches(self) -> list[Any]:
+        """This rank's microbatches of the next global step, on the CPU."""
+
+    @abstractmethod
+    def weight(self, batches: list[Any]) -> float:
+        """Sum of the loss weights of this rank's microbatches."""
+
+    @abstractmethod
+    def to_device(self, batches: list[Any]) -> list[Any]: ...
+
+    @abstractmethod
+    def sums(self, outputs: list[Any], batches: list[Any]) -> dict[str, float]:
+        """Figures of this rank's outputs that may be added over ranks."""
+
+    @abstractmethod
+    def record(self, sums: dict[str, float]) -> dict[str, float]:
+        """What to log, from the sums over all data-parallel ranks; has "loss" and "tokens"."""
+
+    @abstractmethod
+    def data_state(self) -> dict[str, Any]:
+        """State of this rank's data lanes by lane number."""
+
+    @abstractmethod
+    def load_data_state(self, state: dict[str, Any]) -> None: ...
+
+    def utilisation(self, record: dict[str, float], seconds: float) -> dict[str, float]:
+        """{"mfu": share of the devices' peak} where that is known."""
+        return {}
+
+    @abstractmethod
+    def held_out(self) -> dict[str, float]:
+        """Held-out figures, the same on every rank; empty if there is no held-out data."""
+
+    @abstractmethod
+    def assets(self) -> dict[str, training_state.Asset]:
+        """Files that a checkpoint needs beside the weights."""
+
+    def close(self) -> None:  # noqa: B027 - most tasks have nothing to end
+        """End background work."""
+
+
+class Loop:
+    """Runs a task from where its newest checkpoint left it to `train.steps`."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.config, self.engine = task, task.config, task.engine
+        self.main = task.topology.rank == 0
+        self.state = training_state.Progress()
+        self.stop = StopRequest()
+        self.resumed_from: Path | None = None
+        if self.config.train.resume:
+            self.resumed_from = directory.newest(task.run_dir)
+        if self.resumed_from:
+            self.state = training_state.load(self.engine, self.resumed_from)
+            task.load_data_state(self.state.data)
+        self.saved_at = self.state.step if self.resumed_from else -1
+        self.data = task.data_state()
+
+    def run(self) -> None:
+        """Train to the end, or to the step at which the ranks agree to stop (`StoppedError`)."""
+        start, train = self.state.step, self.config.train
+        writer = MetricsWriter(self.config, self.task.run_dir, self.task.topology.rank, start)
+        progress = Progress(train.steps, start, self.task.topology.rank)
+        if self.resumed_from:
+            progress.note(f"going on from {self.resumed_from}")
+        self.stop.install()
+        try:
+            while self.state.step < train.steps:
+                self.one_step(writer, progress)
+                if self._due(train.save_every):
+                    self.save(progress)
+            self.save(progress)
+        finally:
+            self.stop.restore()
+            writer.close()
+            self.task.close()
+            progress.finish()
+        self.write_summary()
+
+    def one_step(self, writer: MetricsWriter, progress: Progress) -> None:
+        """Read, agree, train, record; where the ranks agree to stop, save and raise `StoppedError` instead."""
+        step, started = self.state.step, time.perf_counter()
+        batches = self.task.next_batches()
+        waited = time.perf_counter() - started
+        weight, number = self.agree(self.task.weight(batches))
+        if number:
+            # The step's rows have been handed out but not trained on: the state before them is what counts.
+            self.save(progress)
+            progress.note(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
+            raise StoppedError(number)
+        record = self.step(self.task.to_device(batches), weight)
+        self.data = self.task.data_state()
+        seconds = time.perf_counter() - started
+        self.state.seconds += seconds
+        record |= {
+            "tokens_per_second": record["tokens"] / seconds,
+            "step_seconds": seconds,
+            "data_seconds": waited,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **self.task.utilisation(record, seconds),
+        }
+        if self._due(self.config.train.held_out_every):
+            record |= self.task.held_out()
+        if writer.due(step):
+            writer.write(step, record)
+        progress.update(step, record)
+
+    def step(self, batches: list[Any], weight: float) -> dict[str, float]:
+        """One global step. weight: the sum of its loss weights over all data-parallel ranks."""
+        outputs: list[Any] = []
+        self.engine.forward_backward(batches, weight, outputs.append)
+        lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
+        result = self.engine.step(lr)
+        record = self.task.record(self.add_over_data(self.task.sums(outputs, batches)))
+        return self.advance(record, result, lr)
+
+    def advance(self, record: dict[str, float], result: StepResult, lr: float) -> dict[str, float]:
+        """Count the step and complete its record."""
+        self.state.step += 1
+        self.state.tokens += int(record["tokens"])
+        self.state.optimizer_steps += not result.skipped
+        return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
+
+    def agree(self, weight: float) -> tuple[float, int]:
+        """(sum of the weights over the data-parallel ranks, signal number to stop for or 0), the same everywhere."""
+        share = torch.zeros(2, dtype=torch.float64, device=self.task.device)
+        share[0] = weight / self.task.topology.tensor_size  # tensor-parallel peers hold the same rows
+        gathered = torch.zeros(self.task.topology.world, 2, dtype=torch.float64, device=self.task.device)
+        share[1] = self.stop.requested()
+        if self.task.topology.world > 1:
+            dist.all_gather_into_tensor(gathered, share)
+        else:
+            gathered[0] = share
+        total, number = float(gathered[:, 0].sum()), int(gathered[:, 1].max())
+        if total <= 0:
+            raise ValueError("no token of this step has a loss weight; check the loss section and the data's tasks")
+        return total, number
+
+    def add_over_data(self, sums: dict[str, float]) -> dict[str, float]:
+        return dict(zip(sums, self.engine.sum_over_data(list(sums.values())), strict=True))
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint of the state as it is now, unless it is there already."""
+        if self.saved_at == self.state.step:
+            return
+        self.state.data = self.data
+        assets: dict[str, training_state.Asset] = {"config.yaml": dump_config(self.config), **self.task.assets()}
+        path = training_state.save(self.engine, self.task.run_dir, self.state, assets, self.config.train.keep)
+        self.saved_at = self.state.step
+        progress.note(f"saved {path}")
+
+    def write_summary(self) -> None:
+        """summary.json: what the run took, for reports."""
+        if not self.main:
+            return
+        seconds = max(self.state.seconds, 1e-9)
+        summary = {
+            "task": self.config.train.task,
+            "steps": self.state.step,
+            "tokens": self.state.tokens,
+            "train_seconds": round(seconds, 3),
+            "tokens_per_second": round(self.state.tokens / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        directory.write_text(self.task.run_dir / "summary.json", json.dumps(summary, indent=1))
+        plot_losses(self.task.run_dir / FILE_NAME, self.task.run_dir / "loss.png")
+
+
+def mean(total: float, count: float) -> float:
+    """total / count, nan where nothing was counted."""
+    return total / count if count else math.nan

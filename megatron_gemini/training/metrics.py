@@ -1,0 +1,144 @@
+"""What a run measures: one record a step, in metrics.jsonl and in the trackers that the configuration asks for.
+
+A record is a flat mapping of names to numbers. The names that the progress bar and the figures know:
+
+loss, loss_text, loss_image              nats a target token, weighted as trained; by modality
+held_out_loss, held_out_loss_text, ...   the same on held-out data, only in the records of some steps
+learning_rate, gradient_norm
+tokens, tokens_per_second                tokens of the global step, without padding
+share_text, share_image_codes, share_image, share_video, share_audio, of those tokens (`token_shares`)
+peak_memory_bytes, mfu                   `throughput`
+
+Shape suffixes: T packed tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.training.trackers import Tracker, open_trackers
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_gemini.contracts import Batch, TokenLayout
+
+FILE_NAME = "metrics.jsonl"
+TOKEN_KINDS = ("text", "image_codes", "image", "video", "audio")
+
+
+class MetricsWriter:
+    """Writes the records of a run; on any rank but 0 it does nothing.
+
+    The file holds each step once, in order: a run that resumes at `start_step` first drops the records from there on,
+    which the interrupted run wrote after its last checkpoint. A run that starts at 0 begins a new file.
+
+    Raises a `ValueError` where a tracker is asked for that is not installed.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: str | Path, rank: int, start_step: int = 0) -> None:
+        self.every, self.held_out_every = config.logging.every, config.train.held_out_every
+        self.last_step = config.train.steps - 1
+        self.active = rank == 0
+        self.trackers: list[Tracker] = []
+        if not self.active:
+            return
+        directory = Path(run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / FILE_NAME
+        _keep_before(path, start_step)
+        self.trackers = open_trackers(config, directory, start_step)
+        self.file = path.open("a", encoding="utf-8")
+
+    def due(self, step: int) -> bool:
+        """Whether a record of this step is wanted: the first, the last, every n-th, and those with held-out losses."""
+        held_out = self.held_out_every > 0 and (step + 1) % self.held_out_every == 0
+        return held_out or step % self.every == 0 or step == self.last_step
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        """Write the record of a step, at once, so that it can be followed and survives a crash."""
+        if not self.active:
+            return
+        values = {"step": step, **{name: _finite(value) for name, value in record.items()}}
+        self.file.write(json.dumps(values, allow_nan=False) + "\n")
+        self.file.flush()
+        for tracker in self.trackers:
+            tracker.write(step, record)
+
+    def close(self) -> None:
+        """Close the file and the trackers. Closing twice is allowed."""
+        if self.active:
+            self.file.close()
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
+
+
+def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:
+    """The records of a metrics.jsonl, in order, each with its `step`. A line cut off by a crash is left out.
+
+    A loss that was not finite is None in the file and `nan` here.
+    """
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            record = _record(line)
+            if record is not None:
+                yield {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def _record(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Leave only the records of earlier steps in the file: all of them or the file as it was, also in a crash."""
+    if not path.exists():
+        return
+    beside = path.with_suffix(".jsonl.new")
+    with path.open(encoding="utf-8", errors="replace") as old, beside.open("w", encoding="utf-8") as new:
+        for line in old:
+            record = _record(line)
+            if record is not None and record["step"] < step:
+                new.write(line.rstrip("\n") + "\n")
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(beside, path)
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no nan or infinity."""
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(value) if isinstance(value, int) else number
+
+
+def count_tokens(batches: Iterable[Batch], layout: TokenLayout) -> torch.Tensor:
+    """int64[5]: tokens of each of `TOKEN_KINDS` in these rows, without padding. Counts of ranks may be summed."""
+    import torch
+
+    placeholders = [layout.control(kind) for kind in ("image", "video", "audio")]
+    counts = torch.zeros(len(TOKEN_KINDS), dtype=torch.int64)
+    for batch in batches:
+        token_T = batch.token_T[batch.segment_T != 0]
+        codes = (token_T >= layout.first_image_code) & (token_T < layout.size)
+        found = torch.stack([codes.sum(), *((token_T == placeholder).sum() for placeholder in placeholders)])
+        counts += torch.cat([token_T.numel() - found.sum(dim=0, keepdim=True), found]).to(counts)
+    return counts
+
+
+def token_shares(counts: torch.Tensor) -> dict[str, float]:
+    """The record's `tokens` and `share_...` from the counts of `count_tokens`."""
+    total = int(counts.sum())
+    shares = {f"share_{kind}": count / max(total, 1) for kind, count in zip(TOKEN_KINDS, counts.tolist(), strict=True)}
+    return {"tokens": total, **shares}

@@ -1,0 +1,126 @@
+"""Pretraining: next-token loss over text and image codes on packed multimodal rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gemini.checkpoint.inference import load_image_tokenizer, save_weights
+from megatron_gemini.checkpoint.training_state import Asset
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
+from megatron_gemini.data.loader import Loader
+from megatron_gemini.engine.engine import Engine
+from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
+from megatron_gemini.modalities.text.tokenizer import TextTokenizer
+from megatron_gemini.models.gemini import Gemini, LossOutput
+from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.loop import Task, mean
+from megatron_gemini.training.metrics import TOKEN_KINDS, count_tokens, token_shares
+from megatron_gemini.training.throughput import model_flops_per_token, utilisation
+
+
+class Pretraining(Task):
+    """The decoder and its encoders, trained jointly."""
+
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
+        super().__init__(config, topology, device)
+        self.tokenizer = TextTokenizer(config.data.text_model)
+        self.layout = TokenLayout(self.tokenizer.size, config.image_tokenizer.codes)
+        self.image_tokenizer = self._load_image_tokenizer()
+        self.loader = Loader(config, topology.data_rank, topology.data_size, self.layout, self.tokenizer)
+        self.engine = Engine(
+            lambda: Gemini(config, self.layout, Layers(topology)), config, topology, device, config.train.rows_per_step
+        )
+
+    def _load_image_tokenizer(self) -> ImageTokenizer | None:
+        """The tokenizer whose codes the model learns; it travels with every checkpoint."""
+        path, section = self.config.train.image_tokenizer, self.config.image_tokenizer
+        if not path or not section.codes:
+            return None
+        tokenizer = load_image_tokenizer(path)
+        if tokenizer.config != section:
+            raise ValueError(
+                f"train.image_tokenizer {path} was trained as {tokenizer.config}, the image_tokenizer section says "
+                f"{section}; make them equal"
+            )
+        return tokenizer
+
+    def next_batches(self) -> list[Batch]:
+        return self.loader.next()
+
+    def weight(self, batches: list[Batch]) -> float:
+        return sum(float(batch.weight_T.sum()) for batch in batches)
+
+    def to_device(self, batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.device) for batch in batches]
+
+    def sums(self, outputs: list[LossOutput], batches: list[Batch]) -> dict[str, float]:
+        nll = torch.stack([output.nll_by_modality for output in outputs]).double().sum(0).tolist()
+        weight = torch.stack([output.weight_by_modality for output in outputs]).double().sum(0).tolist()
+        sums = {f"nll_{name}": value for name, value in zip(MODALITIES, nll, strict=True)}
+        sums |= {f"weight_{name}": value for name, value in zip(MODALITIES, weight, strict=True)}
+        sums |= dict(zip(TOKEN_KINDS, count_tokens(batches, self.layout).tolist(), strict=True))
+        sums["row_tokens"] = sum(batch.token_T.numel() for batch in batches)
+        sums["targets"] = sum(int((batch.weight_T > 0).sum()) for batch in batches)
+        sums["documents"] = sum(len(batch.samples) for batch in batches)
+        sums["visible_keys"] = sum(float((batch.position_T + 1)[batch.segment_T > 0].sum()) for batch in batches)
+        return sums
+
+    def record(self, sums: dict[str, float]) -> dict[str, float]:
+        weights = [sums[f"weight_{name}"] for name in MODALITIES]
+        losses = [sums[f"nll_{name}"] for name in MODALITIES]
+        record = {"loss": mean(sum(losses), sum(weights))}
+        for name, loss, weight in zip(MODALITIES, losses, weights, strict=True):
+            record[f"loss_{name}"] = mean(loss, weight)
+        record |= token_shares(torch.tensor([int(sums[kind]) for kind in TOKEN_KINDS]))
+        record["documents"] = int(sums["documents"])
+        record["fill"] = mean(record["tokens"], sums["row_tokens"])
+        record["flops_per_token"] = model_flops_per_token(
+            self.config.model,
+            self.layout.size,
+            visible_keys=mean(sums["visible_keys"], record["tokens"]),
+            loss_share=mean(sums["targets"], record["tokens"]),
+        )
+        return record
+
+    def utilisation(self, record: dict[str, float], seconds: float) -> dict[str, float]:
+        rate = record["tokens"] / seconds
+        share = utilisation(self.config, record["flops_per_token"], rate, self.topology.world)
+        return {} if share is None else {"mfu": share}
+
+    def data_state(self) -> dict[str, Any]:
+        return self.loader.state()
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state(state)
+
+    def held_out(self) -> dict[str, float]:
+        if not self.config.data.held_out:
+            return {}
+        outputs: list[LossOutput] = []
+        batches = self.to_device(self._held_out_rows())
+        self.engine.evaluate(batches, outputs.append)
+        sums = self.sums(outputs, batches)
+        totals = self.record(dict(zip(sums, self.engine.sum_over_data(list(sums.values())), strict=True)))
+        return {f"held_out_{key}": totals[key] for key in ("loss", "loss_text", "loss_image")}
+
+    def _held_out_rows(self) -> list[Batch]:
+        topology = self.topology
+        with Loader.held_out(
+            self.config, topology.data_rank, topology.data_size, self.layout, self.tokenizer
+        ) as loader:
+            return loader.next()
+
+    def assets(self) -> dict[str, Asset]:
+        assets: dict[str, Asset] = {"text.model": Path(self.config.data.text_model)}
+        tokenizer, config = self.image_tokenizer, self.config
+        if tokenizer is not None:
+            assets["image_tokenizer"] = lambda target: save_weights(tokenizer, config, target)
+        return assets
+
+    def close(self) -> None:
+        self.loader.close()

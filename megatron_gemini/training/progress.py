@@ -1,0 +1,137 @@
+"""What a person sees while a run trains: one live bar on a terminal, plain lines now and then elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Progress:
+    """Shows the steps of a run; on any rank but 0 it is silent.
+
+    steps: of the whole run; start: the step that this process begins with, after a resume.
+    stream: standard output by default. On a terminal there is one bar; otherwise a line for the first and the last
+        step, for a held-out loss, and at most one in `SECONDS_BETWEEN_LINES`.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        start: int = 0,
+        rank: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.steps, self.start, self.done = steps, start, start
+        self.stream = stream or sys.stdout
+        self.active = rank == 0
+        self.clock = clock
+        self.began = self.last_update = clock()
+        self.last_line = -math.inf
+        self.seconds_per_step: float | None = None
+        self.tokens = 0.0
+        self.latest: dict[str, float] = {}
+        self.bar: Any = self._open_bar() if self.active and self.stream.isatty() else None
+
+    def update(self, step: int, record: Mapping[str, float]) -> None:
+        """Step `step` is done; `record` holds what `metrics` names, as far as it was measured."""
+        self._time(step)
+        self.tokens += record.get("tokens", 0)
+        self.latest.update(record)
+        if not self.active:
+            return
+        if self.bar is not None:
+            brief = {name: value for name, value in self.latest.items() if name != "learning_rate"}  # fits 80 columns
+            self.bar.set_description_str(describe(brief), refresh=False)
+            self.bar.update(self.done - self.bar.n)
+        elif self._line_is_due(record):
+            self.last_line = self.clock()
+            left = f"  {_duration(self._left())} left" if self.done < self.steps else ""
+            self.note(f"step {self.done}/{self.steps}  {describe(record)}{left}")
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def finish(self) -> None:
+        """Close the bar and print one line on the whole: also right for a run that was stopped early."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        seconds = self.clock() - self.began
+        how = "trained" if self.done >= self.steps else f"stopped at step {self.done}/{self.steps} after"
+        parts = [f"{how} {self.done - self.start} steps in {_duration(seconds)}"]
+        if self.tokens and seconds > 0:
+            self.latest["tokens_per_second"] = self.tokens / seconds
+        whole = {name: value for name, value in self.latest.items() if not name.startswith(("share_", "learning_rate"))}
+        self.note("  ".join([*parts, describe(whole)]).rstrip())
+
+    def _time(self, step: int) -> None:
+        """Keep a running mean of a step's time, in which the first step of a process, slow to start, is forgotten."""
+        now = self.clock()
+        newly_done = step + 1 - self.done
+        if newly_done > 0:
+            seconds = (now - self.last_update) / newly_done
+            settled = self.seconds_per_step is not None and self.done > self.start + 1
+            self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if settled else seconds  # type: ignore[operator]
+        self.done, self.last_update = max(self.done, step + 1), now
+
+    def _left(self) -> float:
+        return (self.seconds_per_step or 0.0) * (self.steps - self.done)
+
+    def _line_is_due(self, record: Mapping[str, float]) -> bool:
+        ends = self.done in (self.start + 1, self.steps)
+        return ends or "held_out_loss" in record or self.clock() - self.last_line >= SECONDS_BETWEEN_LINES
+
+    def _open_bar(self) -> Any:
+        from tqdm import tqdm
+
+        layout = "{n}/{total}  {desc}  {remaining} left |{bar}|"  # the bar takes what the numbers leave
+        return tqdm(total=self.steps, initial=self.start, file=self.stream, dynamic_ncols=True, bar_format=layout)
+
+
+def describe(record: Mapping[str, float]) -> str:
+    """A record in one short line: what it has of loss, rate, shares, memory and utilisation."""
+    parts = []
+    for name, form in _FORMS.items():
+        if record.get(name) is not None:
+            parts.append(form(record[name]))
+    shares = [
+        f"{name.removeprefix('share_')} {value:.0%}"
+        for name, value in record.items()
+        if name.startswith("share_") and value
+    ]
+    return "  ".join([*parts, " ".join(shares)]).rstrip()
+
+
+_FORMS: dict[str, Callable[[float], str]] = {
+    "loss": lambda value: f"loss {value:.4f}",
+    "held_out_loss": lambda value: f"held-out {value:.4f}",
+    "learning_rate": lambda value: f"lr {value:.2e}",
+    "tokens_per_second": lambda value: f"{_short(value)} tokens/s",
+    "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",
+    "mfu": lambda value: f"MFU {value:.1%}",
+}
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

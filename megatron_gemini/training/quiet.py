@@ -1,0 +1,75 @@
+"""Silence what DeepSpeed, torch and megatron-core say on every run and a user can do nothing about.
+
+Only messages that are listed here go; every other warning, and every error, is shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import TextIO
+
+_WARNINGS = (
+    # DeepSpeed calls collectives by the names that its oldest torch has; torch warns at each call.
+    (r"`torch\.distributed\.\w+` is deprecated", FutureWarning),
+    # megatron-core falls back to torch's own operations, which the tensor-parallel layers never reach.
+    (r"Transformer Engine and Apex are not installed", UserWarning),
+)
+_PRINTED = (re.compile(r"^DeepSpeed \S+ built successfully$"),)  # by every rank, at every start
+_NO_ACCELERATOR = "Setting accelerator to CPU"
+
+
+def quiet_warnings() -> None:
+    """Install the filters; call it before DeepSpeed or megatron-core is imported. Calling it again changes nothing."""
+    for message, category in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)
+    logger = logging.getLogger("DeepSpeed")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorBoard loads TensorFlow where it finds it
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's hint on a missing accelerator where torch is built for CPU only: it cannot be otherwise."""
+    if not record.getMessage().startswith(_NO_ACCELERATOR):
+        return True
+    import torch
+
+    return torch.version.cuda is not None
+
+
+@contextlib.contextmanager
+def known_prints_dropped() -> Iterator[None]:
+    """Inside, lines that DeepSpeed prints at every start do not reach stdout; all others pass through at once."""
+    stream = _LineFilter(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        stream.finish()
+
+
+class _LineFilter(io.TextIOBase):
+    def __init__(self, target: TextIO) -> None:
+        self.target = target
+        self.pending = ""
+
+    def write(self, text: str) -> int:
+        *lines, self.pending = (self.pending + text).split("\n")
+        for line in lines:
+            if not any(noise.match(line) for noise in _PRINTED):
+                self.target.write(f"{line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.target.flush()
+
+    def finish(self) -> None:
+        self.target.write(self.pending)
+        self.flush()

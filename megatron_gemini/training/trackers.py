@@ -1,0 +1,87 @@
+"""TensorBoard and Weights & Biases, each imported only where the configuration asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from megatron_gemini.config.run import RunConfig
+
+
+class Tracker(Protocol):
+    """Takes the records of a run, in the order of their steps."""
+
+    def write(self, step: int, record: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_trackers(config: RunConfig, run_dir: Path, start_step: int) -> list[Tracker]:
+    """The trackers that `config.logging` asks for. Raises a `ValueError` for one that is not installed."""
+    trackers: list[Tracker] = []
+    if config.logging.tensorboard:
+        trackers.append(_TensorBoard(run_dir / "tensorboard", start_step))
+    if config.logging.wandb_project:
+        trackers.append(_WeightsAndBiases(config, run_dir, start_step))
+    return trackers
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path, start_step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "logging.tensorboard is true, but TensorBoard is not installed; "
+                "pip install tensorboard, or set logging.tensorboard to false"
+            ) from error
+        # The events after the checkpoint that a run resumes from stay in the files; TensorBoard hides them.
+        self.writer = SummaryWriter(str(directory), purge_step=start_step or None)
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        for name, value in record.items():
+            self.writer.add_scalar(_grouped(name), value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WeightsAndBiases:
+    """The key comes from the user's own login (`wandb login`); only the run's configuration is sent."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, start_step: int) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                f"logging.wandb_project is {config.logging.wandb_project!r}, but Weights & Biases is not installed; "
+                "pip install wandb, or set logging.wandb_project to ''"
+            ) from error
+        identity = run_dir / "wandb_run_id"
+        known = identity.read_text().strip() if start_step and identity.exists() else None
+        self.run = wandb.init(
+            project=config.logging.wandb_project,
+            name=run_dir.name,
+            id=known,
+            resume="allow" if known else None,
+            dir=str(run_dir),
+            config=dataclasses.asdict(config),
+        )
+        identity.write_text(f"{self.run.id}\n")
+
+    def write(self, step: int, record: Mapping[str, float]) -> None:
+        self.run.log({_grouped(name): value for name, value in record.items() if math.isfinite(value)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _grouped(name: str) -> str:
+    """`held_out_loss_text` belongs to the figure `held_out_loss`, `share_audio` to `share`: they use a slash."""
+    for group in ("held_out_loss", "loss", "share"):
+        if name.startswith(f"{group}_"):
+            return f"{group}/{name.removeprefix(group + '_')}"
+    return name

@@ -1,0 +1,80 @@
+"""Small multimodal rows for layout tests: the same global steps for every layout, made from the step's number."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.training import EngineConfig, LossConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.data.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
+from megatron_gemini.data.pack import pack
+
+ROWS, T = 4, 96
+LAYOUT = TokenLayout(text_size=24, image_codes=9)  # 49 ids: tensor ranks must pad
+CONFIG = RunConfig(
+    model=ModelConfig(width=32, layers=2, heads=4, kv_heads=1, head_width=8, mlp_width=48),
+    vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=24, patch=4, max_side=16, max_frames=2),
+    audio=AudioConfig(width=16, layers=1, heads=2, mlp_width=24, mels=16, max_seconds=1.0),
+    image_tokenizer=ImageTokenizerConfig(codes=9),
+    data=DataConfig(row_tokens=T),
+    optimizer=OptimizerConfig(lr=1e-2, eps=1e-4),
+    loss=LossConfig(text=1.0, image=0.5, z_loss=1e-3),
+    train=TrainConfig(rows_per_step=ROWS, seed=3),
+    engine=EngineConfig(zero_stage=0, offload_optimizer="none", gradient_clipping=0.5),
+)
+
+
+class Letters:
+    """A text tokenizer of single letters."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % LAYOUT.text_size for letter in text]
+
+
+def with_layout(
+    tensor: int, zero: int, offload: str = "none", parameters: str = "none", precision: str = "fp32"
+) -> RunConfig:
+    engine = dataclasses.replace(
+        CONFIG.engine, zero_stage=zero, offload_optimizer=offload, offload_parameters=parameters, precision=precision
+    )
+    return dataclasses.replace(CONFIG, parallel=ParallelConfig(tensor=tensor), engine=engine)
+
+
+def rows(step: int) -> list[Batch]:
+    """The ROWS rows of a global step. Row 1 has text only, and every row another number of targets."""
+    random = np.random.default_rng(step)
+    return [pack(_documents(random, row), T, CONFIG.loss) for row in range(ROWS)]
+
+
+def _documents(random: np.random.Generator, row: int) -> list[Document]:
+    words = "".join(random.choice(list("abcdefgh"), size=3 + 2 * row))
+    documents = [([Text(words)], [Text(words[::-1])])]
+    if row != 1:
+        picture = Image(random.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+        clip = Video(random.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), 0.25)
+        sound = Audio(random.standard_normal(6400).astype(np.float32) * 0.1)
+        codes = ImageCodes(tuple(int(code) for code in random.integers(0, 9, 4)))
+        documents += [([picture, Text("a")], [Text(words)]), ([Text("b")], [codes])]
+        documents += [([clip], [Text("c")])] if row == 2 else [([sound], [codes])]
+    return [
+        build_document(
+            prompt,
+            answer,
+            layout=LAYOUT,
+            text_tokenizer=Letters(),
+            vision=CONFIG.vision,
+            audio=CONFIG.audio,
+            key=f"{row}/{number}",
+        )
+        for number, (prompt, answer) in enumerate(documents)
+    ]
+
+
+def total_weight(step_rows: list[Batch]) -> float:
+    return float(torch.stack([row.weight_T.sum() for row in step_rows]).sum())

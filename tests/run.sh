@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Checks the project: lint, types and every test that needs no GPU (the GPU's too where there is one).
+#
+#     bash tests/run.sh                        # installs into .venv if needed; some minutes
+#     bash tests/run.sh --all                  # and the long tests
+#     bash tests/run.sh tests/unit -k rope     # further arguments go to pytest
+#
+# PYTHON and TORCH_INDEX_URL choose what is installed, see tools/install.sh.
+
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../tools/install.sh"
+
+selection=(-m "not long")
+arguments=()
+for argument in "$@"; do
+    case "$argument" in
+        --all) selection=() ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+# check NAME COMMAND...: runs one check; what failed is told at the end.
+failed=""
+check() {
+    local name="$1" started=$SECONDS status=0
+    shift
+    echo "== $name: $*"
+    "$@" || status=$?
+    echo "== $name: $([ "$status" -eq 0 ] && echo passed || echo "failed with status $status") in $((SECONDS - started)) s"
+    [ "$status" -eq 0 ] || failed="${failed:+$failed, }$name"
+}
+
+echo "== installing into $VENV, if needed"
+install dev
+use_environment
+cd "$ROOT"
+
+# One thread a process: the tests run several ranks on few cores, and their sums must not depend on the machine.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" MPLBACKEND=Agg TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled # no test reaches the network
+
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check "mypy" mypy megatron_gemini tools tests
+# An empty array is an unbound variable to the bash of macOS, hence the +.
+check "pytest" python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+
+[ -z "$failed" ] || fail "$failed failed; the lines above say where"

@@ -1,0 +1,84 @@
+"""Answers follow the grammar whatever the logits."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.generation.choose import choose
+from megatron_gemini.generation.grammar import Grammar
+
+LAYOUT = TokenLayout(text_size=7, image_codes=5)
+
+
+def symbols(tokens: list[int], layout: TokenLayout = LAYOUT) -> str:
+    """t text, c image code, b and e around an image, . eos, ? anything else."""
+    names = {layout.control("image_begin"): "b", layout.control("image_end"): "e", layout.control("eos"): "."}
+    return "".join(
+        names.get(token) or ("t" if layout.is_text(token) else "c" if layout.is_image_code(token) else "?")
+        for token in tokens
+    )
+
+
+def sample(grammar: Grammar, seed: int) -> str:
+    """One answer from random logits."""
+    noise, own = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
+    tokens: list[int] = []
+    while True:
+        logits_BV = torch.randn(1, LAYOUT.size, generator=noise) * 5
+        logits_BV[~grammar.allowed()] = float("-inf")
+        tokens += choose(logits_BV, 1.0, 0, 1.0, [own])
+        if grammar.advance(tokens[-1:])[0]:
+            return symbols(tokens)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    codes=st.integers(1, 4),
+    answer=st.sampled_from(["any", "text", "image"]),
+    max_tokens=st.integers(7, 30),
+)
+def test_random_logits_give_only_legal_answers(seed: int, codes: int, answer: str, max_tokens: int) -> None:
+    drawn = sample(Grammar(LAYOUT, codes, answer, max_tokens, 1), seed)
+    image = f"bc{{{codes}}}e"
+    pattern = {"any": rf"(t|{image})*\.?", "text": r"t*\.?", "image": rf"{image}\."}[answer]
+    assert re.fullmatch(pattern, drawn), drawn
+    assert len(drawn) <= max_tokens
+    assert drawn.endswith(".") or len(drawn) == max_tokens
+
+
+def test_random_answers_hold_text_and_images() -> None:
+    drawn = [sample(Grammar(LAYOUT, 2, "any", 30, 1), seed) for seed in range(60)]
+    assert any("bcce" in answer for answer in drawn)
+    assert any("t" in answer for answer in drawn)
+    assert any(answer == "." for answer in drawn)
+
+
+def test_no_image_begins_that_would_not_fit() -> None:
+    begin = LAYOUT.control("image_begin")
+    assert Grammar(LAYOUT, 4, "any", 7, 1).allowed()[0, begin]
+    assert not Grammar(LAYOUT, 4, "any", 6, 1).allowed()[0, begin]
+
+
+def test_a_model_without_image_codes_never_draws() -> None:
+    layout = TokenLayout(text_size=7, image_codes=0)
+    assert not Grammar(layout, 0, "any", 50, 1).allowed()[0, layout.control("image_begin")]
+    with pytest.raises(ValueError, match="no image codes"):
+        Grammar(layout, 0, "image", 50, 1)
+
+
+def test_an_image_that_max_tokens_cuts_off_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens is 6; an image of this model needs 7"):
+        Grammar(LAYOUT, 4, "image", 6, 1)
+
+
+def test_sequences_keep_their_states_when_others_are_dropped() -> None:
+    grammar = Grammar(LAYOUT, 2, "any", 20, 3)
+    grammar.advance([0, LAYOUT.control("image_begin"), LAYOUT.control("eos")])
+    grammar.keep([1, 0])
+    assert grammar.in_image() == [True, False]
+    assert grammar.allowed()[0].nonzero().flatten().tolist() == list(range(LAYOUT.first_image_code, LAYOUT.size))

@@ -1,0 +1,167 @@
+"""The metrics file through crashes and resumes, the trackers, and what is counted in a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.training import LoggingConfig, TrainConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.training.metrics import TOKEN_KINDS, MetricsWriter, count_tokens, read_metrics, token_shares
+
+QUIET = RunConfig(logging=LoggingConfig(tensorboard=False), train=TrainConfig(steps=10))
+
+
+def write_steps(run_dir, steps, start_step=0, config=QUIET):
+    writer = MetricsWriter(config, run_dir, rank=0, start_step=start_step)
+    for step in steps:
+        writer.write(step, {"loss": step + start_step / 100})
+    writer.close()
+    return [(record["step"], record["loss"]) for record in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_a_record_is_one_line_of_json_that_can_be_read_at_once(tmp_path):
+    writer = MetricsWriter(QUIET, tmp_path / "new" / "run", rank=0)
+    writer.write(0, {"loss": 2.5, "tokens": 7, "mfu": 0.5})
+    assert (tmp_path / "new/run/metrics.jsonl").read_text() == '{"step": 0, "loss": 2.5, "tokens": 7, "mfu": 0.5}\n'
+    writer.close()
+
+
+def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
+    write_steps(tmp_path, range(5))
+    assert write_steps(tmp_path, range(3, 6), start_step=3) == [(0, 0), (1, 1), (2, 2), (3, 3.03), (4, 4.03), (5, 5.03)]
+
+
+def test_a_run_from_the_start_begins_a_new_file(tmp_path):
+    write_steps(tmp_path, range(5))
+    assert write_steps(tmp_path, range(2)) == [(0, 0), (1, 1)]
+
+
+def test_a_line_that_a_crash_cut_off_is_gone_after_the_resume(tmp_path):
+    write_steps(tmp_path, range(3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    assert [record["step"] for record in read_metrics(path)] == [0, 1]
+    assert [step for step, _ in write_steps(tmp_path, range(2, 4), start_step=2)] == [0, 1, 2, 3]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_crash_while_old_records_are_dropped_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    write_steps(tmp_path, range(5))
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        write_steps(tmp_path, range(2), start_step=2)
+    assert path.read_text() == before
+
+
+def test_a_loss_that_is_not_finite_is_valid_json_and_reads_as_nan(tmp_path):
+    writer = MetricsWriter(QUIET, tmp_path, rank=0)
+    writer.write(0, {"loss": math.inf})
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": None}
+    assert math.isnan(next(read_metrics(tmp_path / "metrics.jsonl"))["loss"])
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    writer = MetricsWriter(RunConfig(), tmp_path / "run", rank=1)
+    writer.write(0, {"loss": 1.0})
+    writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_are_due_at_the_first_the_last_and_every_nth_step(tmp_path):
+    config = RunConfig(logging=LoggingConfig(every=4, tensorboard=False), train=TrainConfig(steps=11))
+    writer = MetricsWriter(config, tmp_path, rank=0)
+    assert [step for step in range(11) if writer.due(step)] == [0, 4, 8, 10]
+
+
+def test_a_record_with_a_held_out_loss_is_always_due(tmp_path):
+    train = TrainConfig(steps=12, held_out_every=5)
+    config = RunConfig(logging=LoggingConfig(every=4, tensorboard=False), train=train)
+    writer = MetricsWriter(config, tmp_path, rank=0)
+    assert [step for step in range(12) if writer.due(step)] == [0, 4, 8, 9, 11]
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    config = RunConfig(logging=LoggingConfig(tensorboard=True))
+    writer = MetricsWriter(config, tmp_path, rank=0)
+    for step in range(2):
+        writer.write(step, {"loss": 1.5 - step, "held_out_loss_text": 0.25, "learning_rate": 0.5})
+    writer.close()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.5), (1, 0.5)]
+    assert {*events.Tags()["scalars"]} == {"loss", "held_out_loss/text", "learning_rate"}
+
+
+def test_a_missing_tensorboard_is_an_error_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"pip install tensorboard, or set logging\.tensorboard to false"):
+        MetricsWriter(RunConfig(), tmp_path, rank=0)
+
+
+def test_a_missing_wandb_is_an_error_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = dataclasses.replace(QUIET, logging=LoggingConfig(tensorboard=False, wandb_project="p"))
+    with pytest.raises(ValueError, match=r"logging\.wandb_project is 'p'.* pip install wandb"):
+        MetricsWriter(config, tmp_path, rank=0)
+
+
+def test_wandb_goes_on_with_its_run_after_a_resume_and_never_sees_the_environment(tmp_path, monkeypatch):
+    calls: list[dict] = []
+    logged: list = []
+
+    def init(**arguments):
+        calls.append(arguments)
+        run = types.SimpleNamespace(id=arguments["id"] or f"run{len(calls)}", finish=lambda: logged.append("end"))
+        run.log = lambda values, step: logged.append((step, values))
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t")
+    config = dataclasses.replace(QUIET, logging=LoggingConfig(tensorboard=False, wandb_project="p"))
+    write_steps(tmp_path, [0], config=config)
+    write_steps(tmp_path, [1], start_step=1, config=config)
+    write_steps(tmp_path, [0], config=config)
+    assert [call["id"] for call in calls] == [None, "run1", None]
+    assert logged[:2] == [(0, {"loss": 0.0}), "end"]
+    assert calls[0]["project"] == "p"
+    assert calls[0]["config"] == dataclasses.asdict(config)
+    assert "s3cr3t" not in str(calls)
+
+
+def test_tokens_are_counted_by_kind_without_padding():
+    layout = TokenLayout(text_size=10, image_codes=4)
+    control = layout.control
+    tokens = [control("bos"), 3, control("image"), control("image"), control("video"), control("audio")]
+    tokens += [control("image_begin"), layout.first_image_code, layout.size - 1, control("eos"), control("pad"), 5]
+    token_T = torch.tensor(tokens)
+    segment_T = torch.tensor([1] * 10 + [0, 0], dtype=torch.int32)
+    zeros = torch.zeros_like(token_T)
+    batch = Batch(token_T, zeros, zeros.float(), zeros, segment_T, zeros.int(), zeros.to(torch.int8))
+    counts = count_tokens([batch, batch], layout)
+    assert dict(zip(TOKEN_KINDS, counts.tolist(), strict=True)) == {
+        "text": 8,
+        "image_codes": 4,
+        "image": 4,
+        "video": 2,
+        "audio": 2,
+    }
+    shares = token_shares(counts)
+    assert shares["tokens"] == 20
+    assert shares["share_text"] == 0.4
+    assert token_shares(count_tokens([], layout))["share_text"] == 0

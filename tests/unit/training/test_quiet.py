@@ -1,0 +1,65 @@
+"""Known noise goes, everything else stays: seen in a process that imports the noisy packages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron_gemini.training.quiet import known_prints_dropped
+
+PROGRAM = """
+import warnings
+from megatron_gemini.training.quiet import quiet_warnings
+quiet_warnings()
+quiet_warnings()
+import deepspeed, torch
+import megatron.core.distributed.fsdp.src.megatron_fsdp.mixed_precision
+from deepspeed.utils import logger
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+gather = lambda: torch.distributed.all_gather_into_tensor(torch.zeros(1), torch.zeros(1))
+gather()
+logger.info("DEEPSPEED INFO")
+logger.warning("DEEPSPEED WARNING")
+warnings.warn("OTHER FUTURE", FutureWarning)
+warnings.warn("OTHER USER", UserWarning)
+with warnings.catch_warnings(record=True) as made:
+    warnings.resetwarnings()
+    gather()
+print("UNFILTERED", [str(warning.message) for warning in made])
+"""
+
+
+def test_known_noise_is_silent_and_real_warnings_stay():
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("megatron.core")
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    command = [sys.executable, "-c", PROGRAM]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    shown, _, unfiltered = (result.stderr + result.stdout).partition("UNFILTERED")
+    noise = ["is deprecated", "Transformer Engine and Apex"]
+    noise += ["Setting accelerator to CPU"] if torch.version.cuda is None else []
+    assert [line for line in shown.splitlines() if any(known in line for known in noise)] == []
+    assert [real for real in ("DEEPSPEED WARNING", "OTHER FUTURE", "OTHER USER") if real not in shown] == []
+    assert "DEEPSPEED INFO" not in shown
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13):
+        assert "is deprecated" in unfiltered  # otherwise the filter's message has gone out of date
+
+
+def test_only_known_lines_are_dropped_from_what_is_printed(capsys):
+    with known_prints_dropped():
+        print("one\nDeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully\ntw", end="")
+        print("o DeepSpeed x built successfully? No\nthree", end="")
+    assert capsys.readouterr().out == "one\ntwo DeepSpeed x built successfully? No\nthree"
+
+
+def test_what_was_printed_before_an_error_is_not_lost(capsys):
+    with pytest.raises(RuntimeError), known_prints_dropped():
+        print("half a li", end="")
+        raise RuntimeError
+    assert capsys.readouterr().out == "half a li"
