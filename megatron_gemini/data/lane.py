@@ -93,7 +93,7 @@ class Lane:
         now = {source.label: len(source) for source in self.sources}
         if state["samples"] != now:
             raise ValueError(
-                f"the data sources have changed since the checkpoint: it had {_listed(state['samples'])}, now there are "
+                f"the data sources have changed: the checkpoint had {_listed(state['samples'])}, now there are "
                 f"{_listed(now)}; restore the data, or start anew with train.resume false or another train.output_dir"
             )
         numbers = {source.label: number for number, source in enumerate(self.sources)}

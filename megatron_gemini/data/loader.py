@@ -144,7 +144,8 @@ class Loader:
         except BadSample as error:
             self._bad += 1
             self._skip(source.label, error)
-        if self._read > FIRST_SAMPLES and self._bad > self._config.data.max_bad_share * self._read:
+        allowed = min(self._config.data.max_bad_share * self._read, self._read - 1)  # without a good one, no row ends
+        if self._read > FIRST_SAMPLES and self._bad > allowed:
             raise ValueError(
                 f"{self._bad} of {self._read} samples are bad, more than data.max_bad_share "
                 f"({self._config.data.max_bad_share:g}):\n{self.skipped_table()}"

@@ -68,7 +68,13 @@ def pack(documents: Sequence[Document], row_tokens: int, loss_weights: LossConfi
         begins.append(begin)
         begin = end
     return Batch(
-        *map(torch.from_numpy, (token_T, target_T, weight_T, position_T, segment_T, span_T, modality_T)),
+        token_T=torch.from_numpy(token_T),
+        target_T=torch.from_numpy(target_T),
+        weight_T=torch.from_numpy(weight_T),
+        position_T=torch.from_numpy(position_T),
+        segment_T=torch.from_numpy(segment_T),
+        span_T=torch.from_numpy(span_T),
+        modality_T=torch.from_numpy(modality_T),
         media=_media(documents, begins),
         samples=[document.key for document in documents],
     )

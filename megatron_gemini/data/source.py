@@ -1,4 +1,4 @@
-"""One source of documents: its shards, its task, and an order of samples that depends on (seed, source, epoch) alone."""
+"""One source of documents: its shards, its task, and an order that depends on (seed, source, epoch) alone."""
 
 from __future__ import annotations
 
