@@ -117,7 +117,7 @@ class Source:
     def _check_shards(self) -> None:
         """Every shard has a sample that can be used. As a rule the first can, so this reads one sample a shard."""
         bounds = [*self.shards.first_sample, len(self)]
-        for path, first, end in zip(self.shards.paths, bounds, bounds[1:], strict=True):
+        for path, first, end in zip(self.shards.paths, bounds[:-1], bounds[1:], strict=True):
             reasons: Counter[str] = Counter()
             for sample in range(first, end):
                 try:
