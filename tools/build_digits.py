@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -73,7 +74,7 @@ class Digits:
     labels: np.ndarray
     places: np.ndarray
 
-    def of(self, chosen: Sequence[int]) -> list[int]:
+    def of(self, chosen: Sequence[int] | np.ndarray) -> list[int]:
         """Places of the chosen digits, for the metadata."""
         return [int(self.places[i]) for i in chosen]
 
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder that gets train/ and held_out/")
     parser.add_argument("--size", type=int, default=default.size, help="pixels of a side (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=default.held_out, help="digits held out (default: %(default)s)")
-    pair = {"type": int, "nargs": 2, "metavar": ("TRAIN", "HELD_OUT")}
+    pair: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("TRAIN", "HELD_OUT")}
     parser.add_argument("--clips", default=default.clips, help="number of clips (default: 3000 200)", **pair)
     parser.add_argument("--documents", default=default.documents, help="number of them (default: 1000 100)", **pair)
     parser.add_argument(
