@@ -7,12 +7,13 @@ Shape suffixes: T packed tokens, S slots of all buckets, N query heads, K key/va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_gemini.kernels.attention_plan import AttentionPlan, Bucket
-from megatron_gemini.kernels.rope import Rotation, rotate
+from megatron_gemini.kernels.attention_plan import AttentionPlan
+from megatron_gemini.kernels.rope import Rotation, rotate_both
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -42,13 +43,18 @@ class _Attention(torch.autograd.Function):
         turn: Rotation | None,
     ) -> torch.Tensor:
         if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            q, k = rotate_both(q, k, turn)
         q, k, v = _to_slots(q, plan), _to_slots(k, plan), _to_slots(v, plan)
-        results = []
-        for bucket, *parts in zip(plan.buckets, *(_by_bucket(x, plan) for x in (q, k, v)), strict=True):
-            results.append(_flash(*parts, 0.0, bucket.causal, attn_mask=_mask(bucket, q.dtype), scale=scale))
-        out_SNH = _join([out for out, _ in results])
-        ctx.save_for_backward(q, k, v, out_SNH, *(normaliser for _, normaliser in results))
+        outs, normalisers = [], []
+        for bucket, *parts in zip(
+            plan.buckets, _by_bucket(q, plan), _by_bucket(k, plan), _by_bucket(v, plan), strict=True
+        ):
+            mask = None if bucket.mask is None else bucket.mask.to(q.dtype)
+            out, normaliser = _flash(*parts, 0.0, bucket.causal, attn_mask=mask, scale=scale)
+            outs.append(out)
+            normalisers.append(normaliser)
+        out_SNH = _join(outs)
+        ctx.save_for_backward(q, k, v, out_SNH, *normalisers)
         ctx.plan, ctx.scale, ctx.turn = plan, scale, turn
         return _to_row(out_SNH, plan)
 
@@ -60,18 +66,14 @@ class _Attention(torch.autograd.Function):
         if plan.repeats is not None:
             grad = grad.index_fill_(0, plan.repeats, 0.0)
         results = []
-        pieces = zip(*(_by_bucket(x, plan) for x in (grad, q, k, v, out)), strict=True)
-        for bucket, normaliser, piece in zip(plan.buckets, normalisers, pieces, strict=True):
-            mask = _mask(bucket, q.dtype)
+        pieces = [_by_bucket(x, plan) for x in (grad, q, k, v, out)]
+        for bucket, normaliser, *piece in zip(plan.buckets, normalisers, *pieces, strict=True):
+            mask = None if bucket.mask is None else bucket.mask.to(q.dtype)
             results.append(_flash_backward(*piece, normaliser, 0.0, bucket.causal, attn_mask=mask, scale=ctx.scale))
-        q_grad, k_grad, v_grad = (_to_row(_join(list(parts)), plan) for parts in zip(*results, strict=True))
+        q_grad, k_grad, v_grad = (_to_row(_join(parts), plan) for parts in zip(*results, strict=True))
         if turn is not None:
-            q_grad, k_grad = rotate(q_grad, turn, -1), rotate(k_grad, turn, -1)
+            q_grad, k_grad = rotate_both(q_grad, k_grad, turn, -1)
         return q_grad, k_grad, v_grad, None, None, None
-
-
-def _mask(bucket: Bucket, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if bucket.mask is None else bucket.mask.to(dtype)
 
 
 def _to_slots(x: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
@@ -98,13 +100,15 @@ def _to_row(x_SNH: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
 def _by_bucket(x_SNH: torch.Tensor, plan: AttentionPlan) -> list[torch.Tensor]:
     """[S, heads, H] -> a view [B, heads, L, H] for every bucket."""
     pieces = (x_SNH,) if len(plan.buckets) == 1 else x_SNH.split(plan.slots)
+    tail = x_SNH.shape[1:]
     return [
-        piece.view(bucket.documents, bucket.length, *piece.shape[1:]).transpose(1, 2)
+        piece.view(bucket.documents, bucket.length, *tail).transpose(1, 2)
         for piece, bucket in zip(pieces, plan.buckets, strict=True)
     ]
 
 
-def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
+def _join(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """[B, heads, L, H] of every bucket -> [S, heads, H]."""
-    rows = [piece.transpose(1, 2).flatten(0, 1) for piece in pieces]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    if len(pieces) == 1:
+        return pieces[0].transpose(1, 2).flatten(0, 1)
+    return torch.cat([piece.transpose(1, 2).flatten(0, 1) for piece in pieces])

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from megatron_gemini.kernels.norm import norm_backward, norm_forward
 
-aten = torch.ops.aten
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+_silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
@@ -30,15 +32,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None = N
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """residual [T, out] + x [T, in] W^T."""
+    """residual [T, out] + x W^T, x [T, in] or with `in` in several dimensions, as [T, N, H]."""
     return _Linear.apply(x, weight, residual, None)
 
 
 def norm_linear(
-    x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weights: tuple[torch.Tensor, ...]
+    x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, head_width: int, weights: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """RMSNorm, then the product with each weight: [out, D] gives [T, out]; [parts, out, D] gives `parts` of them."""
-    return _NormLinear.apply(x_TD, norm_D, eps, *weights)
+    """RMSNorm, then the product with each weight, cut into heads of `head_width` H.
+
+    A weight [heads * H, D] gives [T, heads, H]; one of [parts, heads * H, D] gives `parts` of them.
+    """
+    return _NormLinear.apply(x_TD, norm_D, eps, head_width, *weights)
 
 
 def gated_linear(
@@ -68,7 +73,7 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
 
 
 def _gradients(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None, needs: tuple[bool, bool]
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None, needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(x's gradient, weight's gradient) of x W^T, those that are needed."""
     x_grad = weight_grad = pending = None
@@ -96,45 +101,54 @@ class _Linear(torch.autograd.Function):
         ctx.group = group
         if residual is None:
             return torch.mm(x, _matrix(weight).t())
-        return torch.addmm(residual, x, weight.t())
+        return torch.addmm(residual, x if x.dim() == 2 else x.flatten(1), weight.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
+        x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return *_gradients(grad, *ctx.saved_tensors, ctx.group, needs[:2]), grad if needs[2] else None, None
+        if x.dim() == 2:
+            x_grad, weight_grad = _gradients(grad, x, weight, ctx.group, needs)
+        else:
+            x_grad, weight_grad = _gradients(grad, x.flatten(1), weight, ctx.group, needs)
+            x_grad = None if x_grad is None else x_grad.view(x.shape)
+        return x_grad, weight_grad, grad if needs[2] else None, None
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, norm: torch.Tensor, eps: float, *weights: torch.Tensor
+        ctx: Any, x: torch.Tensor, norm: torch.Tensor, eps: float, head_width: int, *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         normed, inverse, scale = norm_forward(x, norm, eps)
         ctx.save_for_backward(x, inverse, scale, normed, *weights)
         outs: list[torch.Tensor] = []
         for weight in weights:
             out = torch.mm(normed, _matrix(weight).t())
-            outs.extend((out,) if weight.dim() == 2 else out.chunk(len(weight), 1))
+            if weight.dim() == 2:
+                outs.append(out.view(len(x), -1, head_width))
+            else:
+                outs.extend(out.view(len(x), len(weight), -1, head_width).unbind(1))
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inverse, scale, normed, *weights = ctx.saved_tensors
-        remaining = list(grads)
-        normed_grad = None
+        normed_grad, taken = None, 0
         weight_grads: list[torch.Tensor | None] = []
-        for weight, needed in zip(weights, ctx.needs_input_grad[3:], strict=True):
+        for weight, needed in zip(weights, ctx.needs_input_grad[4:], strict=True):
             parts = 1 if weight.dim() == 2 else len(weight)
-            grad = remaining[0] if parts == 1 else torch.cat(remaining[:parts], 1)
-            del remaining[:parts]
+            grad = grads[taken] if parts == 1 else torch.cat(grads[taken : taken + parts], 1)
+            grad = grad.reshape(len(x), -1)
+            taken += parts
             if normed_grad is None:
                 normed_grad = torch.mm(grad, _matrix(weight))
             else:
                 normed_grad.addmm_(grad, _matrix(weight))
             weight_grads.append(_weight_gradient(grad, normed, weight) if needed else None)
         assert normed_grad is not None
-        return *norm_backward(normed_grad, x, inverse, scale), None, *weight_grads
+        return *norm_backward(normed_grad, x, inverse, scale), None, None, *weight_grads
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -153,7 +167,7 @@ class _GatedLinear(torch.autograd.Function):
         normed, *saved = (x,) if norm is None else norm_forward(x, norm, eps)
         both = torch.mm(normed, _matrix(weight).t())
         gate, up = both.chunk(2, 1)
-        active = aten.gelu(gate, approximate="tanh") if activation == "gelu" else aten.silu(gate)
+        active = F.gelu(gate, approximate="tanh") if activation == "gelu" else F.silu(gate)
         ctx.save_for_backward(weight, both, active, normed, x, *saved)
         ctx.activation, ctx.group = activation, group
         return active * up
@@ -167,9 +181,9 @@ class _GatedLinear(torch.autograd.Function):
         gate_grad, up_grad = both_grad.chunk(2, 1)
         torch.mul(grad, active, out=up_grad)
         if ctx.activation == "gelu":
-            aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=gate_grad)
+            _gelu_backward(grad * up, gate, approximate="tanh", grad_input=gate_grad)
         else:
-            aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+            _silu_backward(grad * up, gate, grad_input=gate_grad)
         needs = ctx.needs_input_grad
         x_grad, weight_grad = _gradients(both_grad, normed, weight, ctx.group, (needs[0] or needs[1], needs[3]))
         norm_grad = None

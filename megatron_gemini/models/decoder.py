@@ -39,7 +39,6 @@ class Attention(nn.Module):
         super().__init__()
         width, head_width, std = config.width, config.head_width, config.init_std
         self.index = index
-        self.head_width = head_width
         self.shard = layers.heads(config.heads, config.kv_heads)
         self.input = layers.attention_input(
             width, config.heads, config.kv_heads, head_width, eps=config.norm_eps, std=std
@@ -53,8 +52,7 @@ class Attention(nn.Module):
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
     ) -> torch.Tensor:
-        tokens, head_width = h_TD.shape[0], self.head_width
-        q_TNH, k_TKH, v_TKH = (x.view(tokens, -1, head_width) for x in self.input(h_TD))
+        q_TNH, k_TKH, v_TKH = self.input(h_TD)
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
         k_TKH, v_TKH = self.shard.share(k_TKH, v_TKH)
@@ -62,7 +60,7 @@ class Attention(nn.Module):
             out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, turn=turn)
         else:
             out_TNH = cache.attend(self.index, rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan)
-        return self.output(out_TNH.view(tokens, -1), h_TD)
+        return self.output(out_TNH, h_TD)
 
 
 class MLP(nn.Module):

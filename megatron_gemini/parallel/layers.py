@@ -21,20 +21,21 @@ from megatron_gemini.parallel.topology import Topology
 
 
 class AttentionInput(nn.Module):
-    """RMSNorm, then the projections: h_TD -> queries [T, N H], keys [T, K H], values [T, K H].
+    """RMSNorm, then the projections: h_TD -> queries [T, N, H], keys [T, K, H], values [T, K, H].
 
     query: [N H, D]. key_value: [2, K H, D]. norm: [D], of scale 1 + norm.
     """
 
-    def __init__(self, width: int, query: int, key: int, *, eps: float, init: Init) -> None:
+    def __init__(self, width: int, query: int, key: int, head_width: int, *, eps: float, init: Init) -> None:
         super().__init__()
+        self.head_width = head_width
         self.norm = new_parameter(width, init=zeros())
         self.query = new_parameter(query, width, init=init)
         self.key_value = new_parameter(2, key, width, init=init)
         self.eps = eps
 
     def forward(self, h_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return norm_linear(h_TD, self.norm, self.eps, (self.query, self.key_value))
+        return norm_linear(h_TD, self.norm, self.eps, self.head_width, (self.query, self.key_value))
 
 
 class MLPInput(nn.Module):
@@ -52,7 +53,7 @@ class MLPInput(nn.Module):
 
 
 class Row(nn.Module):
-    """residual [T, out] + x [T, in] W^T. weight: [out, in]."""
+    """residual [T, out] + x W^T, x [T, in] or [T, N, H] with N H = in. weight: [out, in]."""
 
     def __init__(self, width_in: int, width_out: int, *, init: Init) -> None:
         super().__init__()
@@ -151,10 +152,10 @@ class Layers:
         """An `AttentionInput`; its output is this rank's heads (see `heads`)."""
         query, key = query_heads * head_width, key_heads * head_width
         if not self.divided:
-            return AttentionInput(width, query, key, eps=eps, init=normal(std))
+            return AttentionInput(width, query, key, head_width, eps=eps, init=normal(std))
         divided = self.key_heads_divided(key_heads)
         layer = self._tensor_layers().DividedAttentionInput
-        return layer(self.topology, width, query, key, key_divided=divided, eps=eps, init=normal(std))
+        return layer(self.topology, width, query, key, head_width, key_divided=divided, eps=eps, init=normal(std))
 
     def mlp_input(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float) -> nn.Module:
         """An `MLPInput` whose output is divided over the ranks."""

@@ -72,9 +72,19 @@ class DividedAttentionInput(nn.Module):
     """`layers.AttentionInput`: query heads divided, key/value heads divided too or whole on every rank."""
 
     def __init__(
-        self, topology: Topology, width: int, query: int, key: int, *, key_divided: bool, eps: float, init: Init
+        self,
+        topology: Topology,
+        width: int,
+        query: int,
+        key: int,
+        head_width: int,
+        *,
+        key_divided: bool,
+        eps: float,
+        init: Init,
     ) -> None:
         super().__init__()
+        self.head_width = head_width
         self.norm = new_parameter(width, init=zeros())
         self.query = _divided_rows(topology, query, width, init=init)
         whole = new_parameter(2, key, width, init=init)
@@ -85,8 +95,9 @@ class DividedAttentionInput(nn.Module):
 
     def forward(self, h_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         normed = rms_norm(h_TD, self.norm, self.eps)
-        key_value = linear(normed, self.key_value, self.key_group)
-        return self.column(normed, self.query), *key_value.chunk(2, -1)
+        query = self.column(normed, self.query).view(len(h_TD), -1, self.head_width)
+        key_value = linear(normed, self.key_value, self.key_group).view(len(h_TD), 2, -1, self.head_width)
+        return query, *key_value.unbind(1)
 
 
 class DividedMLPInput(nn.Module):
@@ -128,7 +139,7 @@ class DividedRow(_PlainState, tensor_parallel.RowParallelLinear):
         declare(self.weight, init, Placement(1, (width_out, width_in), topology.tensor_rank * self.weight.shape[1]))
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return residual + super().forward(x)[0]
+        return residual + super().forward(x.flatten(1))[0]
 
 
 class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
