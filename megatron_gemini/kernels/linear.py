@@ -53,14 +53,19 @@ def gated_linear(
 
     activation: "gelu" (tanh approximation) or "silu".
     """
-    return _GatedLinear.apply(x_TD, None, 0.0, weight_2FD, activation, group)
+    return _GatedLinear.apply(x_TD, weight_2FD, activation, group)
 
 
-def norm_gated_linear(
-    x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weight_2FD: torch.Tensor, activation: str
+def gated_mlp(
+    h_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+    gate_up_2FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    activation: str,
 ) -> torch.Tensor:
-    """RMSNorm, then `gated_linear`."""
-    return _GatedLinear.apply(x_TD, norm_D, eps, weight_2FD, activation, None)
+    """h + W_down (activation(W_0 n) * (W_1 n)) with n = RMSNorm(h): the whole residual branch."""
+    return _GatedMLP.apply(h_TD, norm_D, eps, gate_up_2FD, down_DF, activation)
 
 
 def _matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -151,42 +156,70 @@ class _NormLinear(torch.autograd.Function):
         return *norm_backward(normed_grad, x, inverse, scale), None, None, *weight_grads
 
 
-class _GatedLinear(torch.autograd.Function):
-    """With a norm before it where `norm` is given."""
+def _gate(both: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, 2F] -> (activation(gate), activation(gate) * up)."""
+    gate, up = both.chunk(2, 1)
+    active = F.gelu(gate, approximate="tanh") if activation == "gelu" else F.silu(gate)
+    return active, active * up
 
+
+def _gate_backward(grad: torch.Tensor, both: torch.Tensor, active: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient of `both`, in one tensor instead of two halves that autograd would pad and add."""
+    gate, up = both.chunk(2, 1)
+    both_grad = torch.empty_like(both)
+    gate_grad, up_grad = both_grad.chunk(2, 1)
+    torch.mul(grad, active, out=up_grad)
+    if activation == "gelu":
+        _gelu_backward(grad * up, gate, approximate="tanh", grad_input=gate_grad)
+    else:
+        _silu_backward(grad * up, gate, grad_input=gate_grad)
+    return both_grad
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, activation: str, group: ProcessGroup | None
+    ) -> torch.Tensor:
+        both = torch.mm(x, _matrix(weight).t())
+        active, out = _gate(both, activation)
+        ctx.save_for_backward(x, weight, both, active)
+        ctx.activation, ctx.group = activation, group
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, both, active = ctx.saved_tensors
+        both_grad = _gate_backward(grads[0], both, active, ctx.activation)
+        return *_gradients(both_grad, x, weight, ctx.group, ctx.needs_input_grad), None, None
+
+
+class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        norm: torch.Tensor | None,
+        h: torch.Tensor,
+        norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
         activation: str,
-        group: ProcessGroup | None,
     ) -> torch.Tensor:
-        normed, *saved = (x,) if norm is None else norm_forward(x, norm, eps)
-        both = torch.mm(normed, _matrix(weight).t())
-        gate, up = both.chunk(2, 1)
-        active = F.gelu(gate, approximate="tanh") if activation == "gelu" else F.silu(gate)
-        ctx.save_for_backward(weight, both, active, normed, x, *saved)
-        ctx.activation, ctx.group = activation, group
-        return active * up
+        normed, inverse, scale = norm_forward(h, norm, eps)
+        both = torch.mm(normed, _matrix(gate_up).t())
+        active, inner = _gate(both, activation)
+        ctx.save_for_backward(h, inverse, scale, normed, gate_up, both, active, inner, down)
+        ctx.activation = activation
+        return torch.addmm(h, inner, down.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        weight, both, active, normed, x, *saved = ctx.saved_tensors
-        gate, up = both.chunk(2, 1)
-        both_grad = torch.empty_like(both)  # one tensor for both halves, instead of padding and adding theirs
-        gate_grad, up_grad = both_grad.chunk(2, 1)
-        torch.mul(grad, active, out=up_grad)
-        if ctx.activation == "gelu":
-            _gelu_backward(grad * up, gate, approximate="tanh", grad_input=gate_grad)
-        else:
-            _silu_backward(grad * up, gate, grad_input=gate_grad)
+        h, inverse, scale, normed, gate_up, both, active, inner, down = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        x_grad, weight_grad = _gradients(both_grad, normed, weight, ctx.group, (needs[0] or needs[1], needs[3]))
-        norm_grad = None
-        if saved and x_grad is not None:
-            x_grad, norm_grad = norm_backward(x_grad, x, *saved)
-        return x_grad, norm_grad, None, weight_grad, None, None
+        down_grad = _weight_gradient(grad, inner, down) if needs[4] else None
+        both_grad = _gate_backward(torch.mm(grad, down), both, active, ctx.activation)
+        normed_grad = torch.mm(both_grad, _matrix(gate_up))
+        gate_up_grad = _weight_gradient(both_grad, normed, gate_up) if needs[3] else None
+        h_grad, norm_grad = norm_backward(normed_grad, h, inverse, scale)
+        return h_grad.add_(grad), norm_grad, None, gate_up_grad, down_grad, None

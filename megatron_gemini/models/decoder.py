@@ -17,6 +17,11 @@ from megatron_gemini.kernels.rope import Rotation, rotate, rotation
 from megatron_gemini.parallel.layers import Layers
 
 
+def branch_std(config: ModelConfig) -> float:
+    """Deviation of the weights that end a residual branch: the sum of all branches then does not grow with depth."""
+    return config.init_std * (2 * config.layers) ** -0.5
+
+
 class AttentionCache(Protocol):
     """Keys and values of earlier tokens, for generation."""
 
@@ -47,7 +52,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm = layers.head_norm(head_width, config.norm_eps, heads_divided=True)
             self.key_norm = layers.head_norm(head_width, config.norm_eps, layers.key_heads_divided(config.kv_heads))
-        self.output = layers.row(config.heads * head_width, width, std=std * (2 * config.layers) ** -0.5)
+        self.output = layers.row(config.heads * head_width, width, std=branch_std(config))
 
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
@@ -63,25 +68,18 @@ class Attention(nn.Module):
         return self.output(out_TNH, h_TD)
 
 
-class MLP(nn.Module):
-    """h + down(activation(gate n) * up n) with n = norm(h); gate and up are one product."""
-
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        super().__init__()
-        self.input = layers.mlp_input(
-            config.width, config.mlp_width, config.activation, eps=config.norm_eps, std=config.init_std
-        )
-        self.output = layers.row(config.mlp_width, config.width, std=config.init_std * (2 * config.layers) ** -0.5)
-
-    def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
-        return self.output(self.input(h_TD), h_TD)
-
-
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention = Attention(config, layers, index)
-        self.mlp = MLP(config, layers)
+        self.mlp = layers.mlp(
+            config.width,
+            config.mlp_width,
+            config.activation,
+            eps=config.norm_eps,
+            std=config.init_std,
+            last_std=branch_std(config),
+        )
 
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None

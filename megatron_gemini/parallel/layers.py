@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.kernels.linear import linear, linear_add, norm_gated_linear, norm_linear
+from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
 from megatron_gemini.parallel.topology import Topology
@@ -38,18 +38,19 @@ class AttentionInput(nn.Module):
         return norm_linear(h_TD, self.norm, self.eps, self.head_width, (self.query, self.key_value))
 
 
-class MLPInput(nn.Module):
-    """RMSNorm, then activation(gate) * up: h_TD -> [T, F]. gate_up: [2, F, D]. norm: [D]."""
+class MLP(nn.Module):
+    """h + down(activation(gate n) * up n) with n = RMSNorm(h). gate_up: [2, F, D]. down: [D, F]. norm: [D]."""
 
-    def __init__(self, width: int, mlp_width: int, activation: str, *, eps: float, init: Init) -> None:
+    def __init__(self, width: int, mlp_width: int, activation: str, *, eps: float, init: Init, last: Init) -> None:
         super().__init__()
         self.norm = new_parameter(width, init=zeros())
         self.gate_up = new_parameter(2, mlp_width, width, init=init)
+        self.down = new_parameter(width, mlp_width, init=last)
         self.activation = activation
         self.eps = eps
 
     def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
-        return norm_gated_linear(h_TD, self.norm, self.eps, self.gate_up, self.activation)
+        return gated_mlp(h_TD, self.norm, self.eps, self.gate_up, self.down, self.activation)
 
 
 class Row(nn.Module):
@@ -157,12 +158,13 @@ class Layers:
         layer = self._tensor_layers().DividedAttentionInput
         return layer(self.topology, width, query, key, head_width, key_divided=divided, eps=eps, init=normal(std))
 
-    def mlp_input(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float) -> nn.Module:
-        """An `MLPInput` whose output is divided over the ranks."""
+    def mlp(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float, last_std: float) -> nn.Module:
+        """An `MLP`, divided over its inner width; last_std is that of `down`, which ends the branch."""
+        sizes = (width, mlp_width, activation)
         if not self.divided:
-            return MLPInput(width, mlp_width, activation, eps=eps, init=normal(std))
-        layer = self._tensor_layers().DividedMLPInput
-        return layer(self.topology, width, mlp_width, activation, eps=eps, init=normal(std))
+            return MLP(*sizes, eps=eps, init=normal(std), last=normal(last_std))
+        layer = self._tensor_layers().DividedMLP
+        return layer(self.topology, *sizes, eps=eps, init=normal(std), last=normal(last_std))
 
     def row(self, width_in: int, width_out: int, *, std: float) -> nn.Module:
         """A `Row` whose input is divided over the ranks; the output is whole on every rank."""

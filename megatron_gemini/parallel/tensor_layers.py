@@ -100,25 +100,40 @@ class DividedAttentionInput(nn.Module):
         return query, *key_value.unbind(1)
 
 
-class DividedMLPInput(nn.Module):
-    """`layers.MLPInput`, divided over the MLP's width.
+class DividedMLP(nn.Module):
+    """`layers.MLP`, divided over its inner width.
 
-    The product is this package's: megatron-core's wants a matrix, and one made of the two halves would be a view, which
-    autograd would keep alive after ZeRO-3 has partitioned the parameter.
+    The first product is this package's: megatron-core's wants a matrix, and one made of the two halves would be a view,
+    which autograd would keep alive after ZeRO-3 has partitioned the parameter.
     """
 
     def __init__(
-        self, topology: Topology, width: int, mlp_width: int, activation: str, *, eps: float, init: Init
+        self,
+        topology: Topology,
+        width: int,
+        mlp_width: int,
+        activation: str,
+        *,
+        eps: float,
+        init: Init,
+        last: Init,
     ) -> None:
         super().__init__()
         self.norm = new_parameter(width, init=zeros())
         self.gate_up = _divided_rows(topology, 2, mlp_width, width, init=init)
+        local = mlp_width // topology.tensor_size
+        placement = Placement(1, (width, mlp_width), topology.tensor_rank * local)
+        self.down = new_parameter(width, local, init=last, placement=placement)
         self.group = topology.tensor_group
         self.activation = activation
         self.eps = eps
 
     def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
-        return gated_linear(rms_norm(h_TD, self.norm, self.eps), self.gate_up, self.activation, self.group)
+        inner = gated_linear(rms_norm(h_TD, self.norm, self.eps), self.gate_up, self.activation, self.group)
+        product = tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
+            inner, self.down, None, gradient_accumulation_fusion=False, allreduce_dgrad=False, sequence_parallel=False
+        )
+        return h_TD + tensor_parallel.reduce_from_tensor_model_parallel_region(product, group=self.group)
 
 
 class DividedRow(_PlainState, tensor_parallel.RowParallelLinear):
