@@ -169,10 +169,11 @@ def _gate_backward(grad: torch.Tensor, both: torch.Tensor, active: torch.Tensor,
     both_grad = torch.empty_like(both)
     gate_grad, up_grad = both_grad.chunk(2, 1)
     torch.mul(grad, active, out=up_grad)
+    torch.mul(grad, up, out=gate_grad)
     if activation == "gelu":
-        _gelu_backward(grad * up, gate, approximate="tanh", grad_input=gate_grad)
+        _gelu_backward(gate_grad, gate, approximate="tanh", grad_input=gate_grad)
     else:
-        _silu_backward(grad * up, gate, grad_input=gate_grad)
+        _silu_backward(gate_grad, gate, grad_input=gate_grad)
     return both_grad
 
 
