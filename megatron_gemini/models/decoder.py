@@ -6,14 +6,15 @@ V vocabulary. N, K, F and V are this rank's where `Layers` divides them; nothing
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.kernels.attention import AttentionPlan, attention
-from megatron_gemini.kernels.rope import Rotation, rotate, rotation
+from megatron_gemini.kernels.attention import AttentionPlan
+from megatron_gemini.kernels.rope import Rotation, rotation
 from megatron_gemini.parallel.layers import Layers
 
 
@@ -52,7 +53,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm = layers.head_norm(head_width, config.norm_eps, heads_divided=True)
             self.key_norm = layers.head_norm(head_width, config.norm_eps, layers.key_heads_divided(config.kv_heads))
-        self.output = layers.row(config.heads * head_width, width, std=branch_std(config))
+        self.output = layers.attention_output(config.heads * head_width, width, std=branch_std(config))
 
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
@@ -61,11 +62,8 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
         k_TKH, v_TKH = self.shard.share(k_TKH, v_TKH)
-        if cache is None:
-            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, turn=turn)
-        else:
-            out_TNH = cache.attend(self.index, rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan)
-        return self.output(out_TNH, h_TD)
+        attend = None if cache is None else functools.partial(cache.attend, self.index)
+        return self.output(h_TD, q_TNH, k_TKH, v_TKH, plan, turn, attend)
 
 
 class DecoderLayer(nn.Module):

@@ -6,6 +6,7 @@ are megatron-core's (`tensor_layers.py`, imported only then). Every layer's forw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from megatron_gemini.kernels.attention import AttentionPlan, attention_output
 from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
+from megatron_gemini.kernels.rope import Rotation, rotate
 from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
 from megatron_gemini.parallel.topology import Topology
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
+"""Rotated q_TNH and k_TKH, v_TKH and the row's plan -> [T, N, H]."""
 
 
 class AttentionInput(nn.Module):
@@ -53,15 +60,27 @@ class MLP(nn.Module):
         return gated_mlp(h_TD, self.norm, self.eps, self.gate_up, self.down, self.activation)
 
 
-class Row(nn.Module):
-    """residual [T, out] + x W^T, x [T, in] or [T, N, H] with N H = in. weight: [out, in]."""
+class AttentionOutput(nn.Module):
+    """h + attention(q, k, v) W^T. weight: [D, N H]."""
 
-    def __init__(self, width_in: int, width_out: int, *, init: Init) -> None:
+    def __init__(self, width_in: int, width: int, *, init: Init) -> None:
         super().__init__()
-        self.weight = new_parameter(width_out, width_in, init=init)
+        self.weight = new_parameter(width, width_in, init=init)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return linear_add(x, self.weight, residual)
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        plan: AttentionPlan,
+        turn: Rotation,
+        attend: Attend | None = None,
+    ) -> torch.Tensor:
+        """attend: takes the place of the row's own attention, as generation from a cache does."""
+        if attend is None:
+            return attention_output(q_TNH, k_TKH, v_TKH, plan, turn, self.weight, h_TD)
+        return linear_add(attend(rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan), self.weight, h_TD)
 
 
 class RMSNorm(nn.Module):
@@ -166,11 +185,11 @@ class Layers:
         layer = self._tensor_layers().DividedMLP
         return layer(self.topology, *sizes, eps=eps, init=normal(std), last=normal(last_std))
 
-    def row(self, width_in: int, width_out: int, *, std: float) -> nn.Module:
-        """A `Row` whose input is divided over the ranks; the output is whole on every rank."""
+    def attention_output(self, width_in: int, width: int, *, std: float) -> nn.Module:
+        """An `AttentionOutput` of this rank's heads; the output is whole on every rank."""
         if not self.divided:
-            return Row(width_in, width_out, init=normal(std))
-        return self._tensor_layers().DividedRow(self.topology, width_in, width_out, init=normal(std))
+            return AttentionOutput(width_in, width, init=normal(std))
+        return self._tensor_layers().DividedAttentionOutput(self.topology, width_in, width, init=normal(std))
 
     def embedding(self, size: int, width: int, *, std: float) -> nn.Module:
         """A `Vocabulary` of `size` rows, divided over the ranks (and padded to a multiple of them)."""

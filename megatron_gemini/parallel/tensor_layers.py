@@ -10,9 +10,11 @@ from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import nn
 
+from megatron_gemini.kernels.attention import AttentionPlan, attention
 from megatron_gemini.kernels.linear import gated_linear, linear
 from megatron_gemini.kernels.norm import rms_norm
-from megatron_gemini.parallel.layers import VocabularyShard
+from megatron_gemini.kernels.rope import Rotation, rotate
+from megatron_gemini.parallel.layers import Attend, VocabularyShard
 from megatron_gemini.parallel.parameters import Init, Placement, declare, new_parameter, zeros
 from megatron_gemini.parallel.topology import Topology
 
@@ -136,8 +138,8 @@ class DividedMLP(nn.Module):
         return h_TD + tensor_parallel.reduce_from_tensor_model_parallel_region(product, group=self.group)
 
 
-class DividedRow(_PlainState, tensor_parallel.RowParallelLinear):
-    """`layers.Row` whose `in` dimension is divided over the tensor-parallel ranks."""
+class DividedAttentionOutput(_PlainState, tensor_parallel.RowParallelLinear):
+    """`layers.AttentionOutput` of the query heads of every rank."""
 
     def __init__(self, topology: Topology, width_in: int, width_out: int, *, init: Init) -> None:
         super().__init__(
@@ -153,8 +155,21 @@ class DividedRow(_PlainState, tensor_parallel.RowParallelLinear):
         self._forget_extra_state()
         declare(self.weight, init, Placement(1, (width_out, width_in), topology.tensor_rank * self.weight.shape[1]))
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return residual + super().forward(x.flatten(1))[0]
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        plan: AttentionPlan,
+        turn: Rotation,
+        attend: Attend | None = None,
+    ) -> torch.Tensor:
+        if attend is None:
+            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, turn=turn)
+        else:
+            out_TNH = attend(rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan)
+        return h_TD + super().forward(out_TNH.flatten(1))[0]
 
 
 class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
