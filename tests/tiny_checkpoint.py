@@ -29,7 +29,7 @@ CONFIG = RunConfig(
 
 
 def train_text_model(path: Path) -> None:
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "draw", "what", "is", "this"]
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "draw", "what is this"]
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(words * 20),
@@ -52,19 +52,19 @@ def write_pieces(module: nn.Module, directory: Path) -> None:
     (directory / "rank-00000.json").write_text(json.dumps({"pieces": pieces, "data": {}}))
 
 
-def write_checkpoint(run: Path, step: int, seed: int) -> Gemini:
+def write_checkpoint(run: Path, step: int, seed: int, config: RunConfig = CONFIG) -> Gemini:
     """A complete checkpoint of a random model; returns the model."""
     directory = step_directory(run, step)
     directory.mkdir(parents=True)
     train_text_model(directory / "text.model")
     size = sentencepiece.SentencePieceProcessor(str(directory / "text.model")).GetPieceSize()
-    model = Gemini(CONFIG, TokenLayout(size, CONFIG.image_tokenizer.codes), Layers(Topology.serial()))
-    tokenizer = ImageTokenizer(CONFIG.image_tokenizer)
+    model = Gemini(config, TokenLayout(size, config.image_tokenizer.codes), Layers(Topology.serial()))
+    tokenizer = ImageTokenizer(config.image_tokenizer)
     for module in (model, tokenizer):
         initialize(module, seed)
     write_pieces(model, directory)
-    save_weights(tokenizer, CONFIG, directory / "image_tokenizer")
-    (directory / "config.yaml").write_text(dump_config(CONFIG))
+    save_weights(tokenizer, config, directory / "image_tokenizer")
+    (directory / "config.yaml").write_text(dump_config(config))
     seal(directory)
     (directory.parent / "latest").write_text(directory.name + "\n")
     return model

@@ -1,4 +1,4 @@
-"""Train the text tokenizer: a SentencePiece model of the captions and transcripts of shards, and of the task prompts.
+"""Train the text tokenizer: a SentencePiece model of the captions and transcripts of shards, and of the prompts.
 
     python tools/train_sentencepiece.py --shards "data/train/*.tar" --out data/text.model
     python tools/train_sentencepiece.py --config run.yaml --vocab-size 32000    # a run's data.sources, data.text_model

@@ -67,7 +67,8 @@ def generate(
             twins = [row + len(alive) for row in rows] if guided else []
             sequences.keep(rows + twins)
             grammar.keep(rows)
-            alive, generators, tokens = ([x[row] for row in rows] for x in (alive, generators, tokens))
+            alive, tokens = [alive[row] for row in rows], [tokens[row] for row in rows]
+            generators = [generators[row] for row in rows]
         logits_BV = sequences.append(tokens * 2 if guided else tokens)
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, 2019) with the scale 1 + weight, as in Gemma."""
+"""RMSNorm (Zhang and Sennrich, 2019) with the scale 1 + weight, as in Gemma. Shape suffix: D width."""
 
 from __future__ import annotations
 
@@ -16,24 +16,39 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
+def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y in x's dtype, i [..., 1], s [D]) with y = x i s, i = (sum(x^2) + D eps)^-1/2 and s = sqrt(D) (1 + weight).
+
+    sqrt(D) is in the scale, where it costs nothing. The last two are for `norm_backward`.
+    """
+    width = x.shape[-1]
+    root = width**0.5
+    inverse = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32).square_().add_(width * eps).rsqrt_()
+    scale = torch.rsub(weight.float(), root, alpha=-root)
+    normed = (x * inverse).mul_(scale)
+    return normed if x.dtype == torch.float32 else normed.to(x.dtype), inverse, scale
+
+
+def norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x's gradient i (g s - x i^2 sum(g s x)), the weight's gradient sqrt(D) sum(g x i) over rows), in x's dtype."""
+    width = x.shape[-1]
+    product = grad * x if x.dtype == torch.float32 else grad.float() * x
+    product = product.view(-1, width)
+    weight_grad = torch.mv(product.t(), inverse.view(-1)).mul_(width**0.5)
+    along = torch.mv(product, scale).view(inverse.shape).mul_(inverse.square())
+    x_grad = (grad * scale).addcmul_(x, along, value=-1).mul_(inverse)
+    return x_grad.to(x.dtype), weight_grad.to(x.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-        inverse = norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, inverse, weight)
-        return (x * inverse).mul_(weight.float() + 1).to(x.dtype)
+        normed, inverse, scale = norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, inverse, scale)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """With n = x * inverse and s = 1 + weight: dx = inverse * (g s - n mean(g s n))."""
-        x, inverse, weight = ctx.saved_tensors
-        (grad,) = grads
-        width = x.shape[-1]
-        normed = x * inverse
-        scale = weight.float() + 1
-        product = (grad * normed).view(-1, width)
-        weight_grad = product.sum(0).to(weight.dtype)
-        mean = torch.mv(product, scale).mul_(-1 / width).view(inverse.shape)
-        x_grad = (grad * scale).addcmul_(normed, mean).mul_(inverse)
-        return x_grad.to(x.dtype), weight_grad, None
+        return *norm_backward(grads[0], *ctx.saved_tensors), None

@@ -1,11 +1,11 @@
 """Rotary position embedding (Su et al., 2021), in the half-split convention of Gemma: value i turns with value i + H/2.
 
-Shape suffixes: T tokens, N query heads, K key heads, H head width.
+Shape suffixes: T tokens, N heads, H head width.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -25,24 +25,7 @@ def rotation(position_T: torch.Tensor, head_width: int, theta: float, dtype: tor
     return Rotation(torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype))
 
 
-def rotate(q_TNH: torch.Tensor, k_TKH: torch.Tensor, turn: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys, turned by their positions; same shapes and dtypes."""
-    return _Rotate.apply(q_TNH, k_TKH, *turn)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: int) -> torch.Tensor:
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=direction)
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(cos, sin)
-        return _turn(q, cos, sin, 1), _turn(k, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors  # a rotation's transpose turns the other way
-        return _turn(grads[0], cos, sin, -1), _turn(grads[1], cos, sin, -1), None, None
+def rotate(x_TNH: torch.Tensor, turn: Rotation, direction: int = 1) -> torch.Tensor:
+    """Queries or keys, turned by their positions; direction -1 turns back, which is also the gradient's way."""
+    cos, sin = turn
+    return torch.addcmul(x_TNH * cos, x_TNH.roll(x_TNH.shape[-1] // 2, -1), sin, value=direction)

@@ -13,7 +13,6 @@ from torch import nn
 
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.kernels.attention import AttentionPlan, attention
-from megatron_gemini.kernels.gate import gated
 from megatron_gemini.kernels.rope import Rotation, rotate, rotation
 from megatron_gemini.parallel.layers import Layers
 
@@ -34,7 +33,7 @@ class AttentionCache(Protocol):
 
 
 class Attention(nn.Module):
-    """Multi-query (Shazeer, 2019) or grouped-query attention with RoPE and, if asked for, QK-norm."""
+    """h + attention(norm(h)): multi-query (Shazeer, 2019) or grouped-query, with RoPE and, if asked for, QK-norm."""
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
@@ -42,8 +41,9 @@ class Attention(nn.Module):
         self.index = index
         self.head_width = head_width
         self.shard = layers.heads(config.heads, config.kv_heads)
-        self.query = layers.column(width, config.heads * head_width, std=std)
-        self.key_value = layers.key_value(width, config.kv_heads, head_width, std=std)
+        self.input = layers.attention_input(
+            width, config.heads, config.kv_heads, head_width, eps=config.norm_eps, std=std
+        )
         self.query_norm = self.key_norm = None
         if config.qk_norm:
             self.query_norm = layers.head_norm(head_width, config.norm_eps, heads_divided=True)
@@ -53,46 +53,42 @@ class Attention(nn.Module):
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
     ) -> torch.Tensor:
-        tokens = h_TD.shape[0]
-        q_TNH = self.query(h_TD).view(tokens, self.shard.query, self.head_width)
-        k_TKH, v_TKH = self.key_value(h_TD).view(tokens, 2, self.shard.key, self.head_width).unbind(1)
+        tokens, head_width = h_TD.shape[0], self.head_width
+        q_TNH, k_TKH, v_TKH = (x.view(tokens, -1, head_width) for x in self.input(h_TD))
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
-        q_TNH, k_TKH = rotate(q_TNH, k_TKH, turn)
         k_TKH, v_TKH = self.shard.share(k_TKH, v_TKH)
         if cache is None:
-            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan)
+            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, turn=turn)
         else:
-            out_TNH = cache.attend(self.index, q_TNH, k_TKH, v_TKH, plan)
-        return self.output(out_TNH.flatten(1))
+            out_TNH = cache.attend(self.index, rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan)
+        return self.output(out_TNH.view(tokens, -1), h_TD)
 
 
 class MLP(nn.Module):
-    """down(activation(gate(h)) * up(h)), gate and up in one product."""
+    """h + down(activation(gate n) * up n) with n = norm(h); gate and up are one product."""
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        self.activation = config.activation
-        self.gate_up = layers.column(config.width, config.mlp_width, std=config.init_std, parts=2)
-        self.down = layers.row(config.mlp_width, config.width, std=config.init_std * (2 * config.layers) ** -0.5)
+        self.input = layers.mlp_input(
+            config.width, config.mlp_width, config.activation, eps=config.norm_eps, std=config.init_std
+        )
+        self.output = layers.row(config.mlp_width, config.width, std=config.init_std * (2 * config.layers) ** -0.5)
 
     def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
-        return self.down(gated(self.gate_up(h_TD), self.activation))
+        return self.output(self.input(h_TD), h_TD)
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
-        self.attention_norm = layers.norm(config.width, config.norm_eps)
         self.attention = Attention(config, layers, index)
-        self.mlp_norm = layers.norm(config.width, config.norm_eps)
         self.mlp = MLP(config, layers)
 
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
     ) -> torch.Tensor:
-        h_TD = h_TD + self.attention(self.attention_norm(h_TD), turn, plan, cache)
-        return h_TD + self.mlp(self.mlp_norm(h_TD))
+        return self.mlp(self.attention(h_TD, turn, plan, cache))
 
 
 class Decoder(nn.Module):

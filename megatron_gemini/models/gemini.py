@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import AUDIO, MODALITIES, VISION, Batch, TokenLayout
+from megatron_gemini.contracts import AUDIO, ENCODERS, MODALITIES, VISION, Batch, TokenLayout
 from megatron_gemini.kernels.attention import plan_attention
 from megatron_gemini.kernels.cross_entropy import cross_entropy
 from megatron_gemini.modalities.audio.encoder import AudioEncoder
@@ -87,12 +87,15 @@ class Gemini(nn.Module):
         return self.decoder.output_embedding.gather_logits(self.decoder.logits(h_TD))
 
     def _embed_media(self, h_TD: torch.Tensor, batch: Batch, dummies: bool) -> torch.Tensor:
-        for name, encoder in self.encoders.items():
+        for name in ENCODERS:
+            encoder = self.encoders[name] if name in self.encoders else None
             media = batch.media.get(name)
-            e_OD = encoder(media) if media is not None else None
-            check_placeholders(batch, name, self.layout, 0 if e_OD is None else len(e_OD))
-            if media is not None and e_OD is not None:
+            if encoder is None or media is None:
+                check_placeholders(batch, name, self.layout, 0)
+            if encoder is not None and media is not None:
+                e_OD = encoder(media)
+                check_placeholders(batch, name, self.layout, len(e_OD))
                 h_TD = place(h_TD, e_OD, media)
-            elif dummies:
-                h_TD = h_TD + 0 * encoder(encoder.dummy().to(h_TD.device)).sum()
+            elif encoder is not None and dummies:
+                h_TD = h_TD + 0 * encoder(encoder.dummy()).sum()
         return h_TD

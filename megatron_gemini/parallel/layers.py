@@ -14,22 +14,52 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.kernels.linear import linear
+from megatron_gemini.kernels.linear import linear, linear_add, norm_gated_linear, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
 from megatron_gemini.parallel.topology import Topology
 
 
-class Linear(nn.Module):
-    """y = x W^T, weight [out, in] or, with parts > 1, [parts, out, in]: y's last dimension is parts * out."""
+class AttentionInput(nn.Module):
+    """RMSNorm, then the projections: h_TD -> queries [T, N H], keys [T, K H], values [T, K H].
 
-    def __init__(self, width_in: int, width_out: int, *, parts: int, init: Init) -> None:
+    query: [N H, D]. key_value: [2, K H, D]. norm: [D], of scale 1 + norm.
+    """
+
+    def __init__(self, width: int, query: int, key: int, *, eps: float, init: Init) -> None:
         super().__init__()
-        shape = (width_out, width_in) if parts == 1 else (parts, width_out, width_in)
-        self.weight = new_parameter(*shape, init=init)
+        self.norm = new_parameter(width, init=zeros())
+        self.query = new_parameter(query, width, init=init)
+        self.key_value = new_parameter(2, key, width, init=init)
+        self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight)
+    def forward(self, h_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return norm_linear(h_TD, self.norm, self.eps, (self.query, self.key_value))
+
+
+class MLPInput(nn.Module):
+    """RMSNorm, then activation(gate) * up: h_TD -> [T, F]. gate_up: [2, F, D]. norm: [D]."""
+
+    def __init__(self, width: int, mlp_width: int, activation: str, *, eps: float, init: Init) -> None:
+        super().__init__()
+        self.norm = new_parameter(width, init=zeros())
+        self.gate_up = new_parameter(2, mlp_width, width, init=init)
+        self.activation = activation
+        self.eps = eps
+
+    def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
+        return norm_gated_linear(h_TD, self.norm, self.eps, self.gate_up, self.activation)
+
+
+class Row(nn.Module):
+    """residual [T, out] + x [T, in] W^T. weight: [out, in]."""
+
+    def __init__(self, width_in: int, width_out: int, *, init: Init) -> None:
+        super().__init__()
+        self.weight = new_parameter(width_out, width_in, init=init)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return linear_add(x, self.weight, residual)
 
 
 class RMSNorm(nn.Module):
@@ -96,7 +126,7 @@ class HeadShard:
         """The keys and values for this rank's query heads.
 
         Where ranks hold the same heads, their gradients are summed here, on the small dK and dV, so that everything
-        before (RoPE, K norm, K/V weights) gets the complete gradient, the same on all ranks.
+        before (K norm, K/V weights) gets the complete gradient, the same on all ranks.
         """
         if self.group is not None:
             k_TKH, v_TKH = sum_gradient(self.group, k_TKH, v_TKH)
@@ -115,21 +145,29 @@ class Layers:
     def divided(self) -> bool:
         return self.topology.tensor_size > 1
 
-    def column(self, width_in: int, width_out: int, *, std: float, parts: int = 1) -> nn.Module:
-        """Linear whose output is divided over the ranks: [..., in] -> [..., parts * out / ranks]."""
+    def attention_input(
+        self, width: int, query_heads: int, key_heads: int, head_width: int, *, eps: float, std: float
+    ) -> nn.Module:
+        """An `AttentionInput`; its output is this rank's heads (see `heads`)."""
+        query, key = query_heads * head_width, key_heads * head_width
         if not self.divided:
-            return Linear(width_in, width_out, parts=parts, init=normal(std))
-        return self._tensor_layers().ColumnLinear(self.topology, width_in, width_out, parts=parts, init=normal(std))
+            return AttentionInput(width, query, key, eps=eps, init=normal(std))
+        divided = self.key_heads_divided(key_heads)
+        layer = self._tensor_layers().DividedAttentionInput
+        return layer(self.topology, width, query, key, key_divided=divided, eps=eps, init=normal(std))
+
+    def mlp_input(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float) -> nn.Module:
+        """An `MLPInput` whose output is divided over the ranks."""
+        if not self.divided:
+            return MLPInput(width, mlp_width, activation, eps=eps, init=normal(std))
+        layer = self._tensor_layers().DividedMLPInput
+        return layer(self.topology, width, mlp_width, activation, eps=eps, init=normal(std))
 
     def row(self, width_in: int, width_out: int, *, std: float) -> nn.Module:
-        """Linear whose input is divided over the ranks: [..., in / ranks] -> [..., out], the sum over the ranks."""
+        """A `Row` whose input is divided over the ranks; the output is whole on every rank."""
         if not self.divided:
-            return Linear(width_in, width_out, parts=1, init=normal(std))
-        return self._tensor_layers().RowLinear(self.topology, width_in, width_out, init=normal(std))
-
-    def replicated(self, width_in: int, width_out: int, *, std: float, parts: int = 1) -> nn.Module:
-        """Linear that every rank holds and computes whole: [..., in] -> [..., parts * out]."""
-        return Linear(width_in, width_out, parts=parts, init=normal(std))
+            return Row(width_in, width_out, init=normal(std))
+        return self._tensor_layers().DividedRow(self.topology, width_in, width_out, init=normal(std))
 
     def embedding(self, size: int, width: int, *, std: float) -> nn.Module:
         """A `Vocabulary` of `size` rows, divided over the ranks (and padded to a multiple of them)."""
@@ -157,11 +195,6 @@ class Layers:
 
     def key_heads_divided(self, key: int) -> bool:
         return self.divided and key % self.topology.tensor_size == 0
-
-    def key_value(self, width_in: int, key: int, head_width: int, *, std: float) -> nn.Module:
-        """The fused K and V projection: [..., in] -> [..., 2 * heads of this rank * H], keys and then values."""
-        make = self.column if self.key_heads_divided(key) else self.replicated
-        return make(width_in, key * head_width, std=std, parts=2)
 
     @staticmethod
     def _tensor_layers() -> Any:

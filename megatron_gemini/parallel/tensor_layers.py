@@ -5,16 +5,15 @@ Importing this imports megatron.core, which takes seconds: `Layers` does so only
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import nn
 
-from megatron_gemini.kernels.linear import linear
+from megatron_gemini.kernels.linear import gated_linear, linear
+from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.parallel.layers import VocabularyShard
-from megatron_gemini.parallel.parameters import Init, Placement, declare, new_parameter
+from megatron_gemini.parallel.parameters import Init, Placement, declare, new_parameter, zeros
 from megatron_gemini.parallel.topology import Topology
 
 
@@ -42,13 +41,13 @@ class _PlainState:
         self._load_state_dict_pre_hooks.clear()  # type: ignore[attr-defined]
 
 
-class ColumnLinear(_PlainState, tensor_parallel.ColumnParallelLinear):
-    """`layers.Linear` whose `out` dimension is divided over the tensor-parallel ranks."""
+class _Column(_PlainState, tensor_parallel.ColumnParallelLinear):
+    """megatron-core's column-parallel product without a weight of its own: the module that owns the weight passes it."""
 
-    def __init__(self, topology: Topology, width_in: int, width_out: int, *, parts: int, init: Init) -> None:
+    def __init__(self, topology: Topology, width_in: int, width_out: int) -> None:
         super().__init__(
             width_in,
-            parts * width_out,
+            width_out,
             config=_config(topology),
             init_method=_no_values,
             bias=False,
@@ -56,23 +55,63 @@ class ColumnLinear(_PlainState, tensor_parallel.ColumnParallelLinear):
             tp_group=topology.tensor_group,
         )
         self._forget_extra_state()
-        local = width_out // topology.tensor_size
-        lead = () if parts == 1 else (parts,)
-        placement = Placement(len(lead), (*lead, width_out, width_in), topology.tensor_rank * local)
-        self.weight = new_parameter(*lead, local, width_in, init=init, placement=placement)
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
-        """megatron-core's product wants a matrix; a stack of parts must not become one before autograd saves it."""
-        if weight.dim() == 2:
-            return super()._forward_impl(input, weight, **options)
-        return linear(input, weight, options["tp_group"])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
+    def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, weight)[0]
 
 
-class RowLinear(_PlainState, tensor_parallel.RowParallelLinear):
-    """`layers.Linear` whose `in` dimension is divided over the tensor-parallel ranks."""
+def _divided_rows(topology: Topology, *shape: int, init: Init) -> nn.Parameter:
+    """A parameter [..., out, in] of which every rank holds its share of `out`."""
+    *lead, rows, columns = shape
+    local = rows // topology.tensor_size
+    placement = Placement(len(lead), shape, topology.tensor_rank * local)
+    return new_parameter(*lead, local, columns, init=init, placement=placement)
+
+
+class DividedAttentionInput(nn.Module):
+    """`layers.AttentionInput`: query heads divided, key/value heads divided too or whole on every rank."""
+
+    def __init__(
+        self, topology: Topology, width: int, query: int, key: int, *, key_divided: bool, eps: float, init: Init
+    ) -> None:
+        super().__init__()
+        self.norm = new_parameter(width, init=zeros())
+        self.query = _divided_rows(topology, query, width, init=init)
+        whole = new_parameter(2, key, width, init=init)
+        self.key_value = _divided_rows(topology, 2, key, width, init=init) if key_divided else whole
+        self.column = _Column(topology, width, query)
+        self.key_group = topology.tensor_group if key_divided else None
+        self.eps = eps
+
+    def forward(self, h_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        normed = rms_norm(h_TD, self.norm, self.eps)
+        key_value = linear(normed, self.key_value, self.key_group)
+        return self.column(normed, self.query), *key_value.chunk(2, -1)
+
+
+class DividedMLPInput(nn.Module):
+    """`layers.MLPInput`, divided over the MLP's width.
+
+    The product is this package's: megatron-core's wants a matrix, and one made of the two halves would be a view, which
+    autograd would keep alive after ZeRO-3 has partitioned the parameter.
+    """
+
+    def __init__(
+        self, topology: Topology, width: int, mlp_width: int, activation: str, *, eps: float, init: Init
+    ) -> None:
+        super().__init__()
+        self.norm = new_parameter(width, init=zeros())
+        self.gate_up = _divided_rows(topology, 2, mlp_width, width, init=init)
+        self.group = topology.tensor_group
+        self.activation = activation
+        self.eps = eps
+
+    def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
+        return gated_linear(rms_norm(h_TD, self.norm, self.eps), self.gate_up, self.activation, self.group)
+
+
+class DividedRow(_PlainState, tensor_parallel.RowParallelLinear):
+    """`layers.Row` whose `in` dimension is divided over the tensor-parallel ranks."""
 
     def __init__(self, topology: Topology, width_in: int, width_out: int, *, init: Init) -> None:
         super().__init__(
@@ -88,8 +127,8 @@ class RowLinear(_PlainState, tensor_parallel.RowParallelLinear):
         self._forget_extra_state()
         declare(self.weight, init, Placement(1, (width_out, width_in), topology.tensor_rank * self.weight.shape[1]))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0]
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual + super().forward(x)[0]
 
 
 class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):

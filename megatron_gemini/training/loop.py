@@ -166,13 +166,14 @@ class Loop:
         """(sum of the weights over the data-parallel ranks, signal number to stop for or 0), the same everywhere."""
         share = torch.zeros(2, dtype=torch.float64, device=self.task.device)
         share[0] = weight / self.task.topology.tensor_size  # tensor-parallel peers hold the same rows
-        gathered = torch.zeros(self.task.topology.world, 2, dtype=torch.float64, device=self.task.device)
         share[1] = self.stop.requested()
-        if self.task.topology.world > 1:
-            dist.all_gather_into_tensor(gathered, share)
+        gathered = [torch.zeros_like(share) for _ in range(self.task.topology.world)]
+        if len(gathered) > 1:
+            dist.all_gather(gathered, share)
         else:
             gathered[0] = share
-        total, number = float(gathered[:, 0].sum()), int(gathered[:, 1].max())
+        every = torch.stack(gathered)
+        total, number = float(every[:, 0].sum()), int(every[:, 1].max())
         if total <= 0:
             raise ValueError("no token of this step has a loss weight; check the loss section and the data's tasks")
         return total, number

@@ -74,7 +74,7 @@ def judge_drawings(
 def judge_tokenizer(
     generator: Generator, classifier: Classifier, train: RealImages, held_out: RealImages
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """code_usage on training images; reconstruction_recognised and _psnr of held-out ones, and their reconstructions."""
+    """code_usage on training images, reconstruction_recognised and _psnr of held-out ones; and the reconstructions."""
     rebuilt = generator.pixels(generator.codes(held_out.images))
     used = {code for codes in generator.codes(train.images) for code in codes}
     figures = {
@@ -87,10 +87,11 @@ def judge_tokenizer(
 
 def like_for_like(real: RealImages, labels: Sequence[str]) -> RealImages:
     """As many real images of each class as `labels` has, or all there are."""
-    chosen = RealImages([], [])
+    chosen = RealImages([], [], [])
     for label in sorted(set(labels)):
         mine = (x for x, of in zip(real.images, real.labels, strict=True) if of == label)
         for image in islice(mine, list(labels).count(label)):
             chosen.images.append(image)
             chosen.labels.append(label)
+            chosen.augmented.append(False)
     return chosen

@@ -58,7 +58,7 @@ def psnr(originals: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray]) -> floa
     ratios = []
     for original, copy in zip(originals, rebuilt, strict=True):
         error = np.mean((original.astype(np.float64) - copy.astype(np.float64)) ** 2)
-        ratios.append(min(10 * np.log10(255.0**2 / max(error, 1e-12)), 99.0))
+        ratios.append(min(10 * np.log10(255.0**2 / max(float(error), 1e-12)), 99.0))
     return float(np.mean(ratios))
 
 

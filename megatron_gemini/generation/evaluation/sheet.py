@@ -20,10 +20,10 @@ from megatron_gemini.generation.pictures import (
     DrawnFromSpeech,
     DrawnFromText,
     Rebuilt,
+    Section,
     Sheet,
     Transcripts,
 )
-from megatron_gemini.modalities.image.preprocess import unpatchify
 
 CLASSES, OF_A_CLASS, IMAGES, SOUNDS, CLIPS, SPOKEN, REBUILT = 10, 10, 25, 8, 4, 4, 20
 _FIGURES = (
@@ -43,7 +43,8 @@ def make_sheet(results: Results, title: str, report: Mapping[str, Any], patch: i
     transcripts = Transcripts(_answered(results, "transcribe", SOUNDS, spectrogram))
     clips = Clips(_answered(results, "video_caption", CLIPS, lambda item: pixels(item, patch)))
     rebuilt = Rebuilt(some(list(zip(results.held_out.images, results.rebuilt, strict=False)), REBUILT))
-    rows = [[text, captions], [transcripts], [clips, DrawnFromSpeech(_from_speech(results))], [rebuilt]]
+    spoken = DrawnFromSpeech(_from_speech(results))
+    rows: list[list[Section]] = [[text, captions], [transcripts], [clips, spoken], [rebuilt]]
     return Sheet(title, subtitle(report), rows)
 
 
@@ -58,7 +59,9 @@ def subtitle(report: Mapping[str, Any]) -> str:
 
 def pixels(item: EncoderInput, patch: int) -> np.ndarray:
     """uint8[F, H, W, 3] of an image or clip as the vision encoder takes it."""
-    images_FHW3 = unpatchify(item.values_PC, item.grid, patch)
+    frames, rows, columns = item.grid
+    tiles = item.values_PC.view(frames, rows, columns, patch, patch, 3).transpose(2, 3)
+    images_FHW3 = tiles.reshape(frames, rows * patch, columns * patch, 3)
     return ((images_FHW3.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
 
 

@@ -69,7 +69,7 @@ def test_scale_one_keeps_the_size_of_the_model(run, tmp_path) -> None:
 
 
 def test_the_same_seed_draws_the_same_image_with_and_without_cache(run, tmp_path) -> None:
-    drawn = []
+    drawn: list[bytes] = []
     for extra in ([], ["--no-cache"], ["--seed", "1"], ["--guidance", "3"]):
         out = tmp_path / f"{len(drawn)}.png"
         main(["--checkpoint", str(run), "draw", "--answer", "image", "--scale", "1", "--out", str(out), *extra])

@@ -1,6 +1,7 @@
 """Generation with a tiny, randomly initialised Gemini that sees images, clips and sound."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,8 @@ def test_cached_logits_equal_recomputed_ones(kv_heads: int) -> None:
         for step in range(8):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
             if step == 3:
-                cached.keep([4, 0, 2]), recomputed.keep([4, 0, 2])
+                cached.keep([4, 0, 2])
+                recomputed.keep([4, 0, 2])
                 got, expected = got[[4, 0, 2]], expected[[4, 0, 2]]
             tokens = torch.randint(LAYOUT.text_size, (len(got),), generator=draw).tolist()
             got, expected = cached.append(tokens), recomputed.append(tokens)
@@ -205,6 +207,6 @@ def test_empty_prompts_are_bos_user_model() -> None:
     ("name", "value"),
     [("temperature", -1.0), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5), ("max_tokens", 0), ("answer", "sound")],
 )
-def test_settings_out_of_range_are_refused_by_name(name: str, value: object) -> None:
+def test_settings_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value!r}"):
         SampleSettings(**{name: value})
