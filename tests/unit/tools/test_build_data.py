@@ -82,7 +82,7 @@ def test_captions_say_what_the_labels_say(built):
 def test_no_digit_and_no_voice_is_on_both_sides(built):
     found: dict[str, dict[str, set]] = {side: {"digits": set(), "voices": set()} for side in SIDES}
     for side in SIDES:
-        for name in ("digits", "clips", "interleave", "speech"):
+        for name in ("digits", "clips", "interleave", "speech", *(["varied"] if side == "train" else [])):
             for members in every_member(built, name, side, ("json",)):
                 metadata = json.loads(members["json"])
                 places = metadata["sklearn_index"]
@@ -130,6 +130,9 @@ def test_a_finished_build_is_reused_until_options_or_shards_change(tmp_path, cap
     assert [run(), run()] == [False, True]
     shard.unlink()
     assert [run(), run()] == [False, True]
+    assert not run("--variants", "0")
+    assert not list(tmp_path.glob("*/varied-*"))
+    assert not run()
     with tarfile.open(shard, "a") as tar:  # as tools/encode_images.py adds them
         add(tar, "digit0000.codes.json", b'{"codes": []}')
     assert run()
