@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gemini.kernels.attention_cpu import attend_on_cpu
+from megatron_gemini.kernels.attention_cpu import attend_and_project_on_cpu, attend_on_cpu
 from megatron_gemini.kernels.attention_plan import AttentionPlan, plan_attention
 from megatron_gemini.kernels.attention_sdpa import attend_by_sdpa
+from megatron_gemini.kernels.linear import linear_add
 from megatron_gemini.kernels.rope import Rotation
 
-__all__ = ["AttentionPlan", "attention", "attention_backend", "plan_attention"]
+__all__ = ["AttentionPlan", "attention", "attention_backend", "attention_output", "plan_attention"]
 
 
 def attention(
@@ -33,6 +34,21 @@ def attention(
     if q_TNH.device.type == "cpu":
         return attend_on_cpu(q_TNH, k_TKH, v_TKH, plan, scale, turn)
     return attend_by_sdpa(q_TNH, k_TKH, v_TKH, plan, scale, turn)
+
+
+def attention_output(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    turn: Rotation,
+    weight: torch.Tensor,
+    residual_TD: torch.Tensor,
+) -> torch.Tensor:
+    """residual + attention(q, k, v) W^T with W [D, N H]: the end of a residual branch, one autograd node on CPU."""
+    if plan.real and q_TNH.device.type == "cpu":
+        return attend_and_project_on_cpu(q_TNH, k_TKH, v_TKH, plan, turn, weight, residual_TD)
+    return linear_add(attention(q_TNH, k_TKH, v_TKH, plan, turn=turn), weight, residual_TD)
 
 
 def attention_backend(device: torch.device) -> tuple[str, str]:

@@ -7,12 +7,13 @@ Shape suffixes: T packed tokens, S slots of all buckets, N query heads, K key/va
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_gemini.kernels.attention_plan import AttentionPlan, Bucket
-from megatron_gemini.kernels.rope import Rotation, rotate
+from megatron_gemini.kernels.attention_plan import AttentionPlan
+from megatron_gemini.kernels.rope import Rotation, rotate_both
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -30,6 +31,19 @@ def attend_on_cpu(
     return _Attention.apply(q_TNH, k_TKH, v_TKH, plan, scale, turn)
 
 
+def attend_and_project_on_cpu(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    turn: Rotation,
+    weight: torch.Tensor,
+    residual_TD: torch.Tensor,
+) -> torch.Tensor:
+    """See `attention.attention_output`; the row must have a real token."""
+    return _AttentionOutput.apply(q_TNH, k_TKH, v_TKH, weight, residual_TD, plan, turn)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -41,37 +55,84 @@ class _Attention(torch.autograd.Function):
         scale: float | None,
         turn: Rotation | None,
     ) -> torch.Tensor:
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        q, k, v = _to_slots(q, plan), _to_slots(k, plan), _to_slots(v, plan)
-        results = []
-        for bucket, *parts in zip(plan.buckets, *(_by_bucket(x, plan) for x in (q, k, v)), strict=True):
-            results.append(_flash(*parts, 0.0, bucket.causal, attn_mask=_mask(bucket, q.dtype), scale=scale))
-        out_SNH = _join([out for out, _ in results])
-        ctx.save_for_backward(q, k, v, out_SNH, *(normaliser for _, normaliser in results))
+        out_TNH, saved = _forward(q, k, v, plan, scale, turn)
+        ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.turn = plan, scale, turn
-        return _to_row(out_SNH, plan)
+        return out_TNH
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        plan, turn = ctx.plan, ctx.turn
-        q, k, v, out, *normalisers = ctx.saved_tensors
-        grad = _to_slots(grads[0], plan)
-        if plan.repeats is not None:
-            grad = grad.index_fill_(0, plan.repeats, 0.0)
-        results = []
-        pieces = zip(*(_by_bucket(x, plan) for x in (grad, q, k, v, out)), strict=True)
-        for bucket, normaliser, piece in zip(plan.buckets, normalisers, pieces, strict=True):
-            mask = _mask(bucket, q.dtype)
-            results.append(_flash_backward(*piece, normaliser, 0.0, bucket.causal, attn_mask=mask, scale=ctx.scale))
-        q_grad, k_grad, v_grad = (_to_row(_join(list(parts)), plan) for parts in zip(*results, strict=True))
-        if turn is not None:
-            q_grad, k_grad = rotate(q_grad, turn, -1), rotate(k_grad, turn, -1)
-        return q_grad, k_grad, v_grad, None, None, None
+        return *_backward(grads[0], ctx.saved_tensors, ctx.plan, ctx.scale, ctx.turn), None, None, None
 
 
-def _mask(bucket: Bucket, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if bucket.mask is None else bucket.mask.to(dtype)
+class _AttentionOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+        plan: AttentionPlan,
+        turn: Rotation,
+    ) -> torch.Tensor:
+        out_TNH, saved = _forward(q, k, v, plan, None, turn)
+        out = out_TNH.flatten(1)
+        ctx.save_for_backward(weight, out, *saved)
+        ctx.plan, ctx.turn, ctx.shape = plan, turn, out_TNH.shape
+        return torch.addmm(residual, out, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        weight, out, *saved = ctx.saved_tensors
+        weight_grad = torch.mm(grad.t(), out) if ctx.needs_input_grad[3] else None
+        out_grad = torch.mm(grad, weight).view(ctx.shape)
+        return *_backward(out_grad, saved, ctx.plan, None, ctx.turn), weight_grad, grad, None, None
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(out_TNH, and for the backward every bucket's q, k, v, out and normaliser)."""
+    if turn is not None:
+        q, k = rotate_both(q, k, turn)
+    parts = zip(*(_by_bucket(_to_slots(x, plan), plan) for x in (q, k, v)), strict=True)
+    outs, saved = [], []
+    for bucket, part in zip(plan.buckets, parts, strict=True):
+        mask = None if bucket.mask is None else bucket.mask.to(q.dtype)
+        out, normaliser = _flash(*part, 0.0, bucket.causal, attn_mask=mask, scale=scale)
+        outs.append(out)
+        saved.extend((*part, out, normaliser))
+    return _to_row(_join(outs), plan), saved
+
+
+def _backward(
+    grad: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v, given out_TNH's."""
+    grad = _to_slots(grad, plan)
+    if plan.repeats is not None:
+        grad = grad.index_fill_(0, plan.repeats, 0.0)
+    results = []
+    for i, (bucket, part) in enumerate(zip(plan.buckets, _by_bucket(grad, plan), strict=True)):
+        mask = None if bucket.mask is None else bucket.mask.to(grad.dtype)
+        inputs = (part, *saved[5 * i : 5 * i + 5])
+        results.append(_flash_backward(*inputs, 0.0, bucket.causal, attn_mask=mask, scale=scale))
+    q_grad, k_grad, v_grad = (_to_row(_join(parts), plan) for parts in zip(*results, strict=True))
+    if turn is not None:
+        q_grad, k_grad = rotate_both(q_grad, k_grad, turn, -1)
+    return q_grad, k_grad, v_grad
 
 
 def _to_slots(x: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
@@ -99,12 +160,12 @@ def _by_bucket(x_SNH: torch.Tensor, plan: AttentionPlan) -> list[torch.Tensor]:
     """[S, heads, H] -> a view [B, heads, L, H] for every bucket."""
     pieces = (x_SNH,) if len(plan.buckets) == 1 else x_SNH.split(plan.slots)
     return [
-        piece.view(bucket.documents, bucket.length, *piece.shape[1:]).transpose(1, 2)
-        for piece, bucket in zip(pieces, plan.buckets, strict=True)
+        x.view(b.documents, b.length, *x.shape[1:]).transpose(1, 2) for x, b in zip(pieces, plan.buckets, strict=True)
     ]
 
 
-def _join(pieces: list[torch.Tensor]) -> torch.Tensor:
+def _join(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """[B, heads, L, H] of every bucket -> [S, heads, H]."""
-    rows = [piece.transpose(1, 2).flatten(0, 1) for piece in pieces]
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
+    if len(pieces) == 1:
+        return pieces[0].transpose(1, 2).flatten(0, 1)
+    return torch.cat([piece.transpose(1, 2).flatten(0, 1) for piece in pieces])

@@ -67,13 +67,11 @@ def plan_attention(segment_T: torch.Tensor, span_T: torch.Tensor) -> AttentionPl
     if not (segment[:real] != 0).all():
         raise ValueError("segment_T has padding (0) before a document; padding belongs at the end of the row")
     device = segment_T.device
-    buckets, starts = [], []
-    for group in _group(documents):
-        buckets.append(_bucket(group, span, device))
-        starts.append(_slot_positions(group))
-    gather = np.concatenate(starts) if starts else np.arange(0)
-    if len(gather) == real and (gather == np.arange(real)).all() and len(buckets) <= 1:
-        return AttentionPlan(len(segment), real, tuple(buckets), None, None, None)
+    groups = _group(documents)
+    buckets = tuple(_bucket(group, span, device) for group in groups)
+    if len(groups) <= 1 and all(document.length == documents[0].length for document in documents):
+        return AttentionPlan(len(segment), real, buckets, None, None, None)
+    gather = np.concatenate([_slot_positions(group) for group in groups])
     first = np.ones(len(gather), bool)  # a slot that shows the same token as the slot before it is a repeat
     first[1:] = gather[1:] != gather[:-1]
     scatter = np.empty(real, np.int64)
@@ -82,7 +80,7 @@ def plan_attention(segment_T: torch.Tensor, span_T: torch.Tensor) -> AttentionPl
     return AttentionPlan(
         len(segment),
         real,
-        tuple(buckets),
+        buckets,
         torch.from_numpy(gather).to(device),
         torch.from_numpy(scatter).to(device),
         repeats,
@@ -99,9 +97,9 @@ class _Document(NamedTuple):
 
 
 def _documents(segment: np.ndarray, span: np.ndarray) -> list[_Document]:
-    edges = np.flatnonzero(np.diff(segment, prepend=0, append=0) != 0) if len(segment) else np.arange(0)
+    edges = np.flatnonzero(segment[1:] != segment[:-1]) + 1
     documents = []
-    for start, end in pairwise([*edges.tolist(), len(segment)]):
+    for start, end in pairwise([0, *edges.tolist(), len(segment)]):
         if start == end or segment[start] == 0:
             continue
         inside = span[start:end]
@@ -134,6 +132,8 @@ def _slot_positions(group: list[_Document]) -> np.ndarray:
 
 def _bucket(group: list[_Document], span: np.ndarray, device: torch.device) -> Bucket:
     kind, length = group[0].kind, group[0].length
+    if kind == CAUSAL:
+        return Bucket(len(group), length, True, None)
     slot = np.arange(length)
     real = slot < np.array([[document.length] for document in group])
     mask = None
@@ -143,7 +143,7 @@ def _bucket(group: list[_Document], span: np.ndarray, device: torch.device) -> B
         span_BL = np.where(real, span[_slot_positions(group)].reshape(real.shape), 0)
         same = (span_BL[:, :, None] == span_BL[:, None, :]) & (span_BL[:, :, None] != 0)
         mask = (same | (slot <= slot[:, None]))[:, None]
-    return Bucket(len(group), length, kind == CAUSAL, None if mask is None else _additive(mask).to(device))
+    return Bucket(len(group), length, False, None if mask is None else _additive(mask).to(device))
 
 
 def _additive(mask: np.ndarray) -> torch.Tensor:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from megatron_gemini.kernels.norm import norm_backward, norm_forward
 
-aten = torch.ops.aten
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+_silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
@@ -30,15 +32,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None = N
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """residual [T, out] + x [T, in] W^T."""
+    """residual [T, out] + x W^T, x [T, in] or with `in` in several dimensions, as [T, N, H]."""
     return _Linear.apply(x, weight, residual, None)
 
 
 def norm_linear(
-    x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weights: tuple[torch.Tensor, ...]
+    x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, head_width: int, weights: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """RMSNorm, then the product with each weight: [out, D] gives [T, out]; [parts, out, D] gives `parts` of them."""
-    return _NormLinear.apply(x_TD, norm_D, eps, *weights)
+    """RMSNorm, then the product with each weight, cut into heads of `head_width` H.
+
+    A weight [heads * H, D] gives [T, heads, H]; one of [parts, heads * H, D] gives `parts` of them.
+    """
+    return _NormLinear.apply(x_TD, norm_D, eps, head_width, *weights)
 
 
 def gated_linear(
@@ -48,14 +53,19 @@ def gated_linear(
 
     activation: "gelu" (tanh approximation) or "silu".
     """
-    return _GatedLinear.apply(x_TD, None, 0.0, weight_2FD, activation, group)
+    return _GatedLinear.apply(x_TD, weight_2FD, activation, group)
 
 
-def norm_gated_linear(
-    x_TD: torch.Tensor, norm_D: torch.Tensor, eps: float, weight_2FD: torch.Tensor, activation: str
+def gated_mlp(
+    h_TD: torch.Tensor,
+    norm_D: torch.Tensor,
+    eps: float,
+    gate_up_2FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    activation: str,
 ) -> torch.Tensor:
-    """RMSNorm, then `gated_linear`."""
-    return _GatedLinear.apply(x_TD, norm_D, eps, weight_2FD, activation, None)
+    """h + W_down (activation(W_0 n) * (W_1 n)) with n = RMSNorm(h): the whole residual branch."""
+    return _GatedMLP.apply(h_TD, norm_D, eps, gate_up_2FD, down_DF, activation)
 
 
 def _matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -68,7 +78,7 @@ def _weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
 
 
 def _gradients(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None, needs: tuple[bool, bool]
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None, needs: tuple[bool, ...]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(x's gradient, weight's gradient) of x W^T, those that are needed."""
     x_grad = weight_grad = pending = None
@@ -96,83 +106,121 @@ class _Linear(torch.autograd.Function):
         ctx.group = group
         if residual is None:
             return torch.mm(x, _matrix(weight).t())
-        return torch.addmm(residual, x, weight.t())
+        return torch.addmm(residual, x if x.dim() == 2 else x.flatten(1), weight.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
+        x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        return *_gradients(grad, *ctx.saved_tensors, ctx.group, needs[:2]), grad if needs[2] else None, None
+        if x.dim() == 2:
+            x_grad, weight_grad = _gradients(grad, x, weight, ctx.group, needs)
+        else:
+            x_grad, weight_grad = _gradients(grad, x.flatten(1), weight, ctx.group, needs)
+            x_grad = None if x_grad is None else x_grad.view(x.shape)
+        return x_grad, weight_grad, grad if needs[2] else None, None
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, norm: torch.Tensor, eps: float, *weights: torch.Tensor
+        ctx: Any, x: torch.Tensor, norm: torch.Tensor, eps: float, head_width: int, *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         normed, inverse, scale = norm_forward(x, norm, eps)
         ctx.save_for_backward(x, inverse, scale, normed, *weights)
         outs: list[torch.Tensor] = []
         for weight in weights:
             out = torch.mm(normed, _matrix(weight).t())
-            outs.extend((out,) if weight.dim() == 2 else out.chunk(len(weight), 1))
+            if weight.dim() == 2:
+                outs.append(out.view(len(x), -1, head_width))
+            else:
+                outs.extend(out.view(len(x), len(weight), -1, head_width).unbind(1))
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, inverse, scale, normed, *weights = ctx.saved_tensors
-        remaining = list(grads)
-        normed_grad = None
+        normed_grad, taken = None, 0
         weight_grads: list[torch.Tensor | None] = []
-        for weight, needed in zip(weights, ctx.needs_input_grad[3:], strict=True):
+        for weight, needed in zip(weights, ctx.needs_input_grad[4:], strict=True):
             parts = 1 if weight.dim() == 2 else len(weight)
-            grad = remaining[0] if parts == 1 else torch.cat(remaining[:parts], 1)
-            del remaining[:parts]
+            grad = grads[taken] if parts == 1 else torch.cat(grads[taken : taken + parts], 1)
+            grad = grad.reshape(len(x), -1)
+            taken += parts
             if normed_grad is None:
                 normed_grad = torch.mm(grad, _matrix(weight))
             else:
                 normed_grad.addmm_(grad, _matrix(weight))
             weight_grads.append(_weight_gradient(grad, normed, weight) if needed else None)
         assert normed_grad is not None
-        return *norm_backward(normed_grad, x, inverse, scale), None, *weight_grads
+        return *norm_backward(normed_grad, x, inverse, scale), None, None, *weight_grads
+
+
+def _gate(both: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """[T, 2F] -> (activation(gate), activation(gate) * up)."""
+    gate, up = both.chunk(2, 1)
+    active = F.gelu(gate, approximate="tanh") if activation == "gelu" else F.silu(gate)
+    return active, active * up
+
+
+def _gate_backward(grad: torch.Tensor, both: torch.Tensor, active: torch.Tensor, activation: str) -> torch.Tensor:
+    """The gradient of `both`, in one tensor instead of two halves that autograd would pad and add."""
+    gate, up = both.chunk(2, 1)
+    both_grad = torch.empty_like(both)
+    gate_grad, up_grad = both_grad.chunk(2, 1)
+    torch.mul(grad, active, out=up_grad)
+    torch.mul(grad, up, out=gate_grad)
+    if activation == "gelu":
+        _gelu_backward(gate_grad, gate, approximate="tanh", grad_input=gate_grad)
+    else:
+        _silu_backward(gate_grad, gate, grad_input=gate_grad)
+    return both_grad
 
 
 class _GatedLinear(torch.autograd.Function):
-    """With a norm before it where `norm` is given."""
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, activation: str, group: ProcessGroup | None
+    ) -> torch.Tensor:
+        both = torch.mm(x, _matrix(weight).t())
+        active, out = _gate(both, activation)
+        ctx.save_for_backward(x, weight, both, active)
+        ctx.activation, ctx.group = activation, group
+        return out
 
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, both, active = ctx.saved_tensors
+        both_grad = _gate_backward(grads[0], both, active, ctx.activation)
+        return *_gradients(both_grad, x, weight, ctx.group, ctx.needs_input_grad), None, None
+
+
+class _GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        norm: torch.Tensor | None,
+        h: torch.Tensor,
+        norm: torch.Tensor,
         eps: float,
-        weight: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
         activation: str,
-        group: ProcessGroup | None,
     ) -> torch.Tensor:
-        normed, *saved = (x,) if norm is None else norm_forward(x, norm, eps)
-        both = torch.mm(normed, _matrix(weight).t())
-        gate, up = both.chunk(2, 1)
-        active = aten.gelu(gate, approximate="tanh") if activation == "gelu" else aten.silu(gate)
-        ctx.save_for_backward(weight, both, active, normed, x, *saved)
-        ctx.activation, ctx.group = activation, group
-        return active * up
+        normed, inverse, scale = norm_forward(h, norm, eps)
+        both = torch.mm(normed, _matrix(gate_up).t())
+        active, inner = _gate(both, activation)
+        ctx.save_for_backward(h, inverse, scale, normed, gate_up, both, active, inner, down)
+        ctx.activation = activation
+        return torch.addmm(h, inner, down.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        weight, both, active, normed, x, *saved = ctx.saved_tensors
-        gate, up = both.chunk(2, 1)
-        both_grad = torch.empty_like(both)  # one tensor for both halves, instead of padding and adding theirs
-        gate_grad, up_grad = both_grad.chunk(2, 1)
-        torch.mul(grad, active, out=up_grad)
-        if ctx.activation == "gelu":
-            aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=gate_grad)
-        else:
-            aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        h, inverse, scale, normed, gate_up, both, active, inner, down = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        x_grad, weight_grad = _gradients(both_grad, normed, weight, ctx.group, (needs[0] or needs[1], needs[3]))
-        norm_grad = None
-        if saved and x_grad is not None:
-            x_grad, norm_grad = norm_backward(x_grad, x, *saved)
-        return x_grad, norm_grad, None, weight_grad, None, None
+        down_grad = _weight_gradient(grad, inner, down) if needs[4] else None
+        both_grad = _gate_backward(torch.mm(grad, down), both, active, ctx.activation)
+        normed_grad = torch.mm(both_grad, _matrix(gate_up))
+        gate_up_grad = _weight_gradient(both_grad, normed, gate_up) if needs[3] else None
+        h_grad, norm_grad = norm_backward(normed_grad, h, inverse, scale)
+        return h_grad.add_(grad), norm_grad, None, gate_up_grad, down_grad, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,15 +17,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return _RMSNorm.apply(x, weight, eps)
 
 
-def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y in x's dtype, i [..., 1], s [D]) with y = x i s, i = (sum(x^2) + D eps)^-1/2 and s = sqrt(D) (1 + weight).
+@lru_cache(maxsize=64)
+def _scalar(value: float, device: torch.device) -> torch.Tensor:
+    """Adding a 0-dimensional tensor takes half the time of adding a Python number, which torch wraps at every call."""
+    return torch.tensor(value, device=device)
 
-    sqrt(D) is in the scale, where it costs nothing. The last two are for `norm_backward`.
+
+def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y in x's dtype, i [..., 1], s [D]) with y = x i s, i = (mean(x^2) + eps)^-1/2 and s = 1 + weight.
+
+    The last two are for `norm_backward`.
     """
-    width = x.shape[-1]
-    root = width**0.5
-    inverse = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32).square_().add_(width * eps).rsqrt_()
-    scale = torch.rsub(weight.float(), root, alpha=-root)
+    length = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
+    inverse = torch.addcmul(_scalar(eps, x.device), length, length, value=1 / x.shape[-1]).rsqrt_()
+    scale = weight.float() + _scalar(1.0, x.device)
     normed = (x * inverse).mul_(scale)
     return normed if x.dtype == torch.float32 else normed.to(x.dtype), inverse, scale
 
@@ -32,14 +38,14 @@ def norm_forward(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[tor
 def norm_backward(
     grad: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor, scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x's gradient i (g s - x i^2 sum(g s x)), the weight's gradient sqrt(D) sum(g x i) over rows), in x's dtype."""
+    """(x's gradient i (g s - x i^2 mean(g s x)), the weight's gradient sum(g x i) over rows), in x's dtype."""
     width = x.shape[-1]
     product = grad * x if x.dtype == torch.float32 else grad.float() * x
     product = product.view(-1, width)
-    weight_grad = torch.mv(product.t(), inverse.view(-1)).mul_(width**0.5)
+    weight_grad = torch.mv(product.t(), inverse.view(-1))
     along = torch.mv(product, scale).view(inverse.shape).mul_(inverse.square())
-    x_grad = (grad * scale).addcmul_(x, along, value=-1).mul_(inverse)
-    return x_grad.to(x.dtype), weight_grad.to(x.dtype)
+    x_grad = (grad * scale).addcmul_(x, along, value=-1 / width).mul_(inverse)
+    return (x_grad, weight_grad) if x.dtype == torch.float32 else (x_grad.to(x.dtype), weight_grad.to(x.dtype))
 
 
 class _RMSNorm(torch.autograd.Function):

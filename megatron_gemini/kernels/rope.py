@@ -29,3 +29,12 @@ def rotate(x_TNH: torch.Tensor, turn: Rotation, direction: int = 1) -> torch.Ten
     """Queries or keys, turned by their positions; direction -1 turns back, which is also the gradient's way."""
     cos, sin = turn
     return torch.addcmul(x_TNH * cos, x_TNH.roll(x_TNH.shape[-1] // 2, -1), sin, value=direction)
+
+
+def rotate_both(
+    q_TNH: torch.Tensor, k_TKH: torch.Tensor, turn: Rotation, direction: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rotate` of queries and keys at once; for small tensors one copy takes less time than three more calls."""
+    both = rotate(torch.cat((q_TNH, k_TKH), 1), turn, direction)
+    queries = q_TNH.shape[1]
+    return both[:, :queries], both[:, queries:]

@@ -6,15 +6,21 @@ V vocabulary. N, K, F and V are this rank's where `Layers` divides them; nothing
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.kernels.attention import AttentionPlan, attention
-from megatron_gemini.kernels.rope import Rotation, rotate, rotation
+from megatron_gemini.kernels.attention import AttentionPlan
+from megatron_gemini.kernels.rope import Rotation, rotation
 from megatron_gemini.parallel.layers import Layers
+
+
+def branch_std(config: ModelConfig) -> float:
+    """Deviation of the weights that end a residual branch: the sum of all branches then does not grow with depth."""
+    return config.init_std * (2 * config.layers) ** -0.5
 
 
 class AttentionCache(Protocol):
@@ -39,7 +45,6 @@ class Attention(nn.Module):
         super().__init__()
         width, head_width, std = config.width, config.head_width, config.init_std
         self.index = index
-        self.head_width = head_width
         self.shard = layers.heads(config.heads, config.kv_heads)
         self.input = layers.attention_input(
             width, config.heads, config.kv_heads, head_width, eps=config.norm_eps, std=std
@@ -48,42 +53,31 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm = layers.head_norm(head_width, config.norm_eps, heads_divided=True)
             self.key_norm = layers.head_norm(head_width, config.norm_eps, layers.key_heads_divided(config.kv_heads))
-        self.output = layers.row(config.heads * head_width, width, std=std * (2 * config.layers) ** -0.5)
+        self.output = layers.attention_output(config.heads * head_width, width, std=branch_std(config))
 
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
     ) -> torch.Tensor:
-        tokens, head_width = h_TD.shape[0], self.head_width
-        q_TNH, k_TKH, v_TKH = (x.view(tokens, -1, head_width) for x in self.input(h_TD))
+        q_TNH, k_TKH, v_TKH = self.input(h_TD)
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
         k_TKH, v_TKH = self.shard.share(k_TKH, v_TKH)
-        if cache is None:
-            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, turn=turn)
-        else:
-            out_TNH = cache.attend(self.index, rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan)
-        return self.output(out_TNH.view(tokens, -1), h_TD)
-
-
-class MLP(nn.Module):
-    """h + down(activation(gate n) * up n) with n = norm(h); gate and up are one product."""
-
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
-        super().__init__()
-        self.input = layers.mlp_input(
-            config.width, config.mlp_width, config.activation, eps=config.norm_eps, std=config.init_std
-        )
-        self.output = layers.row(config.mlp_width, config.width, std=config.init_std * (2 * config.layers) ** -0.5)
-
-    def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
-        return self.output(self.input(h_TD), h_TD)
+        attend = None if cache is None else functools.partial(cache.attend, self.index)
+        return self.output(h_TD, q_TNH, k_TKH, v_TKH, plan, turn, attend)
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention = Attention(config, layers, index)
-        self.mlp = MLP(config, layers)
+        self.mlp = layers.mlp(
+            config.width,
+            config.mlp_width,
+            config.activation,
+            eps=config.norm_eps,
+            std=config.init_std,
+            last_std=branch_std(config),
+        )
 
     def forward(
         self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import AUDIO, ENCODERS, MODALITIES, VISION, Batch, TokenLayout
+from megatron_gemini.contracts import AUDIO, MODALITIES, VISION, Batch, TokenLayout
 from megatron_gemini.kernels.attention import plan_attention
 from megatron_gemini.kernels.cross_entropy import cross_entropy
 from megatron_gemini.modalities.audio.encoder import AudioEncoder
@@ -87,15 +87,13 @@ class Gemini(nn.Module):
         return self.decoder.output_embedding.gather_logits(self.decoder.logits(h_TD))
 
     def _embed_media(self, h_TD: torch.Tensor, batch: Batch, dummies: bool) -> torch.Tensor:
-        for name in ENCODERS:
-            encoder = self.encoders[name] if name in self.encoders else None
-            media = batch.media.get(name)
-            if encoder is None or media is None:
-                check_placeholders(batch, name, self.layout, 0)
-            if encoder is not None and media is not None:
-                e_OD = encoder(media)
-                check_placeholders(batch, name, self.layout, len(e_OD))
-                h_TD = place(h_TD, e_OD, media)
-            elif encoder is not None and dummies:
+        given = {}
+        for name, encoder in self.encoders.items():
+            if name in batch.media:
+                given[name] = encoder(batch.media[name])
+            elif dummies:
                 h_TD = h_TD + 0 * encoder(encoder.dummy()).sum()
+        check_placeholders(batch, self.layout, {name: len(e_OD) for name, e_OD in given.items()})
+        for name, e_OD in given.items():
+            h_TD = place(h_TD, e_OD, batch.media[name])
         return h_TD

@@ -5,6 +5,9 @@ Shape suffixes: T packed tokens, D model width, O encoder output embeddings.
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 
 from megatron_gemini.contracts import AUDIO, VISION, Batch, Media, TokenLayout
@@ -17,26 +20,28 @@ def place(h_TD: torch.Tensor, e_OD: torch.Tensor, media: Media) -> torch.Tensor:
     return h_TD.index_copy(0, media.token_O, e_OD.to(h_TD.dtype))
 
 
-def check_placeholders(batch: Batch, encoder: str, layout: TokenLayout, embeddings: int) -> None:
-    """Every placeholder of `encoder` gets exactly one of its `embeddings`, each at a position the media name.
+def check_placeholders(batch: Batch, layout: TokenLayout, embeddings: dict[str, int]) -> None:
+    """Every placeholder in the row gets exactly one embedding of its encoder, at a position that the media name.
 
-    Raises ValueError that names the samples concerned and both counts.
+    embeddings: how many each encoder gave; one that is absent gave none. Raises ValueError that names the samples
+    concerned and both counts.
     """
-    token_T = batch.token_T
-    wanted_T = torch.zeros_like(token_T, dtype=torch.bool)
-    for name in PLACEHOLDERS[encoder]:
-        wanted_T |= token_T == layout.control(name)
-    position_O = wanted_T.nonzero().squeeze(1)
-    media = batch.media.get(encoder)
-    given_O = media.token_O if media is not None else position_O[:0]
-    if len(given_O) == embeddings and torch.equal(position_O, given_O):
-        return
-    given_T = torch.zeros_like(wanted_T)
-    given_T[given_O] = True
-    different = batch.segment_T[wanted_T != given_T].unique().tolist()
-    names = [batch.samples[i - 1] if 0 < i <= len(batch.samples) else f"document {i}" for i in different]
-    raise ValueError(
-        f"sample {', '.join(names) or 'unknown'}: the row has {len(position_O)} placeholders for the {encoder} encoder, "
-        f"its media name {len(given_O)} positions and the encoder gave {embeddings} embeddings; "
-        "build documents and media with data.document, which keeps them equal"
+    token = batch.token_T.cpu().numpy()
+    for encoder, names in PLACEHOLDERS.items():
+        is_placeholder = functools.reduce(np.logical_or, (token == layout.control(name) for name in names))
+        wanted = np.flatnonzero(is_placeholder)
+        given = batch.media[encoder].token_O.cpu().numpy() if encoder in batch.media else wanted[:0]
+        if not len(wanted) == len(given) == embeddings.get(encoder, 0) or (wanted != given).any():
+            raise ValueError(_mismatch(batch, encoder, wanted, given, embeddings.get(encoder, 0)))
+
+
+def _mismatch(batch: Batch, encoder: str, wanted: np.ndarray, given: np.ndarray, embeddings: int) -> str:
+    different = np.setxor1d(wanted, given) if len(wanted) != len(given) or (wanted != given).any() else wanted
+    segment = batch.segment_T.cpu().numpy()
+    numbers = np.unique(segment[different[different < len(segment)]]).tolist()
+    names = [batch.samples[i - 1] if 0 < i <= len(batch.samples) else f"document {i}" for i in numbers]
+    return (
+        f"sample {', '.join(names) or 'unknown'}: the row has {len(wanted)} placeholders for the {encoder} encoder, "
+        f"its media name {len(given)} positions and the encoder gave {embeddings} embeddings; "
+        "build documents and media with data.document, which keeps them equal, and enable the encoder"
     )

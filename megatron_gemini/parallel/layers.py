@@ -6,6 +6,7 @@ are megatron-core's (`tensor_layers.py`, imported only then). Every layer's forw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,52 +15,72 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.kernels.linear import linear, linear_add, norm_gated_linear, norm_linear
+from megatron_gemini.kernels.attention import AttentionPlan, attention_output
+from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
+from megatron_gemini.kernels.rope import Rotation, rotate
 from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
 from megatron_gemini.parallel.topology import Topology
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
+"""Rotated q_TNH and k_TKH, v_TKH and the row's plan -> [T, N, H]."""
+
+
 class AttentionInput(nn.Module):
-    """RMSNorm, then the projections: h_TD -> queries [T, N H], keys [T, K H], values [T, K H].
+    """RMSNorm, then the projections: h_TD -> queries [T, N, H], keys [T, K, H], values [T, K, H].
 
     query: [N H, D]. key_value: [2, K H, D]. norm: [D], of scale 1 + norm.
     """
 
-    def __init__(self, width: int, query: int, key: int, *, eps: float, init: Init) -> None:
+    def __init__(self, width: int, query: int, key: int, head_width: int, *, eps: float, init: Init) -> None:
         super().__init__()
+        self.head_width = head_width
         self.norm = new_parameter(width, init=zeros())
         self.query = new_parameter(query, width, init=init)
         self.key_value = new_parameter(2, key, width, init=init)
         self.eps = eps
 
     def forward(self, h_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return norm_linear(h_TD, self.norm, self.eps, (self.query, self.key_value))
+        return norm_linear(h_TD, self.norm, self.eps, self.head_width, (self.query, self.key_value))
 
 
-class MLPInput(nn.Module):
-    """RMSNorm, then activation(gate) * up: h_TD -> [T, F]. gate_up: [2, F, D]. norm: [D]."""
+class MLP(nn.Module):
+    """h + down(activation(gate n) * up n) with n = RMSNorm(h). gate_up: [2, F, D]. down: [D, F]. norm: [D]."""
 
-    def __init__(self, width: int, mlp_width: int, activation: str, *, eps: float, init: Init) -> None:
+    def __init__(self, width: int, mlp_width: int, activation: str, *, eps: float, init: Init, last: Init) -> None:
         super().__init__()
         self.norm = new_parameter(width, init=zeros())
         self.gate_up = new_parameter(2, mlp_width, width, init=init)
+        self.down = new_parameter(width, mlp_width, init=last)
         self.activation = activation
         self.eps = eps
 
     def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
-        return norm_gated_linear(h_TD, self.norm, self.eps, self.gate_up, self.activation)
+        return gated_mlp(h_TD, self.norm, self.eps, self.gate_up, self.down, self.activation)
 
 
-class Row(nn.Module):
-    """residual [T, out] + x [T, in] W^T. weight: [out, in]."""
+class AttentionOutput(nn.Module):
+    """h + attention(q, k, v) W^T. weight: [D, N H]."""
 
-    def __init__(self, width_in: int, width_out: int, *, init: Init) -> None:
+    def __init__(self, width_in: int, width: int, *, init: Init) -> None:
         super().__init__()
-        self.weight = new_parameter(width_out, width_in, init=init)
+        self.weight = new_parameter(width, width_in, init=init)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return linear_add(x, self.weight, residual)
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        plan: AttentionPlan,
+        turn: Rotation,
+        attend: Attend | None = None,
+    ) -> torch.Tensor:
+        """attend: takes the place of the row's own attention, as generation from a cache does."""
+        if attend is None:
+            return attention_output(q_TNH, k_TKH, v_TKH, plan, turn, self.weight, h_TD)
+        return linear_add(attend(rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan), self.weight, h_TD)
 
 
 class RMSNorm(nn.Module):
@@ -151,23 +172,24 @@ class Layers:
         """An `AttentionInput`; its output is this rank's heads (see `heads`)."""
         query, key = query_heads * head_width, key_heads * head_width
         if not self.divided:
-            return AttentionInput(width, query, key, eps=eps, init=normal(std))
+            return AttentionInput(width, query, key, head_width, eps=eps, init=normal(std))
         divided = self.key_heads_divided(key_heads)
         layer = self._tensor_layers().DividedAttentionInput
-        return layer(self.topology, width, query, key, key_divided=divided, eps=eps, init=normal(std))
+        return layer(self.topology, width, query, key, head_width, key_divided=divided, eps=eps, init=normal(std))
 
-    def mlp_input(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float) -> nn.Module:
-        """An `MLPInput` whose output is divided over the ranks."""
+    def mlp(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float, last_std: float) -> nn.Module:
+        """An `MLP`, divided over its inner width; last_std is that of `down`, which ends the branch."""
+        sizes = (width, mlp_width, activation)
         if not self.divided:
-            return MLPInput(width, mlp_width, activation, eps=eps, init=normal(std))
-        layer = self._tensor_layers().DividedMLPInput
-        return layer(self.topology, width, mlp_width, activation, eps=eps, init=normal(std))
+            return MLP(*sizes, eps=eps, init=normal(std), last=normal(last_std))
+        layer = self._tensor_layers().DividedMLP
+        return layer(self.topology, *sizes, eps=eps, init=normal(std), last=normal(last_std))
 
-    def row(self, width_in: int, width_out: int, *, std: float) -> nn.Module:
-        """A `Row` whose input is divided over the ranks; the output is whole on every rank."""
+    def attention_output(self, width_in: int, width: int, *, std: float) -> nn.Module:
+        """An `AttentionOutput` of this rank's heads; the output is whole on every rank."""
         if not self.divided:
-            return Row(width_in, width_out, init=normal(std))
-        return self._tensor_layers().DividedRow(self.topology, width_in, width_out, init=normal(std))
+            return AttentionOutput(width_in, width, init=normal(std))
+        return self._tensor_layers().DividedAttentionOutput(self.topology, width_in, width, init=normal(std))
 
     def embedding(self, size: int, width: int, *, std: float) -> nn.Module:
         """A `Vocabulary` of `size` rows, divided over the ranks (and padded to a multiple of them)."""

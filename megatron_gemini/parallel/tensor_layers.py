@@ -10,9 +10,11 @@ from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import nn
 
+from megatron_gemini.kernels.attention import AttentionPlan, attention
 from megatron_gemini.kernels.linear import gated_linear, linear
 from megatron_gemini.kernels.norm import rms_norm
-from megatron_gemini.parallel.layers import VocabularyShard
+from megatron_gemini.kernels.rope import Rotation, rotate
+from megatron_gemini.parallel.layers import Attend, VocabularyShard
 from megatron_gemini.parallel.parameters import Init, Placement, declare, new_parameter, zeros
 from megatron_gemini.parallel.topology import Topology
 
@@ -72,9 +74,19 @@ class DividedAttentionInput(nn.Module):
     """`layers.AttentionInput`: query heads divided, key/value heads divided too or whole on every rank."""
 
     def __init__(
-        self, topology: Topology, width: int, query: int, key: int, *, key_divided: bool, eps: float, init: Init
+        self,
+        topology: Topology,
+        width: int,
+        query: int,
+        key: int,
+        head_width: int,
+        *,
+        key_divided: bool,
+        eps: float,
+        init: Init,
     ) -> None:
         super().__init__()
+        self.head_width = head_width
         self.norm = new_parameter(width, init=zeros())
         self.query = _divided_rows(topology, query, width, init=init)
         whole = new_parameter(2, key, width, init=init)
@@ -85,33 +97,49 @@ class DividedAttentionInput(nn.Module):
 
     def forward(self, h_TD: torch.Tensor) -> tuple[torch.Tensor, ...]:
         normed = rms_norm(h_TD, self.norm, self.eps)
-        key_value = linear(normed, self.key_value, self.key_group)
-        return self.column(normed, self.query), *key_value.chunk(2, -1)
+        query = self.column(normed, self.query).view(len(h_TD), -1, self.head_width)
+        key_value = linear(normed, self.key_value, self.key_group).view(len(h_TD), 2, -1, self.head_width)
+        return query, *key_value.unbind(1)
 
 
-class DividedMLPInput(nn.Module):
-    """`layers.MLPInput`, divided over the MLP's width.
+class DividedMLP(nn.Module):
+    """`layers.MLP`, divided over its inner width.
 
-    The product is this package's: megatron-core's wants a matrix, and one made of the two halves would be a view, which
-    autograd would keep alive after ZeRO-3 has partitioned the parameter.
+    The first product is this package's: megatron-core's wants a matrix, and one made of the two halves would be a view,
+    which autograd would keep alive after ZeRO-3 has partitioned the parameter.
     """
 
     def __init__(
-        self, topology: Topology, width: int, mlp_width: int, activation: str, *, eps: float, init: Init
+        self,
+        topology: Topology,
+        width: int,
+        mlp_width: int,
+        activation: str,
+        *,
+        eps: float,
+        init: Init,
+        last: Init,
     ) -> None:
         super().__init__()
         self.norm = new_parameter(width, init=zeros())
         self.gate_up = _divided_rows(topology, 2, mlp_width, width, init=init)
+        local = mlp_width // topology.tensor_size
+        placement = Placement(1, (width, mlp_width), topology.tensor_rank * local)
+        self.down = new_parameter(width, local, init=last, placement=placement)
         self.group = topology.tensor_group
         self.activation = activation
         self.eps = eps
 
     def forward(self, h_TD: torch.Tensor) -> torch.Tensor:
-        return gated_linear(rms_norm(h_TD, self.norm, self.eps), self.gate_up, self.activation, self.group)
+        inner = gated_linear(rms_norm(h_TD, self.norm, self.eps), self.gate_up, self.activation, self.group)
+        product = tensor_parallel.linear_with_grad_accumulation_and_async_allreduce(
+            inner, self.down, None, gradient_accumulation_fusion=False, allreduce_dgrad=False, sequence_parallel=False
+        )
+        return h_TD + tensor_parallel.reduce_from_tensor_model_parallel_region(product, group=self.group)
 
 
-class DividedRow(_PlainState, tensor_parallel.RowParallelLinear):
-    """`layers.Row` whose `in` dimension is divided over the tensor-parallel ranks."""
+class DividedAttentionOutput(_PlainState, tensor_parallel.RowParallelLinear):
+    """`layers.AttentionOutput` of the query heads of every rank."""
 
     def __init__(self, topology: Topology, width_in: int, width_out: int, *, init: Init) -> None:
         super().__init__(
@@ -127,8 +155,21 @@ class DividedRow(_PlainState, tensor_parallel.RowParallelLinear):
         self._forget_extra_state()
         declare(self.weight, init, Placement(1, (width_out, width_in), topology.tensor_rank * self.weight.shape[1]))
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return residual + super().forward(x)[0]
+    def forward(
+        self,
+        h_TD: torch.Tensor,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        plan: AttentionPlan,
+        turn: Rotation,
+        attend: Attend | None = None,
+    ) -> torch.Tensor:
+        if attend is None:
+            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, turn=turn)
+        else:
+            out_TNH = attend(rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan)
+        return h_TD + super().forward(out_TNH.flatten(1))[0]
 
 
 class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
