@@ -116,7 +116,7 @@ class Vocabulary(nn.Module):
         return linear(x, self.weight) if as_head else nn.functional.embedding(x, self.weight)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank's rows -> logits of the whole vocabulary, without padding."""
+        """Logits of this rank's rows -> logits of the whole vocabulary, without padding and without a gradient."""
         return logits
 
 

@@ -6,6 +6,7 @@ Importing this imports megatron.core, which takes seconds: `Layers` does so only
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import nn
@@ -196,5 +197,7 @@ class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
         return linear(x, self.weight, self.tp_group) if as_head else super().forward(x)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        full = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
-        return full[..., : self.shard.size]
+        # megatron-core's gather allocates on the current CUDA device, which ranks on CPU do not have.
+        pieces = [torch.empty_like(logits) for _ in range(self.tp_group.size())]
+        dist.all_gather(pieces, logits.contiguous(), group=self.tp_group)
+        return torch.cat(pieces, -1)[..., : self.shard.size]

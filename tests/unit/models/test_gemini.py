@@ -168,7 +168,9 @@ def test_encoders_without_an_item_get_zero_gradients_and_change_nothing(model, d
         for parameter in model.encoders[name].parameters():
             assert parameter.grad is not None and (parameter.grad == 0).all()
     text_only = dataclasses.replace(
-        CONFIG, vision=dataclasses.replace(CONFIG.vision, enabled=VISION in batch.media), audio=AudioConfig(enabled=False)
+        CONFIG,
+        vision=dataclasses.replace(CONFIG.vision, enabled=VISION in batch.media),
+        audio=AudioConfig(enabled=False),
     )
     twin = Gemini(text_only, LAYOUT, Layers(Topology.serial()))
     twin.load_state_dict({n: t for n, t in model.state_dict().items() if n in twin.state_dict()})

@@ -42,9 +42,7 @@ def gemma(heads, kv_heads):
 
 @torch.no_grad()
 def with_weights_of(model, heads, kv_heads):
-    config = ModelConfig(
-        width=24, layers=3, heads=heads, kv_heads=kv_heads, head_width=8, mlp_width=40, qk_norm=False
-    )
+    config = ModelConfig(width=24, layers=3, heads=heads, kv_heads=kv_heads, head_width=8, mlp_width=40, qk_norm=False)
     decoder = Decoder(config, VOCABULARY, Layers(Topology.serial()))
     decoder.embedding.weight.copy_(model.model.embed_tokens.weight)
     decoder.norm.weight.copy_(model.model.norm.weight)
@@ -79,5 +77,8 @@ def test_logits_and_embedding_gradient_equal_those_of_transformers(heads, kv_hea
         decoder.embedding.weight.grad, model.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-3
     )
     torch.testing.assert_close(
-        decoder.layers[0].attention.input.query.grad, model.model.layers[0].self_attn.q_proj.weight.grad, rtol=1e-3, atol=1e-3
+        decoder.layers[0].attention.input.query.grad,
+        model.model.layers[0].self_attn.q_proj.weight.grad,
+        rtol=1e-3,
+        atol=1e-3,
     )
