@@ -22,7 +22,6 @@ from megatron_gemini.kernels.rope import Rotation, rotate
 from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
 from megatron_gemini.parallel.topology import Topology
 
-
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
 """Rotated q_TNH and k_TKH, v_TKH and the row's plan -> [T, N, H]."""
 

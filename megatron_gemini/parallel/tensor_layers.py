@@ -45,7 +45,7 @@ class _PlainState:
 
 
 class _Column(_PlainState, tensor_parallel.ColumnParallelLinear):
-    """megatron-core's column-parallel product without a weight of its own: the module that owns the weight passes it."""
+    """megatron-core's column-parallel product without a weight: the module that owns the weight passes it."""
 
     def __init__(self, topology: Topology, width_in: int, width_out: int) -> None:
         super().__init__(

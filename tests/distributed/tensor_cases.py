@@ -58,10 +58,7 @@ def gathered(name: str, topology: Topology) -> dict[str, torch.Tensor]:
         for kind, tensor in (("weight", parameter.detach()), ("grad", parameter.grad)):
             pieces = [torch.empty_like(tensor) for _ in range(topology.tensor_size)]
             dist.all_gather(pieces, tensor.contiguous(), group=topology.tensor_group)
-            if placement.sharded_dim is None:
-                whole = torch.stack(pieces)
-            else:
-                whole = torch.cat(pieces, placement.sharded_dim)
+            whole = torch.stack(pieces) if placement.sharded_dim is None else torch.cat(pieces, placement.sharded_dim)
             found[f"{kind}/{parameter_name}"] = whole.contiguous()
     batch = rows(0)[ROW]
     with torch.no_grad():

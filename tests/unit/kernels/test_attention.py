@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,7 +68,7 @@ def rows(draw):
     lengths, spans, begin = draw(st.lists(st.integers(1, 12), max_size=6)), [], 0
     for length in lengths:
         cuts = sorted(draw(st.sets(st.integers(0, length), max_size=4)) | {0, length})
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in pairwise(cuts):
             if draw(st.booleans()):
                 spans.append((begin + first, begin + last))
         begin += length

@@ -1,8 +1,9 @@
-"""The whole model: packing changes nothing, embeddings land on their placeholders, a text-only row trains encoders too."""
+"""The whole model: packing changes nothing, embeddings land on their placeholders, a text-only row runs encoders."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def document(length, *, images=(), audio=0, seed=0):
             torch.arange(1, begin),
         )
     if audio:
-        frames, count = audio, -(-(-(-audio // 2)) // 2)
+        frames, count = audio, math.ceil(math.ceil(audio / 2) / 2)
         token[begin : begin + count] = LAYOUT.control("audio")
         span[begin : begin + count] = 100
         media[AUDIO] = Media(

@@ -33,7 +33,7 @@ def gemma(heads, kv_heads):
         attn_implementation="eager",
     )
     model = transformers.GemmaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         # As they come, norms are zero, so that one that forgets its weight would pass, and matrices so small that the
         # branches hardly show in the logits.
         torch.nn.init.normal_(parameter, std=0.3)
