@@ -87,7 +87,7 @@ link text python tools/train_sentencepiece.py --shards "$RUN_DIR/data/train/*.ta
 link image_tokenizer train "$(config image_tokenizer)"
 link image_codes python tools/encode_images.py --checkpoint "$RUN_DIR/image_tokenizer" --shards "$RUN_DIR/data/*/*.tar"
 link pretrain train "$(config pretrain)" "$@"
-link evaluate megatron-gemini evaluate --checkpoint "$RUN_DIR"
+link evaluate megatron-gemini evaluate --checkpoint "$RUN_DIR" --disjoint sklearn_index voice
 
 shown="$(printf %q "$RUN_DIR")" # as a shell would need it
 cat <<END
@@ -100,5 +100,5 @@ and ask it something:
     source .venv/bin/activate
     megatron-gemini generate --checkpoint $shown "draw a seven" --out seven.png
     megatron-gemini generate --checkpoint $shown --image seven.png "what is this?"
-    megatron-gemini generate --checkpoint $shown "draw a three" --guidance 3 --seed 1 --out three.png
+    megatron-gemini generate --checkpoint $shown "draw a three" --seed 1 --out three.png
 END

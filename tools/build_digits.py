@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -74,9 +73,9 @@ class Digits:
     labels: np.ndarray
     places: np.ndarray
 
-    def of(self, chosen: Sequence[int] | np.ndarray) -> list[int]:
+    def of(self, chosen: np.ndarray) -> list[int]:
         """Places of the chosen digits, for the metadata."""
-        return [int(self.places[i]) for i in chosen]
+        return self.places[chosen].tolist()
 
 
 def phrase(label: int) -> str:
@@ -198,6 +197,8 @@ def build(out: Path, options: Options) -> None:
         return
     out.mkdir(parents=True, exist_ok=True)
     manifest.unlink(missing_ok=True)
+    for earlier in out.glob("train/varied-*.tar"):  # written anew, unless there are no variants now
+        earlier.unlink()
     sides = load_sides(options)
     shards: dict[Path, int] = {}
     for number, (side, digits) in enumerate(sides.items()):
@@ -220,15 +221,19 @@ def build(out: Path, options: Options) -> None:
     write_manifest(manifest, described, shards)
 
 
+def add_pair(parser: argparse.ArgumentParser, name: str, default: tuple[int, int], text: str) -> None:
+    """An option that takes one number for either side of the split."""
+    parser.add_argument(name, type=int, nargs=2, default=default, metavar=("TRAIN", "HELD_OUT"), help=text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     default = Options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder that gets train/ and held_out/")
     parser.add_argument("--size", type=int, default=default.size, help="pixels of a side (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=default.held_out, help="digits held out (default: %(default)s)")
-    pair: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("TRAIN", "HELD_OUT")}
-    parser.add_argument("--clips", default=default.clips, help="number of clips (default: 3000 200)", **pair)
-    parser.add_argument("--documents", default=default.documents, help="number of them (default: 1000 100)", **pair)
+    add_pair(parser, "--clips", default.clips, "number of clips (default: 3000 200)")
+    add_pair(parser, "--documents", default.documents, "number of them (default: 1000 100)")
     parser.add_argument(
         "--variants",
         type=int,

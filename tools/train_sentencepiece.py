@@ -1,7 +1,7 @@
 """Train the text tokenizer: a SentencePiece model of the captions and transcripts of shards, and of the prompts.
 
-    python tools/train_sentencepiece.py --shards "runs/quickstart/data/train/*.tar" --out text.model
-    python tools/train_sentencepiece.py --config run.yaml --vocab-size 32000   # the sources and text_model of a run
+    python tools/train_sentencepiece.py --shards "data/train/*.tar" --out data/text.model
+    python tools/train_sentencepiece.py --config run.yaml --vocab-size 32000    # a run's data.sources, data.text_model
 
 The model is unigram with byte fallback, so it can write any text; white space is kept as it is and digits stand alone.
 The same text gives the same model.

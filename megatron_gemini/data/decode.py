@@ -68,7 +68,8 @@ class Decoder:
         for name in TASK_FIELDS[task]:
             ending = next((ending for ending in ENDINGS[name] if ending in members), None)
             if ending is None:
-                raise BadSample(f"missing_{name}", f"{key} has no member .{' or .'.join(ENDINGS[name])}")
+                hint = "; tools/encode_images.py adds it" if name == "codes" else ""
+                raise BadSample(f"missing_{name}", f"{key} has no member .{' or .'.join(ENDINGS[name])}{hint}")
             try:
                 fields[name] = self.items(members) if name == "items" else self.field(name, members[ending])
             except BadSample as error:

@@ -106,8 +106,7 @@ def _walk(file: BinaryIO) -> Iterator[tuple[str, bytes, int, int]]:
         name = extended.get("path") or long_name or _header_name(header)
         long_name, extended = "", {}
         yield _plain(name), kind, offset, size
-    if position > end:
-        raise _Damaged(f"it breaks off at byte {end:,}")
+    raise _Damaged(f"it breaks off at byte {end:,}, without an end marker")
 
 
 def _read(file: BinaryIO, offset: int, size: int) -> bytes:

@@ -13,7 +13,7 @@ ANSWERS = ("any", "text", "image")
 class SampleSettings:
     """Settings of one call; the same for every sequence in it."""
 
-    temperature: float = 1.0
+    temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token."""
     top_k: int = 0
     """Sample from the k likeliest tokens only; 0 does not limit."""
@@ -21,7 +21,7 @@ class SampleSettings:
     """Sample from the fewest likeliest tokens whose probabilities reach this sum; 1 does not limit."""
     seed: int = 0
     """Of sequence 0; sequence i of a call uses seed + i."""
-    guidance: float = 1.0
+    guidance: float = 2.0
     """Classifier-free guidance of images: how far to move from the answer to no prompt; 1 is off."""
     max_tokens: int = 256
     """Most tokens of an answer, image codes included."""

@@ -141,7 +141,7 @@ def test_help_answers_in_under_a_second_without_torch() -> None:
     begin = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - begin < 1.0
-    for option in ("--temperature", "--top-k", "--guidance", "--no-cache", "default: 1.0"):
+    for option in ("--temperature", "--top-k", "--guidance", "--no-cache", "default: 2.0"):
         assert option in result.stdout
 
 

@@ -1,0 +1,278 @@
+"""Rows depend on seed and data alone, not on ranks, interruptions or prefetching; bad samples only cost themselves."""
+
+import builtins
+import dataclasses
+import json
+import pickle
+import struct
+import threading
+import zlib
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_gemini.config.data import TASKS, SourceConfig
+from megatron_gemini.data.loader import Loader
+from megatron_gemini.data.prefetch import Prefetch
+from tests.tiny_shards import LAYOUT, Characters, document, png, run_config, sample, texts, wav, write_tar
+
+
+def load(config, rank=0, size=1):
+    return Loader(config, rank, size, LAYOUT, Characters())
+
+
+def content(batch):
+    """Everything in a row, comparable."""
+    media = {name: [t.tolist() for t in vars(m).values()] for name, m in sorted(batch.media.items())}
+    columns = [getattr(batch, f.name).tolist() for f in dataclasses.fields(batch) if f.name.endswith("_T")]
+    return json.dumps([columns, media, batch.samples])
+
+
+def steps(loaders, count):
+    """Rows of `count` global steps over all ranks, in the order of the rows."""
+    rows = []
+    for _ in range(count):
+        by_rank = [loader.next() for loader in loaders]
+        rows += [content(batch) for row in zip(*by_rank, strict=True) for batch in row]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A configuration with every task."""
+    folder = tmp_path_factory.mktemp("shards")
+    all_tasks = write_tar(folder / "all.tar", ((f"s{i}", sample(i)) for i in range(7)))
+    interleaved = write_tar(folder / "interleave.tar", ((f"d{i}", document(i)) for i in range(5)))
+    paths = {task: interleaved if task == "interleave" else all_tasks for task in TASKS}
+    sources = [
+        SourceConfig(shards=path, task=task, weight=i + 1)  # type: ignore[arg-type]
+        for i, (task, path) in enumerate(paths.items())
+    ]
+    return run_config(sources, rows_per_step=2, row_tokens=96)
+
+
+def test_the_rows_are_the_same_on_any_number_of_ranks(mixture):
+    one = steps([load(mixture)], 12)
+    assert len(set(one)) == 24
+    assert steps([load(mixture, rank, 2) for rank in range(2)], 12) == one
+
+
+def test_prefetching_and_caching_change_nothing(mixture):
+    data = dataclasses.replace(mixture.data, prefetch=3, cache_bytes=0)
+    with load(dataclasses.replace(mixture, data=data)) as ahead:
+        assert steps([ahead], 6) == steps([load(mixture)], 6)
+
+
+@settings(max_examples=12, deadline=None)
+@given(cut=st.integers(0, 9), before=st.sampled_from([1, 2]), after=st.sampled_from([1, 2]), prefetch=st.integers(0, 2))
+def test_resuming_anywhere_on_other_ranks_goes_on_with_the_same_rows(mixture, cut, before, after, prefetch):
+    config = dataclasses.replace(mixture, data=dataclasses.replace(mixture.data, prefetch=prefetch))
+    uninterrupted = steps([load(mixture)], cut + 5)
+    first = [load(config, rank, before) for rank in range(before)]
+    assert steps(first, cut) == uninterrupted[: 2 * cut]
+    states = json.loads(json.dumps([loader.state() for loader in first]))
+    union = {lane: state for part in states for lane, state in part.items()}
+    second = [load(config, rank, after) for rank in range(after)]
+    for loader in second:
+        loader.load_state(union)
+    assert {lane: state for loader in second for lane, state in loader.state().items()} == union
+    assert steps(second, 5) == uninterrupted[2 * cut :]
+    for loader in first + second:
+        loader.close()
+
+
+@pytest.mark.parametrize(("lanes", "rows", "ranks"), [(4, 2, 1), (4, 6, 2), (2, 8, 2), (3, 5, 1)])
+def test_every_sample_comes_exactly_once_an_epoch_over_all_lanes(tmp_path, lanes, rows, ranks):
+    # 9 tokens a document and 3 to a row: with rows that divide evenly among the lanes, all lanes are equally far.
+    source = SourceConfig(shards=texts(tmp_path / "t.tar", 20, length=7), task="text", name="t")
+    config = run_config([source], rows, row_tokens=27, lanes=lanes, look_ahead=1)
+    loaders = [load(config, rank, ranks) for rank in range(ranks)]
+    seen: Counter[str] = Counter()
+    for _ in range(2 * lanes * 5):
+        seen.update(key for loader in loaders for batch in loader.next() for key in batch.samples)
+    states = {lane: state for loader in loaders for lane, state in loader.state().items()}
+    drawn = {state["drawn"]["t"] for state in states.values()}
+    positions = lanes * drawn.pop()
+    assert not drawn
+    waiting = sum(len(state["waiting"]) for state in states.values())
+    assert sum(seen.values()) + waiting == positions
+    for _, state in states.items():
+        seen.update(f"t/s{loaders[0].sources[0].sample_at(position)[1]:04d}" for _, position in state["waiting"])
+    epochs, rest = divmod(positions, 20)
+    assert len(seen) == 20
+    assert set(seen.values()) <= {epochs, epochs + 1}
+    assert sum(count == epochs + 1 for count in seen.values()) == rest
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
+    config = run_config([SourceConfig(shards=texts(tmp_path / "t.tar", 30), task="text", name="t")])
+    source = load(config).sources[0]
+    orders = [[source.sample_at(30 * epoch + i)[1] for i in range(30)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(30)) for order in orders)
+    other = load(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))).sources[0]
+    orders.append([other.sample_at(i)[1] for i in range(30)])
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_documents_come_in_the_shares_of_their_weights(tmp_path):
+    shard = texts(tmp_path / "t.tar", 10)
+    sources = [SourceConfig(shards=shard, task="text", name=name, weight=w) for name, w in (("a", 3), ("b", 1))]
+    loader = load(run_config(sources, lanes=1, rows_per_step=1))
+    for _ in range(50):
+        loader.next()
+    drawn = loader.state()["0"]["drawn"]
+    assert drawn["a"] == pytest.approx(3 * drawn["b"], abs=4)
+
+
+def test_rows_are_nearly_full(mixture):
+    loader = load(mixture)
+    used = [float((batch.segment_T > 0).float().mean()) for _ in range(30) for batch in loader.next()]
+    assert sum(used) / len(used) > 0.85
+
+
+def test_held_out_rows_are_the_same_every_time_and_never_have_an_empty_prompt(mixture):
+    data = dataclasses.replace(mixture.data, held_out=mixture.data.sources, caption_dropout=1.0)
+    train = dataclasses.replace(mixture.train, held_out_rows=4)
+    config = dataclasses.replace(mixture, data=data, train=train)
+    make = lambda rank, size: Loader.held_out(config, rank, size, LAYOUT, Characters())  # noqa: E731
+    one = steps([make(0, 1)], 1)
+    assert len(one) == 4
+    assert steps([make(0, 2), make(1, 2)], 1) == one
+    (row, *_) = make(0, 1).next()
+    opening = torch.tensor([LAYOUT.control("user"), LAYOUT.control("model")])
+    assert not (row.token_T.unfold(0, 2, 1) == opening).all(dim=1).any()
+    with pytest.raises(ValueError, match=r"train\.held_out_rows is 4.*the nearest that fit: 3 or 6"):
+        make(0, 3)
+    with pytest.raises(ValueError, match=r"data\.held_out is empty"):
+        Loader.held_out(mixture, 0, 1, LAYOUT, Characters())
+
+
+def test_sizes_that_do_not_divide_name_the_nearest_that_do(mixture):
+    with pytest.raises(ValueError, match=r"train\.rows_per_step is 2, .*nearest that fit: 3"):
+        load(mixture, 0, 3)
+    wide = dataclasses.replace(mixture, train=dataclasses.replace(mixture.train, rows_per_step=6))
+    with pytest.raises(ValueError, match=r"data\.lanes is 4, .*nearest that fit: 3 or 6"):
+        load(wide, 0, 3)
+    with pytest.raises(ValueError, match=r"data\.sources is empty"):
+        load(dataclasses.replace(mixture, data=dataclasses.replace(mixture.data, sources=())))
+
+
+def test_a_state_of_other_data_or_sizes_is_refused(mixture, tmp_path):
+    state = load(mixture).state()
+    with pytest.raises(ValueError, match=r"has 3 data lanes, not 4"):
+        load(mixture).load_state({lane: state[lane] for lane in "012"})
+    with pytest.raises(ValueError, match="the data sources have changed: the checkpoint had caption:all"):
+        load(run_config([SourceConfig(shards=texts(tmp_path / "t.tar", 3), task="text")])).load_state(state)
+    loader = load(mixture)
+    loader.next()
+    other = dataclasses.replace(mixture, train=dataclasses.replace(mixture.train, rows_per_step=4))
+    with pytest.raises(ValueError, match=r"after 2 rows, which train\.rows_per_step \(4\) does not divide"):
+        load(other).load_state(loader.state())
+
+
+def test_settings_that_a_source_cannot_use_are_told_at_once(mixture):
+    off = dataclasses.replace(mixture, audio=dataclasses.replace(mixture.audio, enabled=False))
+    with pytest.raises(ValueError, match=r"'transcribe:all\.tar' \(transcribe\) needs audio\.enabled"):
+        load(off)
+    twice = dataclasses.replace(mixture.data, sources=(mixture.data.sources[0],) * 2)
+    with pytest.raises(ValueError, match=r"two data sources are called 'caption:all\.tar'"):
+        load(dataclasses.replace(mixture, data=twice))
+
+
+def bomb():
+    """A small PNG of 30,000 x 30,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+class Explodes:
+    def __reduce__(self):
+        return exec, ("import builtins; builtins.exploded = True",)
+
+
+def test_bad_samples_are_skipped_and_counted_by_reason(tmp_path):
+    good = {"png": png(), "txt": b"good", "wav": wav()}
+    shard = write_tar(
+        tmp_path / "x.tar",
+        [
+            *((f"good{i}", good) for i in range(6)),
+            ("half", {**good, "png": png()[: len(png()) // 2]}),
+            ("bomb", {**good, "png": bomb()}),
+            ("pickle", {**good, "png": pickle.dumps(Explodes()), "pyd": pickle.dumps(Explodes())}),
+            ("nothing", {"wav": wav()}),
+            ("long", {**good, "txt": b"long" * 100}),
+            ("../../up", good),
+        ],
+    )
+    loader = load(run_config([SourceConfig(shards=shard, task="caption", name="c")]))
+    drawn = [loader._draw(loader.sources[0], position) for position in range(2 * 11)]  # two epochs
+    assert sum(document is None for document in drawn) == 2 * 5
+    reasons = ("image_corrupt", "image_too_large", "image_unreadable", "missing_image", "too_long")
+    assert loader.skipped == {("c", reason): 2 for reason in reasons} | {("c", "tar_unsafe_name"): 3}
+    assert "  c  tar_unsafe_name  3" in loader.skipped_table()
+    assert not hasattr(builtins, "exploded")
+
+
+def test_corrupt_sound_is_one_reason(tmp_path):
+    samples = [("a", {"wav": wav(), "txt": b"a"}), ("b", {"wav": b"RIFF nonsense", "txt": b"b"})]
+    shard = write_tar(tmp_path / "x.tar", samples)
+    loader = load(run_config([SourceConfig(shards=shard, task="transcribe", name="t")], lanes=1, max_bad_share=1.0))
+    loader.next()
+    assert set(loader.skipped) == {("t", "audio_unreadable")}
+
+
+def test_a_shard_in_which_nothing_can_be_used_is_an_error_that_names_it(tmp_path):
+    write_tar(tmp_path / "x-0.tar", [("a", {"png": png(), "txt": b"a"})])
+    write_tar(tmp_path / "x-1.tar", [("b", {"png": b"no", "txt": b"b"}), ("c", {"png": png()})])
+    config = run_config([SourceConfig(shards=f"{tmp_path}/x-*.tar", task="caption")])
+    expected = r"no sample of '.*x-1\.tar' can be used for caption \(image_unreadable: 1, missing_text: 1\)"
+    with pytest.raises(ValueError, match=expected):
+        load(config)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_too_large_a_share_of_bad_samples_stops_with_their_reasons(tmp_path, prefetch):
+    samples = [(f"s{i}", {"txt": b"text" if i % 10 else b"long" * 100}) for i in range(400)]
+    shard = write_tar(tmp_path / "x.tar", samples)
+    config = run_config([SourceConfig(shards=shard, task="text", name="t")], max_bad_share=0.05, prefetch=prefetch)
+    with (
+        load(config) as loader,
+        pytest.raises(ValueError, match=r"more than data\.max_bad_share \(0\.05\):\n  t  too_long"),
+    ):
+        for _ in range(200):
+            loader.next()
+    with load(run_config(config.data.sources, max_bad_share=0.2)) as loader:
+        for _ in range(200):
+            loader.next()
+
+
+def test_documents_that_never_fit_stop_even_where_all_may_be_bad(tmp_path):
+    shard = texts(tmp_path / "t.tar", 5, length=100)
+    with pytest.raises(ValueError, match="201 of 201 samples are bad"):
+        load(run_config([SourceConfig(shards=shard, task="text")], max_bad_share=1.0)).next()
+
+
+def test_a_closed_prefetch_leaves_no_thread_and_an_error_comes_in_its_turn():
+    things = iter([1, 2])
+    ahead = Prefetch(lambda: next(things), depth=2)
+    assert [ahead.next(), ahead.next()] == [1, 2]
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            ahead.next()
+    endless = Prefetch(lambda: 0, depth=1)
+    endless.next()
+    endless.close()
+    endless.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "data-prefetch" and thread.is_alive()]
