@@ -104,7 +104,8 @@ def _forward(
     if turn is not None:
         q, k = rotate_both(q, k, turn)
     parts = zip(*(_by_bucket(_to_slots(x, plan), plan) for x in (q, k, v)), strict=True)
-    outs, saved = [], []
+    outs: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
     for bucket, part in zip(plan.buckets, parts, strict=True):
         mask = None if bucket.mask is None else bucket.mask.to(q.dtype)
         out, normaliser = _flash(*part, 0.0, bucket.causal, attn_mask=mask, scale=scale)

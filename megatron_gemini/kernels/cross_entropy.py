@@ -52,14 +52,16 @@ class _CrossEntropy(torch.autograd.Function):
         largest = values.amax(-1, keepdim=True)
         if group is not None:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        exponential = (values - largest).exp_()
+        shifted = values - largest
         row, held = _local_rows(target, first, rows, group)
-        sums = torch.stack((exponential.sum(-1), values.gather(1, row).squeeze(1)))
+        target_logit = shifted.gather(1, row).squeeze(1)
+        exponential = shifted.exp_()
+        sums = torch.stack((exponential.sum(-1), target_logit))
         if held is not None:
             sums[1] *= held
             dist.all_reduce(sums, group=group)
-        lse = sums[0].log() + largest.squeeze(1)
-        nll = lse - sums[1]
+        logarithm = sums[0].log()
+        lse, nll = logarithm + largest.squeeze(1), logarithm - sums[1]
         loss = torch.dot(weight, nll + z_loss * lse.square() if z_loss else nll)
         if ctx.needs_input_grad[0]:
             scale = weight * (1 + 2 * z_loss * lse) if z_loss else weight

@@ -7,7 +7,7 @@ V vocabulary. N, K, F and V are this rank's where `Layers` divides them; nothing
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -118,8 +118,8 @@ class Decoder(nn.Module):
         return self.norm(h_TD)
 
     @property
-    def output_embedding(self) -> nn.Module:
-        """The `Vocabulary` that is the head."""
+    def output_embedding(self) -> Any:
+        """The head, a `parallel.layers.Vocabulary` or its divided form."""
         return self.embedding if self.head is None else self.head
 
     def logits(self, h_TD: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shape suffixes: T packed tokens, D model width, O encoder output embeddings.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class Gemini(nn.Module):
         self.config = config
         self.layout = layout
         self.decoder = Decoder(config.model, layout.size, layers)
-        self.encoders = nn.ModuleDict()
+        self.encoders: Any = nn.ModuleDict()
         if config.vision.enabled:
             self.encoders[VISION] = VisionEncoder(config.vision, config.model.width)
         if config.audio.enabled:

@@ -22,7 +22,6 @@ from megatron_gemini.kernels.rope import Rotation, rotate
 from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
 from megatron_gemini.parallel.topology import Topology
 
-
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
 """Rotated q_TNH and k_TKH, v_TKH and the row's plan -> [T, N, H]."""
 
@@ -116,7 +115,7 @@ class Vocabulary(nn.Module):
         return linear(x, self.weight) if as_head else nn.functional.embedding(x, self.weight)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of this rank's rows -> logits of the whole vocabulary, without padding."""
+        """Logits of this rank's rows -> logits of the whole vocabulary, without padding and without a gradient."""
         return logits
 
 

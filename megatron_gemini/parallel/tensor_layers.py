@@ -6,6 +6,7 @@ Importing this imports megatron.core, which takes seconds: `Layers` does so only
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import nn
@@ -44,7 +45,7 @@ class _PlainState:
 
 
 class _Column(_PlainState, tensor_parallel.ColumnParallelLinear):
-    """megatron-core's column-parallel product without a weight of its own: the module that owns the weight passes it."""
+    """megatron-core's column-parallel product without a weight: the module that owns the weight passes it."""
 
     def __init__(self, topology: Topology, width_in: int, width_out: int) -> None:
         super().__init__(
@@ -196,5 +197,7 @@ class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
         return linear(x, self.weight, self.tp_group) if as_head else super().forward(x)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:
-        full = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
-        return full[..., : self.shard.size]
+        # megatron-core's gather allocates on the current CUDA device, which ranks on CPU do not have.
+        pieces = [torch.empty_like(logits) for _ in range(self.tp_group.size())]
+        dist.all_gather(pieces, logits.contiguous(), group=self.tp_group)
+        return torch.cat(pieces, -1)[..., : self.shard.size]

@@ -1,0 +1,156 @@
+"""The fused products, norms and rotations equal float64 compositions of torch's own operations, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_gemini.kernels.linear import gated_linear, gated_mlp, linear, linear_add, norm_linear
+from megatron_gemini.kernels.norm import rms_norm
+from megatron_gemini.kernels.rope import rotate, rotate_both, rotation
+
+EPS = 1e-3  # large enough that forgetting it fails
+
+
+def tensors(*shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def norm64(x, weight):
+    return F.rms_norm(x, x.shape[-1:], None, EPS) * (1 + weight)
+
+
+def assert_same(ours, theirs, inputs, atol=1e-5):
+    """`ours(*inputs)` in float32 equals `theirs(*inputs)` in float64, and so do all gradients."""
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    out, wanted = ours(*inputs), theirs(*doubles)
+    outs, wanteds = (x if isinstance(x, tuple) else (x,) for x in (out, wanted))
+    generator = torch.Generator().manual_seed(9)
+    grads = [torch.randn(x.shape, generator=generator) for x in outs]
+    for a, b in zip(outs, wanteds, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=atol)
+    found = torch.autograd.grad(outs, inputs, grads)
+    for a, b in zip(found, torch.autograd.grad(wanteds, doubles, [g.double() for g in grads]), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (5, 3, 16), (0, 16)])
+def test_rms_norm_equals_torch(shape):
+    x, weight = tensors(shape, (16,))
+    assert_same(lambda x, w: rms_norm(x, w, EPS), norm64, [x, weight])
+
+
+def test_rms_norm_of_strided_heads():
+    x, weight = tensors((5, 2, 3, 16), (16,))
+    assert_same(lambda x, w: rms_norm(x[:, 0], w, EPS), lambda x, w: norm64(x[:, 0], w), [x, weight])
+
+
+def test_rms_norm_keeps_bfloat16_and_computes_in_float32():
+    x, weight = (t.detach().bfloat16().requires_grad_() for t in tensors((64, 256), (256,)))
+    out = rms_norm(x, weight, EPS)
+    wanted = norm64(x.double(), weight.double())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, wanted.bfloat16(), rtol=1e-2, atol=1e-2)
+    grads = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+    for ours, theirs in zip(grads, torch.autograd.grad(wanted.sum(), (x, weight)), strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (2, 3, 8)])
+def test_linear_equals_torch(shape):
+    assert_same(linear, F.linear, tensors(shape, (5, 8)))
+
+
+def test_linear_stacks_the_parts_of_its_weight():
+    assert_same(linear, lambda x, w: torch.cat((x @ w[0].T, x @ w[1].T), -1), tensors((6, 8), (2, 5, 8)))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 2, 4)])
+def test_linear_add_equals_torch(shape):
+    assert_same(linear_add, lambda x, w, r: r + F.linear(x.flatten(1), w), tensors(shape, (5, 8), (6, 5)))
+
+
+def test_norm_linear_equals_norm_then_products_cut_into_heads():
+    def ours(x, norm, query, key_value):
+        return norm_linear(x, norm, EPS, 4, (query, key_value))
+
+    def theirs(x, norm, query, key_value):
+        n = norm64(x, norm)
+        return tuple((n @ w.T).unflatten(1, (-1, 4)) for w in (query, key_value[0], key_value[1]))
+
+    assert_same(ours, theirs, tensors((6, 8), (8,), (12, 8), (2, 4, 8)))
+
+
+ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_linear_equals_torch(activation):
+    act = ACTIVATIONS[activation]
+    assert_same(
+        lambda x, w: gated_linear(x, w, activation),
+        lambda x, w: act(x @ w[0].T) * (x @ w[1].T),
+        tensors((6, 8), (2, 10, 8)),
+    )
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gated_mlp_equals_torch(activation):
+    act = ACTIVATIONS[activation]
+
+    def theirs(h, norm, gate_up, down):
+        n = norm64(h, norm)
+        return h + (act(n @ gate_up[0].T) * (n @ gate_up[1].T)) @ down.T
+
+    assert_same(
+        lambda h, norm, gate_up, down: gated_mlp(h, norm, EPS, gate_up, down, activation),
+        theirs,
+        tensors((6, 8), (8,), (2, 10, 8), (8, 10)),
+        atol=3e-5,
+    )
+
+
+@pytest.mark.parametrize("frozen", range(4))
+def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
+    inputs = tensors((6, 8), (8,), (2, 10, 8), (8, 10))
+    gated_mlp(*inputs[:2], EPS, *inputs[2:], "gelu").sum().backward()
+    wanted = [x.grad for x in inputs]
+    copies = [x.detach().requires_grad_(i != frozen) for i, x in enumerate(inputs)]
+    gated_mlp(*copies[:2], EPS, *copies[2:], "gelu").sum().backward()
+    for i, (x, grad) in enumerate(zip(copies, wanted, strict=True)):
+        assert x.grad is None if i == frozen else torch.equal(x.grad, grad)
+
+
+def test_weights_are_saved_as_themselves_so_that_zero_3_can_take_their_memory():
+    query, key_value = (torch.nn.Parameter(t.detach()) for t in tensors((12, 8), (2, 4, 8)))
+    x, norm = tensors((6, 8), (8,))
+    outs = norm_linear(x, norm, EPS, 4, (query, key_value))
+    saved = outs[0].grad_fn.saved_tensors
+    assert any(t is query for t in saved) and any(t is key_value for t in saved)
+    weight = torch.nn.Parameter(torch.randn(2, 5, 8))
+    assert any(t is weight for t in linear(x, weight).grad_fn.saved_tensors)
+
+
+def rotated64(x, position, theta):
+    """RoPE as complex multiplication: value i and i + H/2 are the parts of one number."""
+    half = x.shape[-1] // 2
+    angle = position[:, None, None].double() * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    out = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((out.real, out.imag), -1)
+
+
+def test_rotation_equals_complex_multiplication():
+    position = torch.tensor([0, 1, 2, 0, 7])
+    turn = rotation(position, 8, 100.0, torch.float32)
+    assert_same(lambda x: rotate(x, turn), lambda x: rotated64(x, position, 100.0), tensors((5, 3, 8)))
+
+
+def test_both_are_rotated_as_each_is_and_back_again():
+    turn = rotation(torch.arange(5), 8, 100.0, torch.float32)
+    q, k = tensors((5, 3, 8), (5, 1, 8))
+    for both, single in zip(rotate_both(q, k, turn), (q, k), strict=True):
+        torch.testing.assert_close(both, rotate(single, turn))
+        torch.testing.assert_close(rotate(both, turn, -1), single)

@@ -1,0 +1,63 @@
+"""Which heads a tensor-parallel rank holds and reads, and what a serial process imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_gemini.config.training import ParallelConfig
+from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.topology import Topology, build_topology
+
+GROUP = object()  # stands for a process group; nothing here communicates
+
+
+def shards(ranks, query, key):
+    topologies = [Topology(ranks, r, ranks, r, GROUP if ranks > 1 else None) for r in range(ranks)]
+    return [Layers(topology).heads(query, key) for topology in topologies]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "query", "key"), [(1, 4, 1), (2, 4, 1), (2, 4, 2), (4, 8, 2), (2, 8, 4), (4, 4, 4), (8, 8, 1), (8, 16, 4)]
+)
+def test_every_query_head_reads_the_key_head_that_serial_attention_gives_it(ranks, query, key):
+    for rank, shard in enumerate(shards(ranks, query, key)):
+        assert shard.query == query // ranks
+        first_held = rank * shard.key if shard.group is None else 0  # divided key heads, or all of them
+        first, count = shard.used
+        for local in range(shard.query):
+            serial = (rank * shard.query + local) // (query // key)
+            assert first_held + first + local // (shard.query // count) == serial
+
+
+def test_only_replicated_key_heads_have_their_gradient_summed():
+    assert all(shard.group is GROUP for shard in shards(2, 4, 1))
+    assert all(shard.group is None for shard in shards(2, 4, 2))
+    assert shards(1, 4, 1)[0].group is None
+
+
+def test_one_process_is_serial(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert build_topology(ParallelConfig(), "gloo") == Topology.serial()
+
+
+def test_more_tensor_ranks_than_processes_is_an_error(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match=r"parallel.tensor is 2, which does not divide the 1 ranks"):
+        build_topology(ParallelConfig(tensor=2), "gloo")
+
+
+def test_a_serial_model_imports_neither_megatron_nor_deepspeed():
+    code = (
+        "import sys\n"
+        "from megatron_gemini.models.gemini import Gemini\n"
+        "from megatron_gemini.config.run import RunConfig\n"
+        "from megatron_gemini.contracts import TokenLayout\n"
+        "from megatron_gemini.parallel.layers import Layers\n"
+        "from megatron_gemini.parallel.topology import Topology\n"
+        "Gemini(RunConfig(), TokenLayout(20, 4), Layers(Topology.serial()))\n"
+        "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
