@@ -3,19 +3,22 @@
     python tools/build_digits.py --out runs/quickstart/data
 
 Writes {train,held_out}/{digits,clips,interleave}-NNN.tar, digits.split.json (which digits are on which side) and
-digits.manifest.json. A digit is on one side only, also as a frame of a clip or as an image in a document. A finished
-build with the same options is reused.
+digits.manifest.json. A digit is on one side only, also as a frame of a clip or as an image in a document. The training
+side also gets varied-NNN.tar: the same digits a little turned, slanted, scaled and shifted, marked "augmented" in their
+metadata; its clips and documents draw from both. A finished build with the same options is reused.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -47,14 +50,17 @@ class Options:
     held_out: int = 397
     clips: tuple[int, int] = (3000, 200)
     documents: tuple[int, int] = (1000, 100)
+    variants: int = 4
     seed: int = 0
-    version: int = 1
+    version: int = 2
 
     def __post_init__(self) -> None:
         if not 8 <= self.size <= 512 or self.size % 2:
             raise ValueError(f"--size is {self.size}; choose an even number from 8 to 512 (clips need even sides)")
         if not 100 <= self.held_out <= 1600:
             raise ValueError(f"--held-out is {self.held_out}; choose 100 to 1600 of the 1797 digits")
+        if not 0 <= self.variants <= 100:
+            raise ValueError(f"--variants is {self.variants}; choose 0 to 100 altered copies of every training digit")
         for option, counts in (("--clips", self.clips), ("--documents", self.documents)):
             if not all(1 <= count <= 900_000 for count in counts):
                 raise ValueError(f"{option} is {counts[0]} {counts[1]}; both must be from 1 to 900000")
@@ -68,7 +74,7 @@ class Digits:
     labels: np.ndarray
     places: np.ndarray
 
-    def of(self, chosen: Sequence[int]) -> list[int]:
+    def of(self, chosen: Sequence[int] | np.ndarray) -> list[int]:
         """Places of the chosen digits, for the metadata."""
         return [int(self.places[i]) for i in chosen]
 
@@ -96,6 +102,37 @@ def enlarge(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
 
 
+# How far an altered copy goes: degrees, slant, share of the size, share of a side.
+TURN, SLANT, SCALE, SHIFT = 10.0, 0.15, 0.1, 0.06
+
+
+def varied(digits: Digits, variants: int, seed: Sequence[int]) -> Digits:
+    """`variants` altered copies of every digit, in the order of the digits."""
+    random = np.random.default_rng(seed)
+    images = [alter(image, random) for image in digits.images for _ in range(variants)]
+    return Digits(np.stack(images), digits.labels.repeat(variants), digits.places.repeat(variants))
+
+
+def alter(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """uint8[S, S, 3] through a small random affine map about its centre; what comes in from outside is black."""
+    size = image.shape[0]
+    turn, slant = np.deg2rad(random.uniform(-TURN, TURN)), random.uniform(-SLANT, SLANT)
+    wide, high = random.uniform(1 - SCALE, 1 + SCALE, 2)
+    shift = random.uniform(-SHIFT, SHIFT, 2) * size
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    back = rotation @ np.array([[1.0, slant], [0.0, 1.0]]) @ np.diag([1 / wide, 1 / high])
+    offset = size / 2 - back @ (size / 2 + shift)
+    coefficients = (*back[0], offset[0], *back[1], offset[1])
+    grey = Image.fromarray(image).transform(
+        (size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC
+    )
+    return np.asarray(grey)
+
+
+def together(a: Digits, b: Digits) -> Digits:
+    return Digits(*(np.concatenate(pair) for pair in zip(astuple(a), astuple(b), strict=True)))
+
+
 def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
@@ -111,6 +148,13 @@ def digit_samples(digits: Digits) -> Iterator[Sample]:
             "json": json_member({"label": label, "sklearn_index": place}),
         }
         yield f"digit{place:04d}", members
+
+
+def varied_samples(digits: Digits) -> Iterator[Sample]:
+    """Altered copies, marked as such: a judge of real images leaves them out."""
+    for number, (key, members) in enumerate(digit_samples(digits)):
+        metadata = {**json.loads(members["json"]), "augmented": True}
+        yield f"{key}-{number:06d}", {**members, "json": json_member(metadata)}
 
 
 def clip_samples(digits: Digits, count: int, seed: Sequence[int]) -> Iterator[Sample]:
@@ -157,11 +201,14 @@ def build(out: Path, options: Options) -> None:
     sides = load_sides(options)
     shards: dict[Path, int] = {}
     for number, (side, digits) in enumerate(sides.items()):
-        sets = {
-            "digits": digit_samples(digits),
-            "clips": clip_samples(digits, options.clips[number], (options.seed, number, 1)),
-            "interleave": document_samples(digits, options.documents[number], (options.seed, number, 2)),
-        }
+        sets = {"digits": digit_samples(digits)}
+        shown = digits
+        if side == "train" and options.variants:
+            altered = varied(digits, options.variants, (options.seed, number, 3))
+            sets["varied"] = varied_samples(altered)
+            shown = together(digits, altered)
+        sets["clips"] = clip_samples(shown, options.clips[number], (options.seed, number, 1))
+        sets["interleave"] = document_samples(shown, options.documents[number], (options.seed, number, 2))
         for name, samples in sets.items():
             started = time.monotonic()
             written = write_shards(out / side, name, samples)
@@ -179,15 +226,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder that gets train/ and held_out/")
     parser.add_argument("--size", type=int, default=default.size, help="pixels of a side (default: %(default)s)")
     parser.add_argument("--held-out", type=int, default=default.held_out, help="digits held out (default: %(default)s)")
-    pair = {"type": int, "nargs": 2, "metavar": ("TRAIN", "HELD_OUT")}
+    pair: dict[str, Any] = {"type": int, "nargs": 2, "metavar": ("TRAIN", "HELD_OUT")}
     parser.add_argument("--clips", default=default.clips, help="number of clips (default: 3000 200)", **pair)
     parser.add_argument("--documents", default=default.documents, help="number of them (default: 1000 100)", **pair)
+    parser.add_argument(
+        "--variants",
+        type=int,
+        default=default.variants,
+        help="altered copies of a training digit (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=default.seed, help="of split and clips (default: %(default)s)")
     given = parser.parse_args(argv)
     try:
         if not 0 <= given.seed < 2**32:
             raise ValueError(f"--seed is {given.seed}; it must be from 0 to {2**32 - 1}")
-        build(given.out, Options(given.size, given.held_out, tuple(given.clips), tuple(given.documents), given.seed))
+        counts = (tuple(given.clips), tuple(given.documents), given.variants)
+        build(given.out, Options(given.size, given.held_out, *counts, given.seed))
     except (ValueError, OSError) as error:
         print(f"build_digits: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, cut
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.fragments import Fragment, ensure_moments, has_moments, publish_masters, set_step_count
+from megatron_gemini.parallel.parameters import placement_of
 
 # What is put beside the weights: a file or directory to copy, a text, or a function that writes to a path.
 Asset = Path | str | Callable[[Path], None]
@@ -35,7 +36,7 @@ class Progress:
 
 def describe(fragment: Fragment) -> Piece:
     """The piece that a rank's fragment is in a checkpoint."""
-    placement = fragment.parameter.placement
+    placement = placement_of(fragment.parameter)
     return Piece(
         fragment.name,
         fragment.start,
@@ -56,7 +57,7 @@ def owned(engine: Engine) -> list[Fragment]:
     return [
         fragment
         for fragment in engine.fragments
-        if fragment.count and (fragment.parameter.placement.sharded_dim is not None or topology.tensor_rank == 0)
+        if fragment.count and (placement_of(fragment.parameter).sharded_dim is not None or topology.tensor_rank == 0)
     ]
 
 

@@ -129,7 +129,7 @@ def agree(user: dict[str, Any], decided: dict[str, Any], path: str, prefix: str 
         for key in ("offload_optimizer", "offload_param"):
             if user.get(key, {}).get("device", "none") not in ("none", "auto") and key not in decided:
                 raise ValueError(
-                    f"{path} sets {prefix}{key}.device to {user[key]['device']!r}, the run's configuration gives 'none'; "
+                    f"{path} sets {prefix}{key}.device to {user[key]['device']!r}, the run's configuration none; "
                     f"set engine.{key.replace('offload_param', 'offload_parameters')} or remove it"
                 )
 

@@ -172,7 +172,8 @@ def publish_masters(engine: Any) -> None:
         optimizer.update_lp_params()
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3
         for fragment in fragments(engine):
-            fragment.parameter.ds_tensor.data.narrow(0, 0, fragment.count).copy_(fragment.master())
+            partitioned: Any = fragment.parameter
+            partitioned.ds_tensor.data.narrow(0, 0, fragment.count).copy_(fragment.master())
     elif hasattr(optimizer, "fp32_groups"):
         for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for low, high in zip(low_group, high_group, strict=True):

@@ -6,6 +6,8 @@ piece of, one at a time, and keep the piece.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ def fill_initial_values(module: nn.Module, seed: int) -> None:
             initialize_parameter(name, parameter, seed)
 
 
-def _fill_partitioned(name: str, parameter: nn.Parameter, seed: int) -> None:
+def _fill_partitioned(name: str, parameter: Any, seed: int) -> None:
     piece = parameter.ds_tensor
     whole = nn.Parameter(torch.empty(tuple(parameter.ds_shape), dtype=parameter.dtype, device=piece.device))
     initialize_parameter(name, declare(whole, parameter.init, parameter.placement), seed)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gemini.engine.fragments import Fragment
+from megatron_gemini.parallel.parameters import placement_of
 from megatron_gemini.parallel.topology import Topology
 
 
@@ -20,7 +21,7 @@ def counts_here(fragment: Fragment, topology: Topology, replicated_over_data: bo
     """Whether this rank's piece enters the norm. replicated_over_data: ZeRO-0, every data rank holds all."""
     if replicated_over_data and topology.data_rank != 0:
         return False
-    return fragment.parameter.placement.sharded_dim is not None or topology.tensor_rank == 0
+    return placement_of(fragment.parameter).sharded_dim is not None or topology.tensor_rank == 0
 
 
 @torch.no_grad()

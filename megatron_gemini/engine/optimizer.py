@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.parallel.parameters import placement_of
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups. Matrices decay; vectors (norms, biases) and embeddings do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        matrix = len(parameter.placement.global_shape) >= 2  # a ZeRO-3 parameter itself has an empty shape
+        matrix = len(placement_of(parameter).global_shape) >= 2  # a ZeRO-3 parameter itself has an empty shape
         (decayed if matrix and "embedding" not in name else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -87,5 +87,3 @@ class _Scatter(torch.autograd.Function):
         if ctx.plan.repeats is not None:
             slots_grad.index_fill_(0, ctx.plan.repeats, 0.0)
         return slots_grad, None
-
-

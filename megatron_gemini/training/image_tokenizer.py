@@ -89,8 +89,8 @@ class SummedLoss(nn.Module):
         super().__init__()
         for name, child in tokenizer.named_children():
             self.add_module(name, child)
-        self.__dict__["tokenizer"] = tokenizer  # beside the module tree
+        self.whole = (tokenizer,)  # in a tuple, beside the module tree
 
     def forward(self, images_BSS3: torch.Tensor) -> TokenizerLoss:
-        output = self.tokenizer(images_BSS3)
+        output = self.whole[0](images_BSS3)
         return output._replace(loss=output.loss * len(images_BSS3))

@@ -87,10 +87,11 @@ def judge_tokenizer(
 
 def like_for_like(real: RealImages, labels: Sequence[str]) -> RealImages:
     """As many real images of each class as `labels` has, or all there are."""
-    chosen = RealImages([], [])
+    chosen = RealImages([], [], [])
     for label in sorted(set(labels)):
         mine = (x for x, of in zip(real.images, real.labels, strict=True) if of == label)
         for image in islice(mine, list(labels).count(label)):
             chosen.images.append(image)
             chosen.labels.append(label)
+            chosen.augmented.append(False)
     return chosen

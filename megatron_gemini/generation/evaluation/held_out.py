@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -39,10 +40,16 @@ class Example:
 
 @dataclass
 class RealImages:
-    """Images of one size, uint8[S, S, 3], and their classes."""
+    """Images of one size, uint8[S, S, 3], their classes, and which of them are altered copies of others."""
 
     images: list[np.ndarray]
     labels: list[str]
+    augmented: list[bool]
+
+    def originals(self) -> RealImages:
+        """Those that are as they were found."""
+        kept = [i for i, altered in enumerate(self.augmented) if not altered]
+        return RealImages([self.images[i] for i in kept], [self.labels[i] for i in kept], [False] * len(kept))
 
 
 def read_examples(
@@ -67,7 +74,7 @@ def read_examples(
 
 def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealImages:
     """Images that have a class, from the sources' shards, at most `limit` of every set of shards, resized to `side`."""
-    real = RealImages([], [])
+    real = RealImages([], [], [])
     for pattern in dict.fromkeys(source.shards for source in sources if source.task in ("caption", "generate")):
         shards = Shards.from_pattern(pattern)
         for sample in spaced(len(shards), limit):
@@ -78,6 +85,7 @@ def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealI
                 if data is not None and (label := label_of(members)):
                     real.images.append(resized(decode_image(data), side))
                     real.labels.append(label)
+                    real.augmented.append(metadata_of(members).get("augmented") is True)
             except BadSample:
                 continue  # the loader counts and reports these; here an image less changes nothing
     return real
@@ -99,13 +107,17 @@ def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limi
 
 def label_of(members: dict[str, bytes]) -> str:
     """The class of a sample: "label" in its metadata, otherwise its text; empty when it has neither."""
+    label = metadata_of(members).get("label")
+    return str(label) if isinstance(label, (str, int)) else text_of(members)
+
+
+def metadata_of(members: dict[str, bytes]) -> dict[str, Any]:
+    """The metadata of a sample, empty where there is none that can be read."""
     try:
         metadata = json.loads(members.get("json", b"{}"))
-    except ValueError:
-        metadata = {}
-    if isinstance(metadata, dict) and isinstance(metadata.get("label"), (str, int)):
-        return str(metadata["label"])
-    return text_of(members)
+    except (ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def text_of(members: dict[str, bytes]) -> str:

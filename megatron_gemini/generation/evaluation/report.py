@@ -57,7 +57,7 @@ class Results:
     """By task: the example, what was said and what is right."""
     drawn: dict[str, Drawn] = field(default_factory=dict)
     """By task."""
-    held_out: RealImages = field(default_factory=lambda: RealImages([], []))
+    held_out: RealImages = field(default_factory=lambda: RealImages([], [], []))
     rebuilt: list = field(default_factory=list)
     """Of each held-out image, what the image tokenizer makes of its codes, uint8[H, W, 3]."""
 
@@ -114,7 +114,8 @@ def _images(
 ) -> None:
     """Everything that a classifier of real images judges; nothing where the shards' images have no classes."""
     side, figures = generator.config.image_tokenizer.image_size, results.figures
-    real = read_images(train, side, settings.checked)
+    trained = read_images(train, side, settings.checked)
+    real = trained.originals()
     results.held_out = read_images(held_out, side, settings.samples)
     if len(set(real.labels)) < 2 or not results.held_out.images:
         return
@@ -122,9 +123,9 @@ def _images(
     if "generate" in examples:
         asked = balanced(examples["generate"], classifier.classes, settings.images)
         results.drawn["generate"] = draw(generator, asked, settings.drawing)
-        figures |= judge_drawings(generator, results.drawn["generate"], classifier, real, results.held_out)
+        figures |= judge_drawings(generator, results.drawn["generate"], classifier, trained, results.held_out)
     figures["classifier_accuracy"] = classifier.accuracy(results.held_out.images, results.held_out.labels)
-    tokenizer, results.rebuilt = judge_tokenizer(generator, classifier, real, results.held_out)
+    tokenizer, results.rebuilt = judge_tokenizer(generator, classifier, trained, results.held_out)
     figures |= tokenizer
     if "speech_to_image" in examples:
         asked = balanced(examples["speech_to_image"], classifier.classes, settings.images)

@@ -34,6 +34,8 @@ class AudioEncoder(nn.Module):
     with zeros between them, which is exactly what each clip's own zero padding would be: no clip depends on another.
     """
 
+    like: torch.Tensor
+
     def __init__(self, config: AudioConfig, out_width: int) -> None:
         super().__init__()
         self.config = config

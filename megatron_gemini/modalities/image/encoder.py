@@ -24,6 +24,8 @@ class VisionEncoder(nn.Module):
     every grid; a frame of a clip also carries its time in seconds. A linear layer leads to the decoder's width.
     """
 
+    like: torch.Tensor
+
     def __init__(self, config: VisionConfig, out_width: int) -> None:
         super().__init__()
         self.config = config

@@ -39,8 +39,8 @@ def example(label: str) -> Example:
     return Example(label, [Text(label)], None, label, label)
 
 
-REAL = RealImages([grey(v) for v in (0, 10, 20, 200, 210, 220)], ["dark"] * 3 + ["light"] * 3)
-HELD_OUT = RealImages([grey(v) for v in (5, 10, 205, 215)], ["dark", "dark", "light", "light"])
+REAL = RealImages([grey(v) for v in (0, 10, 20, 200, 210, 220)], ["dark"] * 3 + ["light"] * 3, [False] * 6)
+HELD_OUT = RealImages([grey(v) for v in (5, 10, 205, 215)], ["dark", "dark", "light", "light"], [False] * 4)
 CLASSIFIER = Classifier(REAL.images, REAL.labels)
 
 

@@ -1,0 +1,187 @@
+"""Train the text tokenizer: a SentencePiece model of the captions and transcripts of shards, and of the prompts.
+
+    python tools/train_sentencepiece.py --shards "runs/quickstart/data/train/*.tar" --out text.model
+    python tools/train_sentencepiece.py --config run.yaml --vocab-size 32000   # the sources and text_model of a run
+
+The model is unigram with byte fallback, so it can write any text; white space is kept as it is and digits stand alone.
+The same text gives the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_gemini.config.load import load_config
+from megatron_gemini.data.decode import decode_json, decode_text
+from megatron_gemini.data.shards import Shards, expand_shards
+from megatron_gemini.data.tasks import PROMPTS
+from megatron_gemini.modalities.bad_sample import BadSample
+
+BYTES = 256  # pieces that byte fallback takes, beside the one for unknown
+SMALL = 512  # default size: enough for a few hundred words, the least that a toy needs
+LONGEST_LINE = 4000  # bytes; SentencePiece ignores longer ones
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Shards to read, and the prompts that are asked of them."""
+
+    shards: list[str]
+    prompts: list[str]
+
+
+def corpus_of(patterns: Sequence[str], config_path: str | None) -> tuple[Corpus, str]:
+    """What to read, and the model file that the config names ("" without one)."""
+    if config_path is None:
+        shards = [path for pattern in patterns for path in expand_shards(pattern)]
+        prompts = [prompt for choices in PROMPTS.values() for prompt in choices]
+        return Corpus(list(dict.fromkeys(shards)), list(dict.fromkeys(prompts))), ""
+    data = load_config(["--config", config_path]).data
+    if not data.sources:
+        raise ValueError(f"{config_path} has no data.sources to train on")
+    shards = [path for source in data.sources for path in expand_shards(source.shards)]
+    prompts = [prompt for source in data.sources for prompt in source.prompts or PROMPTS.get(source.task, ())]
+    return Corpus(list(dict.fromkeys(shards)), list(dict.fromkeys(prompts))), data.text_model
+
+
+def lines(corpus: Corpus, limit: int, skipped: Counter[str]) -> Iterator[str]:
+    """Texts of at most `limit` samples, evenly spaced, each followed by the next prompt, with the text filled in."""
+    shards = Shards(corpus.shards)
+    prompts = itertools.cycle(corpus.prompts or ["{text}"])
+    for sample in range(0, len(shards), -(-len(shards) // limit)):
+        try:
+            texts = sample_texts(shards, sample)
+        except BadSample as error:
+            skipped[error.reason] += 1
+            continue
+        for text in texts:
+            yield from split_lines(text)
+            yield from split_lines(next(prompts).replace("{text}", text))
+
+
+def sample_texts(shards: Shards, sample: int) -> list[str]:
+    """The caption or transcript of a sample, and the texts of an interleaved document."""
+    members = shards.read(sample, ("txt", "json"))
+    texts = [decode_text(members["txt"])] if "txt" in members else []
+    description = decode_json(members["json"]) if "json" in members else None
+    items = description.get("items") if isinstance(description, dict) else None
+    if isinstance(items, list):
+        texts += [item["text"] for item in items if isinstance(item, dict) and isinstance(item.get("text"), str)]
+    return texts
+
+
+def split_lines(text: str) -> Iterator[str]:
+    """Lines that SentencePiece accepts: not empty, not too long."""
+    for line in text.replace("\0", " ").splitlines():
+        for begin in range(0, len(line), LONGEST_LINE // 4):  # a character has at most 4 bytes
+            yield line[begin : begin + LONGEST_LINE // 4]
+
+
+def train(texts: Iterator[str], size: int, exact: bool, coverage: float) -> bytes:
+    """The model file. Raises ValueError when `exact` and the text gives fewer pieces than `size`, saying how many."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=texts,
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size,
+            hard_vocab_limit=exact,
+            byte_fallback=True,
+            character_coverage=coverage,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=1,  # sums of several threads come in any order, and with them the last bit
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(explain(str(error), size)) from None
+    return model.getvalue()
+
+
+def explain(error: str, size: int) -> str:
+    """SentencePiece's words, as what a user can do."""
+    largest = re.search(r"too high.*?<= *(\d+)", error)
+    if largest:
+        return f"--vocab-size is {size}, and this text gives at most {largest[1]} pieces; choose {largest[1]} or fewer"
+    smallest = re.search(r"smaller than required_chars\. *\d+ vs (\d+)", error)
+    if smallest:
+        return f"--vocab-size is {size}, and the text's characters alone take {smallest[1]}; choose more"
+    return f"SentencePiece cannot train on this text: {error}"
+
+
+def run(given: argparse.Namespace) -> None:
+    """Read, train, write."""
+    if given.vocab_size is not None and not BYTES < given.vocab_size <= 1_000_000:
+        raise ValueError(f"--vocab-size is {given.vocab_size}; it must be from {BYTES + 1} to 1000000")
+    if given.samples < 1:
+        raise ValueError(f"--samples is {given.samples}; it must be 1 or more")
+    if not 0.98 <= given.character_coverage <= 1:
+        raise ValueError(f"--character-coverage is {given.character_coverage}; choose 0.98 to 1")
+    corpus, named = corpus_of(given.shards or (), given.config)
+    out = Path(given.out or named)
+    if not given.out and not named:
+        raise ValueError("give --out FILE, or a --config with data.text_model")
+    skipped: Counter[str] = Counter()
+    texts = list(lines(corpus, given.samples, skipped))
+    if not texts:
+        raise ValueError(f"there is no text in {len(corpus.shards)} shards ({corpus.shards[0]}, ...): {dict(skipped)}")
+    model = train(iter(texts), given.vocab_size or SMALL, given.vocab_size is not None, given.character_coverage)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.write_bytes(model)
+    os.replace(partial, out)
+    size = sentencepiece.SentencePieceProcessor(model_proto=model).GetPieceSize()
+    left_out = f"; skipped {dict(skipped)}" if skipped else ""
+    print(f"{out}: {size} pieces from {len(texts)} lines of {len(corpus.shards)} shards{left_out}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shards", nargs="+", metavar="PATTERN", help="tars to read; quote globs and {000..015}")
+    source.add_argument("--config", metavar="FILE", help="run config whose data.sources are read")
+    parser.add_argument("--out", metavar="FILE", help="the model (default: data.text_model of the config)")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help=f"exact number of pieces, {BYTES} of them bytes (default: what the text gives, at most {SMALL})",
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1_000_000, metavar="N", help="most samples to read (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="of the text's characters that get a piece; the rest are bytes (default: %(default)s; 0.9995 for Chinese)",
+    )
+    given = parser.parse_args(argv)
+    try:
+        run(given)
+    except (ValueError, OSError) as error:
+        print(f"train_sentencepiece: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
