@@ -35,17 +35,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def environment() -> dict[str, str]:
+    """Of every command: the CPU, one thread, this package, and no rank of its own."""
+    ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return {**inherited, **ours}
+
+
 class Launch:
     """One command in a session of its own, with its output in a file."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+                command, cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True
             )
         self.top = psutil.Process(self.process.pid)
         self.known: dict[int, psutil.Process] = {self.top.pid: self.top}
