@@ -102,8 +102,11 @@ class Progress:
 
 
 class _Enduring:
-    """A stream that falls silent once nobody reads it: Ctrl-C also ends the `tee` that a run is piped into, and a closed
-    terminal takes no more text, but the run has yet to save."""
+    """A stream that falls silent once nobody reads it.
+
+    Ctrl-C also ends the `tee` that a run is piped into, and a closed terminal takes no more text, but the run has yet
+    to save.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -36,9 +36,7 @@ def run_commands(cases: Sequence[tuple[Sequence[object], str]], folder: Path) ->
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     statuses = json.loads(done.stdout.splitlines()[-1])
-    return [
-        Ended(status, Path(str(case["log"])).read_text()) for status, case in zip(statuses, described, strict=True)
-    ]
+    return [Ended(status, Path(str(case["log"])).read_text()) for status, case in zip(statuses, described, strict=True)]
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,9 @@ def trainers_part(output: str) -> str:
     lines = output.splitlines()
     starts = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
     for number in reversed(starts):
-        end = next((n for n in range(number + 1, len(lines)) if not lines[n].startswith((" ", "Traceback"))), len(lines))
+        end = next(
+            (n for n in range(number + 1, len(lines)) if not lines[n].startswith((" ", "Traceback"))), len(lines)
+        )
         block = lines[number:end]
         if any(launcher in line for line in block for launcher in ("deepspeed/launcher", "torch/distributed")):
             del lines[number:end]

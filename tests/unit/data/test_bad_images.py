@@ -45,5 +45,5 @@ def test_the_same_bad_image_of_every_epoch_is_not_judged_again(
 
 
 def test_more_than_the_share_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="3 images cannot be read.*more than data.max_bad_share"):
+    with pytest.raises(ValueError, match=r"3 images cannot be read.*more than data.max_bad_share"):
         loader(tmp_path, bad=3).next()
