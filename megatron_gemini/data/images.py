@@ -30,8 +30,8 @@ class ImageLoader:
     """Every image of all sources once an epoch, in an order that depends on (seed, epoch) alone.
 
     The batch of step s is the images at positions s * images_per_step onwards, and each rank takes its equal share,
-    so neither batches nor their order depend on the ranks. An image that cannot be read is skipped, counted each time in
-    `skipped` by reason, and another one of the rank's share takes its place.
+    so neither batches nor their order depend on the ranks. An image that cannot be read is skipped, counted each time
+    in `skipped` by reason, and another one of the rank's share takes its place.
 
     Raises ValueError for sizes that do not divide, shards without images, and more than data.max_bad_share bad ones.
     """
