@@ -38,10 +38,23 @@ is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
+# leave_environment: an activated .venv must not be made anew from itself, so choose as if it were not active.
+leave_environment() {
+    PATH=":$PATH:"
+    PATH="${PATH//":$VENV/bin:"/:}"
+    PATH="${PATH#:}"
+    PATH="${PATH%:}"
+    [ "${VIRTUAL_ENV:-}" != "$VENV" ] || unset VIRTUAL_ENV
+    case "${PYTHON:-}" in
+        "$VENV"/*) fail "PYTHON is $PYTHON, in the environment that it should make; give another Python 3.11 or newer" 2 ;;
+    esac
+}
+
 # choose_python: sets INTERPRETER to the one that the environment is made with.
 choose_python() {
     local candidate
     INTERPRETER=""
+    leave_environment
     if [ -n "${PYTHON:-}" ]; then
         INTERPRETER="$(command -v "$PYTHON" || true)"
         [ -n "$INTERPRETER" ] || fail "PYTHON is $PYTHON, which is no command; give the path of a Python 3.11 or newer" 2

@@ -17,8 +17,20 @@ def bash(commands: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+# The tests may run in the project's own environment, which may not make itself.
+PYTHON = str(Path(sys.executable).resolve())
+
+
 def test_the_interpreter_is_the_one_asked_for() -> None:
-    assert bash("choose_python; echo $INTERPRETER", PYTHON=sys.executable).stdout == f"{sys.executable}\n"
+    assert bash("choose_python; echo $INTERPRETER", PYTHON=PYTHON).stdout == f"{PYTHON}\n"
+
+
+def test_an_activated_environment_is_not_made_anew_from_itself() -> None:
+    path = f"{ROOT}/.venv/bin:{Path(PYTHON).parent}:/usr/bin:/bin"
+    result = bash("choose_python; echo $INTERPRETER $PATH", PATH=path, VIRTUAL_ENV=f"{ROOT}/.venv")
+    assert result.returncode == 0 and f"{ROOT}/.venv" not in result.stdout
+    refused = bash("choose_python", PYTHON=f"{ROOT}/.venv/bin/python")
+    assert refused.returncode == 2 and "in the environment that it should make" in refused.stderr
 
 
 def test_an_interpreter_that_is_none_is_told_in_one_line() -> None:
