@@ -54,7 +54,7 @@ train() {
     shift
     port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
     echo "   deepspeed --num_accelerators $RANKS --module megatron_gemini.train --config $config $*"
-    python -m deepspeed.launcher.runner --num_accelerators "$RANKS" --master_port "$port" \
+    python -m deepspeed.launcher.runner --log_level error --num_accelerators "$RANKS" --master_port "$port" \
         --module megatron_gemini.train --config "$config" "$@"
 }
 

@@ -26,6 +26,12 @@ def temporary_directory(run: Path, step: int) -> Path:
     return run / "checkpoints" / f".step-{step:08d}.tmp"
 
 
+def clear_unfinished(run: Path) -> None:
+    """Delete what saves that were killed have left."""
+    for path in (run / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def step_of(directory: Path) -> int:
     match = _STEP.match(directory.name)
     assert match, directory
@@ -84,8 +90,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def seal(directory: Path) -> None:
-    """Write the index of names, sizes and hashes that makes a directory complete."""
+    """Flush every file to the disk, then write the index of names, sizes and hashes that makes a directory complete."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     entries = {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
     }
@@ -98,25 +107,41 @@ def verify(directory: Path) -> None:
         index = json.loads((directory / INDEX).read_text())
         form, entries = index["format"], dict(index["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / INDEX} is not readable: {error}") from error
+        raise ValueError(f"{directory / INDEX} is not readable: {error}{_way_out(directory)}") from error
     if form != FORMAT:
         raise ValueError(f"{directory} has format {form}; this version reads format {FORMAT}")
     for name, entry in entries.items():
         path = directory / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
-            raise ValueError(f"{directory}: {name} is missing; the checkpoint is damaged")
+            raise ValueError(f"{directory}: {name} is missing; the checkpoint is damaged{_way_out(directory)}")
         if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
-            raise ValueError(f"{path} is not what was saved (its hash differs); the checkpoint is damaged")
+            raise ValueError(
+                f"{path} is not what was saved (its hash differs); the checkpoint is damaged{_way_out(directory)}"
+            )
+
+
+def _way_out(damaged: Path) -> str:
+    """What to do about a damaged checkpoint, as the end of an error message."""
+    if damaged.parent.name != "checkpoints":
+        return ""
+    others = [path for path in complete_steps(damaged.parent.parent) if path.name != damaged.name]
+    then = f"go on from {others[-1].name}" if others else "begin anew"
+    return f"; delete {damaged} to {then}"
 
 
 def publish(temporary: Path, final: Path, keep: int) -> None:
-    """Rename a sealed directory into place, point `latest` at it, delete all but the newest `keep`."""
+    """Rename a sealed directory into place, point `latest` at it, delete all but the newest `keep` up to it.
+
+    Later steps than this one, of a run that was begun anew, are left to the user.
+    """
     if final.exists():
-        shutil.rmtree(final)
+        replaced = temporary_directory(final.parent.parent, step_of(final)).with_suffix(".old.tmp")
+        os.replace(final, replaced)
     os.replace(temporary, final)
     pointer = final.parent / "latest"
     write_text(pointer.with_suffix(".tmp"), final.name + "\n")
     os.replace(pointer.with_suffix(".tmp"), pointer)
-    for old in complete_steps(final.parent.parent)[:-keep]:
-        if old != final:
-            shutil.rmtree(old)
+    clear_unfinished(final.parent.parent)
+    steps = [path for path in complete_steps(final.parent.parent) if step_of(path) <= step_of(final)]
+    for old in steps[:-keep]:
+        shutil.rmtree(old)

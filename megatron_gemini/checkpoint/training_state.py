@@ -69,7 +69,7 @@ def save(engine: Engine, run: Path, progress: Progress, assets: dict[str, Asset]
     temporary, final = layout.temporary_directory(run, progress.step), layout.step_directory(run, progress.step)
     rank = engine.topology.rank
     if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
+        layout.clear_unfinished(run)
         temporary.mkdir(parents=True)
     _barrier()
     _write_rank(engine, temporary / f"rank-{rank:05d}", progress)

@@ -6,6 +6,7 @@ Shape suffixes: B images of this rank, S pixels of a side.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -22,13 +23,15 @@ from megatron_gemini.data.tasks import random_stream
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image, signed_pixels, square_image
 
+logger = logging.getLogger(__name__)
+
 
 class ImageLoader:
     """Every image of all sources once an epoch, in an order that depends on (seed, epoch) alone.
 
     The batch of step s is the images at positions s * images_per_step onwards, and each rank takes its equal share,
-    so neither batches nor their order depend on the ranks. An image that cannot be read is skipped and counted in
-    `skipped` by reason, and the next one of the rank's share takes its place.
+    so neither batches nor their order depend on the ranks. An image that cannot be read is skipped, counted each time
+    in `skipped` by reason, and another one of the rank's share takes its place.
 
     Raises ValueError for sizes that do not divide, shards without images, and more than data.max_bad_share bad ones.
     """
@@ -49,6 +52,7 @@ class ImageLoader:
         if not self.samples:
             raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image (png, jpg, webp)")
         self.skipped: Counter[str] = Counter()
+        self._bad: dict[int, BadSample] = {}
         self._images: dict[int, np.ndarray] = {}
         self._room = config.data.cache_bytes
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
@@ -81,11 +85,14 @@ class ImageLoader:
         if self._order[0] != epoch:
             self._order = (epoch, random_stream(self.config.train.seed, "images", epoch).permutation(len(self.samples)))
         chosen = int(self._order[1][index])
+        if chosen in self._bad:
+            self.skipped[self._bad[chosen].reason] += 1
+            return None
         if chosen not in self._images:
             try:
                 image = self._read(*self.samples[chosen])
             except BadSample as error:
-                self._skip(error)
+                self._skip(chosen, error)
                 return None
             if image.nbytes > self._room:
                 return image
@@ -100,9 +107,13 @@ class ImageLoader:
     def _ending(self, number: int, sample: int) -> list[str]:
         return [ending for ending in IMAGE_ENDINGS if ending in self.shards[number].endings(sample)][:1]
 
-    def _skip(self, error: BadSample) -> None:
+    def _skip(self, chosen: int, error: BadSample) -> None:
+        """Count a bad image, and judge the share of distinct bad ones: every epoch meets the same ones again."""
+        self._bad[chosen] = error
         self.skipped[error.reason] += 1
-        bad = sum(self.skipped.values())
+        if self.skipped[error.reason] == 1:
+            logger.warning("skipped an image (%s); more of this kind are only counted: %s", error.reason, error)
+        bad = len(self._bad)
         if bad > max(1, self.config.data.max_bad_share * len(self.samples)):
             raise ValueError(
                 f"{bad} images cannot be read ({dict(self.skipped)}), more than data.max_bad_share "

@@ -28,7 +28,7 @@ class Loader:
     Row n comes from lane n mod data.lanes and goes to data-parallel rank n mod data_size. So each lane belongs to one
     rank, and neither the rows nor their order depend on the ranks. A rank runs only its own lanes.
 
-    skipped: number of samples (and members of tars) left out, by (source, reason).
+    skipped: number of samples left out by this rank, and on rank 0 of members of tars, by (source, reason).
     Raises ValueError for sizes that do not divide, missing or unusable shards, and, after 200 samples, for more than
     data.max_bad_share bad ones.
     """
@@ -50,7 +50,8 @@ class Loader:
             Source(source, label, config, layout, tokenizer, cache, data.caption_dropout)
             for source, label in zip(data.sources, source_labels(data.sources), strict=True)
         ]
-        self._report_shards()
+        if data_rank == 0:  # every rank sees all shards
+            self._report_shards()
         self._lanes = {
             number: Lane(
                 number,

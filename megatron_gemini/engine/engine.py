@@ -115,3 +115,10 @@ class Engine:
         if dist.is_initialized() and self.topology.data_size > 1:
             dist.all_reduce(tensor, group=self.topology.data_group)
         return tensor.tolist()
+
+    def gather_over_data(self, value: Any) -> list[Any]:
+        """The values of all data-parallel ranks, in their order; small plain Python values."""
+        gathered = [value] * self.topology.data_size
+        if dist.is_initialized() and self.topology.data_size > 1:
+            dist.all_gather_object(gathered, value, group=self.topology.data_group)
+        return gathered

@@ -5,6 +5,7 @@ Shape suffixes: B images, S pixels of a side.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -46,10 +47,10 @@ class ImageTokenizerTraining(Task):
     def sums(self, outputs: list[TokenizerLoss], batches: list[torch.Tensor]) -> dict[str, float]:
         sums = dict.fromkeys((*PARTS, "images"), 0.0)
         for output, images in zip(outputs, batches, strict=True):
-            sums["loss"] += float(output.loss)
+            sums["loss"] += float(output.loss.detach())
             sums["images"] += len(images)
             for part in PARTS[1:]:
-                sums[part] += float(getattr(output, part)) * len(images)
+                sums[part] += float(getattr(output, part).detach()) * len(images)
         return sums
 
     def record(self, sums: dict[str, float]) -> dict[str, float]:
@@ -62,6 +63,9 @@ class ImageTokenizerTraining(Task):
 
     def load_data_state(self, state: dict[str, Any]) -> None:
         self.loader.load_state(state)
+
+    def left_out(self) -> Counter[tuple[str, str]]:
+        return Counter({("images", reason): count for reason, count in self.loader.skipped.items()})
 
     def held_out(self) -> dict[str, float]:
         if not self.config.data.held_out:

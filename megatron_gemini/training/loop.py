@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress
 from megatron_gemini.training.schedule import learning_rate
-from megatron_gemini.training.stop import StoppedError, StopRequest
+from megatron_gemini.training.stop import StopRequest, reason
 from megatron_gemini.training.throughput import peak_memory_bytes
 
 
@@ -64,6 +64,10 @@ class Task(ABC):
     @abstractmethod
     def load_data_state(self, state: dict[str, Any]) -> None: ...
 
+    @abstractmethod
+    def left_out(self) -> Counter[tuple[str, str]]:
+        """Samples that this rank could not use since the process started, by (source, reason)."""
+
     def utilisation(self, record: dict[str, float], seconds: float) -> dict[str, float]:
         """{"mfu": share of the devices' peak} where that is known."""
         return {}
@@ -97,38 +101,47 @@ class Loop:
         self.saved_at = self.state.step if self.resumed_from else -1
         self.data = task.data_state()
 
-    def run(self) -> None:
-        """Train to the end, or to the step at which the ranks agree to stop (`StoppedError`)."""
+    def run(self) -> int:
+        """Train to the end, or to the step at which the ranks agree to stop.
+
+        Returns 0 at the end, otherwise what `stop.StopRequest.requested` found, after which the process should end:
+        from then on it ignores the signals.
+        """
         start, train = self.state.step, self.config.train
         writer = MetricsWriter(self.config, self.task.run_dir, self.task.topology.rank, start)
         progress = Progress(train.steps, start, self.task.topology.rank)
         if self.resumed_from:
             progress.note(f"going on from {self.resumed_from}")
+        number = 0
         self.stop.install()
         try:
-            while self.state.step < train.steps:
-                self.one_step(writer, progress)
+            while self.state.step < train.steps and not number:
+                number = self.one_step(writer, progress)
                 if self._due(train.save_every):
                     self.save(progress)
             self.save(progress)
+            self.report_left_out(progress)
         finally:
-            self.stop.restore()
             writer.close()
             self.task.close()
             progress.finish()
-        self.write_summary()
+            if not number:
+                self.stop.restore()
+        if number:
+            self.end_together(number, progress)
+        else:
+            self.write_summary()
+        return number
 
-    def one_step(self, writer: MetricsWriter, progress: Progress) -> None:
-        """Read, agree, train, record; where the ranks agree to stop, save and raise `StoppedError` instead."""
+    def one_step(self, writer: MetricsWriter, progress: Progress) -> int:
+        """Read, agree, train, record. Returns 0, or without training what the ranks agree to stop for."""
         step, started = self.state.step, time.perf_counter()
         batches = self.task.next_batches()
         waited = time.perf_counter() - started
         weight, number = self.agree(self.task.weight(batches))
         if number:
-            # The step's rows have been handed out but not trained on: the state before them is what counts.
-            self.save(progress)
-            progress.note(f"stopped by {signal.Signals(number).name}; the same command goes on from here")
-            raise StoppedError(number)
+            # The step's rows have been handed out but not trained on: the state before them is what is saved.
+            return number
         record = self.step(self.task.to_device(batches), weight)
         self.data = self.task.data_state()
         seconds = time.perf_counter() - started
@@ -145,6 +158,7 @@ class Loop:
         if writer.due(step):
             writer.write(step, record)
         progress.update(step, record)
+        return 0
 
     def step(self, batches: list[Any], weight: float) -> dict[str, float]:
         """One global step. weight: the sum of its loss weights over all data-parallel ranks."""
@@ -152,7 +166,9 @@ class Loop:
         self.engine.forward_backward(batches, weight, outputs.append)
         lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
         result = self.engine.step(lr)
-        record = self.task.record(self.add_over_data(self.task.sums(outputs, batches)))
+        left_out = {"skipped_samples": float(self.task.left_out().total())}
+        sums = self.add_over_data(self.task.sums(outputs, batches) | left_out)
+        record = self.task.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
         return self.advance(record, result, lr)
 
     def advance(self, record: dict[str, float], result: StepResult, lr: float) -> dict[str, float]:
@@ -193,6 +209,26 @@ class Loop:
         path = training_state.save(self.engine, self.task.run_dir, self.state, assets, self.config.train.keep)
         self.saved_at = self.state.step
         progress.note(f"saved {path}")
+
+    def end_together(self, number: int, progress: Progress) -> None:
+        """Say how to go on, and end only when every rank is done: a launcher ends all once one has ended."""
+        self.stop.ignore()
+        path = directory.step_directory(self.task.run_dir, self.state.step)
+        progress.note(
+            f"stopped by {reason(number)} after step {self.state.step}; saved {path}; "
+            "the same command goes on from there"
+        )
+        if dist.is_initialized():
+            dist.barrier()
+
+    def report_left_out(self, progress: Progress) -> None:
+        """Show what samples of all ranks were left out, and why."""
+        total: Counter[tuple[str, str]] = Counter()
+        for mine in self.engine.gather_over_data(self.task.left_out()):
+            total.update(mine)
+        if total:
+            lines = [f"  {source}  {why}  {count}" for (source, why), count in total.most_common()]
+            progress.note("\n".join([f"left out {total.total()} samples that could not be used:", *lines]))
 
     def write_summary(self) -> None:
         """summary.json: what the run took, for reports."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,9 @@ class Pretraining(Task):
 
     def load_data_state(self, state: dict[str, Any]) -> None:
         self.loader.load_state(state)
+
+    def left_out(self) -> Counter[tuple[str, str]]:
+        return self.loader.skipped.copy()
 
     def held_out(self) -> dict[str, float]:
         if not self.config.data.held_out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.steps, self.start, self.done = steps, start, start
-        self.stream = stream or sys.stdout
+        self.stream: Any = _Enduring(stream or sys.stdout)
         self.active = rank == 0
         self.clock = clock
         self.began = self.last_update = clock()
@@ -100,12 +101,46 @@ class Progress:
         return tqdm(total=self.steps, initial=self.start, file=self.stream, dynamic_ncols=True, bar_format=layout)
 
 
+class _Enduring:
+    """A stream that falls silent once nobody reads it.
+
+    Ctrl-C also ends the `tee` that a run is piped into, and a closed terminal takes no more text, but the run has yet
+    to save.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._fall_silent()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
 def describe(record: Mapping[str, float]) -> str:
     """A record in one short line: what it has of loss, rate, shares, memory and utilisation."""
     parts = []
     for name, form in _FORMS.items():
         if record.get(name) is not None:
             parts.append(form(record[name]))
+    if record.get("skipped_samples"):
+        parts.append(f"{record['skipped_samples']:.0f} samples left out")
     shares = [
         f"{name.removeprefix('share_')} {value:.0%}"
         for name, value in record.items()

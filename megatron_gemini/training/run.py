@@ -6,10 +6,11 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.distributed import choose_device, join, leave
 from megatron_gemini.parallel.topology import build_topology
 from megatron_gemini.training.quiet import known_prints_dropped
+from megatron_gemini.training.stop import StoppedError
 
 
 def run(config: RunConfig) -> None:
-    """Train as `config` says, on every rank that the launcher started."""
+    """Train as `config` says, on every rank that the launcher started. Raises `StoppedError` if it was stopped."""
     device = choose_device()
     with known_prints_dropped():
         join(device)
@@ -26,5 +27,7 @@ def run(config: RunConfig) -> None:
         from megatron_gemini.training.pretrain import Pretraining
 
         task = Pretraining(config, topology, device)
-    Loop(task).run()
+    number = Loop(task).run()
     leave()
+    if number:
+        raise StoppedError(number)

@@ -1,7 +1,7 @@
-"""Stopping at a step boundary: Ctrl-C, SIGTERM, SIGUSR1, or a launcher that has gone.
+"""Stopping at a step boundary: Ctrl-C, SIGTERM, SIGUSR1, a closed terminal, or a launcher that has gone.
 
 A signal may reach one rank only, the launcher only, or everybody. Each rank just remembers it; the ranks agree in the
-small all-reduce that begins every step, so that all of them save after the same step.
+small all-gather that begins every step, so that all of them save after the same step.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "torch/distributed")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+LAUNCHER_GONE = 256  # stands where a signal's number stands
+_LAUNCHERS = {
+    *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
+    *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
+}
 
 
 class StopRequest:
     """Remembers what asked this process to stop. `install` takes over the signals until `restore`."""
 
     def __init__(self) -> None:
-        self.reason = ""
         self.number = 0
         self._previous: dict[int, object] = {}
         self._launchers = list(launchers())
 
     def install(self) -> None:
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # started with nohup
             self._previous[number] = signal.signal(number, self._remember)
 
     def restore(self) -> None:
@@ -34,14 +39,25 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._previous.clear()
 
+    def ignore(self) -> None:
+        """Let nothing disturb the way out: the launcher ends every rank as soon as it sees that one has ended."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+        self._previous.clear()
+
     def requested(self) -> int:
-        """The signal's number if this rank was asked to stop, else 0. A launcher that is gone counts as SIGTERM."""
+        """The signal's number if this rank was asked to stop, `LAUNCHER_GONE` if nobody is left to ask, else 0."""
         if not self.number and any(started(pid) != when for pid, when in self._launchers):
-            self.number = signal.SIGTERM
+            self.number = LAUNCHER_GONE
         return self.number
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number
+
+
+def reason(number: int) -> str:
+    """What `StopRequest.requested` found, in words that follow "stopped by"."""
+    return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
 
 
 def launchers() -> Iterator[tuple[int, str]]:
@@ -53,10 +69,22 @@ def launchers() -> Iterator[tuple[int, str]]:
             status = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
             return
-        if not any(name in command for name in _LAUNCHERS):
+        if not is_launcher(command.split("\0")):
             return
         yield pid, started(pid)
         pid = int(status.rsplit(")", 1)[1].split()[1])
+
+
+def is_launcher(command: list[str]) -> bool:
+    """Whether a command line starts DeepSpeed's or torch's launcher: as a script, or as a module after Python's `-m`.
+
+    A user's own `deepspeed_job.sh` around it is none: it may end as it likes.
+    """
+    first, *rest = command
+    while first and rest and rest[0].startswith("-") and rest[0] != "-m":  # Python's options
+        rest = rest[1:]
+    script = rest[1:2] if rest[:1] == ["-m"] else rest[:1]
+    return any(Path(name).name in _LAUNCHERS for name in [first, *script])
 
 
 def started(pid: int) -> str:
@@ -72,4 +100,4 @@ class StoppedError(SystemExit):
     """Ends the process with the status that a shell gives a process ended by the signal."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
+        super().__init__(128 + (signal.SIGTERM if number == LAUNCHER_GONE else number))

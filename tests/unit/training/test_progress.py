@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 
@@ -117,3 +118,20 @@ def test_a_terminal_has_one_bar_and_notes_above_it(clock):
 def test_what_was_not_measured_is_not_shown():
     assert describe({"loss": 1.0, "mfu": None}) == "loss 1.0000"  # type: ignore[dict-item]
     assert describe({}) == ""
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
+    """As after Ctrl-C on `... | tee log`: the pipe's reader is gone before the run has saved."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream:
+        progress = Progress(3, stream=stream)
+        progress.note("heard")
+        os.close(reader)
+        for step in range(3):
+            progress.update(step, {"loss": 1.0, "tokens": 10})
+        progress.finish()
+
+
+def test_samples_that_were_left_out_are_shown() -> None:
+    assert "3 samples left out" in describe({"loss": 1.0, "skipped_samples": 3})
+    assert "left out" not in describe({"loss": 1.0, "skipped_samples": 0})

@@ -1,0 +1,123 @@
+"""Training as a user starts it, in processes of its own: started, watched, signalled and, whatever happens, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+TRAIN = "megatron_gemini.train"
+STARTS_WITHIN, STOPS_WITHIN = 180.0, 20.0  # seconds; the first is what a busy machine needs to import torch
+
+
+def launcher(kind: str, ranks: int = 2, module: str = TRAIN) -> list[str]:
+    """The command before the trainer's own arguments. kind: deepspeed, torchrun or alone."""
+    if kind == "deepspeed":
+        command = ["deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        return [sys.executable, "-m", *command, "--module", module]
+    if kind == "torchrun":
+        command = ["torch.distributed.run", "--master-port", str(free_port()), "--nproc-per-node", str(ranks)]
+        return [sys.executable, "-m", *command, "-m", module]
+    return [sys.executable, "-m", module]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """Of every command: the CPU, one thread, this package, and no rank of its own."""
+    ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return {**inherited, **ours}
+
+
+class Launch:
+    """One command in a session of its own, with its output in a file."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True
+            )
+        self.top = psutil.Process(self.process.pid)
+        self.known: dict[int, psutil.Process] = {self.top.pid: self.top}
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def find(self, *words: str) -> psutil.Process:
+        """The one process of this launch whose command line holds all of the words."""
+        found = [process for process in self.processes() if all(word in process.cmdline() for word in words)]
+        assert len(found) == 1, (words, found, self.output)
+        return found[0]
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run, the top one first; those that lost their parent are known from an earlier look."""
+        if self.top.is_running():
+            for process in self.top.children(recursive=True):
+                self.known.setdefault(process.pid, process)
+        return [process for process in self.known.values() if alive(process)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, by rank."""
+        trainers = [process for process in self.processes() if "RANK" in _environment(process)]
+        return sorted(trainers, key=lambda process: int(_environment(process)["RANK"]))
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = STARTS_WITHIN) -> None:
+        """Wait for something that the running command does."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"nothing within {seconds} s:\n{self.output}"
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output}"
+            self.processes()
+            time.sleep(0.02)
+
+    def signal_group(self, number: int) -> None:
+        """As a terminal does at Ctrl-C: to all that share the command's process group."""
+        os.killpg(self.process.pid, number)
+
+    def wait(self, seconds: float = STARTS_WITHIN) -> int:
+        """Exit status of the command, once no process of it is left; how long that took is in `seconds_to_end`."""
+        began = time.monotonic()
+        try:
+            status = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
+        while left := self.processes():
+            assert time.monotonic() < began + seconds, f"{left} left after {seconds} s:\n{self.output}"
+            time.sleep(0.05)
+        self.seconds_to_end = time.monotonic() - began
+        return status
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        for process in self.processes():
+            process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
