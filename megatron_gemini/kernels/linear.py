@@ -11,6 +11,7 @@ gradient is being computed. Shape suffixes: T tokens, D model width, F MLP width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -156,25 +157,43 @@ class _NormLinear(torch.autograd.Function):
         return *norm_backward(normed_grad, x, inverse, scale), None, None, *weight_grads
 
 
-def _gate(both: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """[T, 2F] -> (activation(gate), activation(gate) * up)."""
-    gate, up = both.chunk(2, 1)
+def _gated_forward(
+    x: torch.Tensor, weight: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """(activation(gate) * up, what the backward needs)."""
+    gate_weight, up_weight = weight.unbind(0)
+    gate, up = torch.mm(x, gate_weight.t()), torch.mm(x, up_weight.t())
     active = F.gelu(gate, approximate="tanh") if activation == "gelu" else F.silu(gate)
-    return active, active * up
+    return active * up, (gate, up, active)
 
 
-def _gate_backward(grad: torch.Tensor, both: torch.Tensor, active: torch.Tensor, activation: str) -> torch.Tensor:
-    """The gradient of `both`, in one tensor instead of two halves that autograd would pad and add."""
-    gate, up = both.chunk(2, 1)
-    both_grad = torch.empty_like(both)
-    gate_grad, up_grad = both_grad.chunk(2, 1)
-    torch.mul(grad, active, out=up_grad)
-    torch.mul(grad, up, out=gate_grad)
+def _gated_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    activation: str,
+    group: ProcessGroup | None,
+    needs_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(x's gradient, weight's gradient)."""
+    gate, up, active = saved
+    up_grad, gate_grad = grad * active, grad * up
     if activation == "gelu":
         _gelu_backward(gate_grad, gate, approximate="tanh", grad_input=gate_grad)
     else:
         _silu_backward(gate_grad, gate, grad_input=gate_grad)
-    return both_grad
+    gate_weight, up_weight = weight.unbind(0)
+    x_grad = torch.mm(gate_grad, gate_weight).addmm_(up_grad, up_weight)
+    pending = None if group is None else dist.all_reduce(x_grad, group=group, async_op=True)
+    weight_grad = None
+    if needs_weight:
+        weight_grad = torch.empty_like(weight)
+        for part, part_grad in zip(weight_grad.unbind(0), (gate_grad, up_grad), strict=True):
+            torch.mm(part_grad.t(), x, out=part)
+    if pending is not None:
+        pending.wait()
+    return x_grad, weight_grad
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -182,17 +201,16 @@ class _GatedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, activation: str, group: ProcessGroup | None
     ) -> torch.Tensor:
-        both = torch.mm(x, _matrix(weight).t())
-        active, out = _gate(both, activation)
-        ctx.save_for_backward(x, weight, both, active)
+        out, saved = _gated_forward(x, weight, activation)
+        ctx.save_for_backward(x, weight, *saved)
         ctx.activation, ctx.group = activation, group
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, both, active = ctx.saved_tensors
-        both_grad = _gate_backward(grads[0], both, active, ctx.activation)
-        return *_gradients(both_grad, x, weight, ctx.group, ctx.needs_input_grad), None, None
+        x, weight, *saved = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        return *_gated_backward(grads[0], x, weight, saved, ctx.activation, ctx.group, needs_weight), None, None
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -207,20 +225,18 @@ class _GatedMLP(torch.autograd.Function):
         activation: str,
     ) -> torch.Tensor:
         normed, inverse, scale = norm_forward(h, norm, eps)
-        both = torch.mm(normed, _matrix(gate_up).t())
-        active, inner = _gate(both, activation)
-        ctx.save_for_backward(h, inverse, scale, normed, gate_up, both, active, inner, down)
+        inner, saved = _gated_forward(normed, gate_up, activation)
+        ctx.save_for_backward(h, inverse, scale, normed, gate_up, inner, down, *saved)
         ctx.activation = activation
         return torch.addmm(h, inner, down.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad,) = grads
-        h, inverse, scale, normed, gate_up, both, active, inner, down = ctx.saved_tensors
+        h, inverse, scale, normed, gate_up, inner, down, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         down_grad = _weight_gradient(grad, inner, down) if needs[4] else None
-        both_grad = _gate_backward(torch.mm(grad, down), both, active, ctx.activation)
-        normed_grad = torch.mm(both_grad, _matrix(gate_up))
-        gate_up_grad = _weight_gradient(both_grad, normed, gate_up) if needs[3] else None
+        inner_grad = torch.mm(grad, down)
+        normed_grad, gate_up_grad = _gated_backward(inner_grad, normed, gate_up, saved, ctx.activation, None, needs[3])
         h_grad, norm_grad = norm_backward(normed_grad, h, inverse, scale)
         return h_grad.add_(grad), norm_grad, None, gate_up_grad, down_grad, None

@@ -132,6 +132,9 @@ def test_weights_are_saved_as_themselves_so_that_zero_3_can_take_their_memory():
     assert any(t is query for t in saved) and any(t is key_value for t in saved)
     weight = torch.nn.Parameter(torch.randn(2, 5, 8))
     assert any(t is weight for t in linear(x, weight).grad_fn.saved_tensors)
+    down = torch.nn.Parameter(torch.randn(8, 5))
+    saved = gated_mlp(x, norm, EPS, weight, down, "gelu").grad_fn.saved_tensors
+    assert any(t is weight for t in saved) and any(t is down for t in saved)
 
 
 def rotated64(x, position, theta):
