@@ -92,9 +92,7 @@ def test_a_model_of_another_shape_names_the_parameter_and_both_shapes(run) -> No
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, mlp_width=96))
     (directory / "config.yaml").write_text(dump_config(other))
     reseal(directory)
-    with pytest.raises(
-        ValueError, match=r"mlp\.\w+ is \(.*64.*\) in the checkpoint and \(.*96.*\) in the model"
-    ):
+    with pytest.raises(ValueError, match=r"mlp\.\w+ is \(.*64.*\) in the checkpoint and \(.*96.*\) in the model"):
         load_for_inference(run)
 
 
