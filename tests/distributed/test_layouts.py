@@ -38,11 +38,12 @@ ZERO = [
 ]
 
 
-def launch(ranks: int, layouts: list[dict], out: Path) -> list[dict]:
-    """What `train_layouts` found on `ranks` gloo ranks."""
+def launch(ranks: int, layouts: list[dict], out: Path, elsewhere: str = "") -> list[dict]:
+    """What `train_layouts` found on `ranks` gloo ranks; elsewhere: a checkpoint to go on from as well."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command += ["-m", "tests.distributed.train_layouts", str(out), json.dumps(layouts)]
+    command += [elsewhere] if elsewhere else []
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     return json.loads(out.read_text())
@@ -68,7 +69,7 @@ def oracle() -> tuple[list[list[float]], dict[str, torch.Tensor]]:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.engine.gradient_clipping)
         optimizer.step()
-        curve.append([float(loss), float(norm)])
+        curve.append([loss.item(), norm.item()])
     assert sum(norm > CONFIG.engine.gradient_clipping for _, norm in curve) > STEPS // 2
     return curve, {name: p.detach() for name, p in model.named_parameters()}
 
@@ -76,11 +77,12 @@ def oracle() -> tuple[list[list[float]], dict[str, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """Results by "ranks/tensor/zero/offload/parameters", two launches for all."""
-    folder, found = tmp_path_factory.mktemp("layouts"), {}
+    folder, found, elsewhere = tmp_path_factory.mktemp("layouts"), {}, ""
     for tensor in (1, 2):
         layouts = [{"tensor": tensor, **zero} for zero in ZERO]
-        for result in launch(2, layouts, folder / f"tensor{tensor}.json"):
+        for result in launch(2, layouts, folder / f"tensor{tensor}.json", elsewhere):
             found[name(result["layout"])] = result
+        elsewhere = found[name({"tensor": 1, **ZERO[-2]})]["checkpoint"]
     return found
 
 
@@ -103,3 +105,10 @@ def test_a_layout_trains_like_the_plain_loop(layout: str, results: dict, oracle:
 def test_a_resumed_run_goes_on_to_the_bit(layout: str, results: dict) -> None:
     result = results[layout]
     assert [[x.hex() for x in row] for row in result["resumed"]] == [[x.hex() for x in row] for row in result["onward"]]
+
+
+@pytest.mark.parametrize("layout", [name({"tensor": 2, **zero}) for zero in ZERO])
+def test_a_checkpoint_of_another_layout_goes_on_the_same(layout: str, results: dict) -> None:
+    """From two data-parallel ranks under ZeRO-3 with offload to two tensor-parallel ranks under any stage."""
+    expected = results[name({"tensor": 1, **ZERO[-2]})]["onward"]
+    torch.testing.assert_close(torch.tensor(results[layout]["moved"]), torch.tensor(expected), rtol=1e-5, atol=1e-6)

@@ -1,8 +1,9 @@
 """Trains the small model under several layouts on the ranks of one launch, and prints every curve as JSON.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.train_layouts OUT.json '[{"tensor": 2, "zero": 3}, ...]'
+    torchrun --nproc-per-node 2 -m tests.distributed.train_layouts OUT.json '[{"tensor": 2, "zero": 3}, ...]' [FROM]
 
-All layouts of a launch have the same tensor size, since a process has one topology.
+All layouts of a launch have the same tensor size, since a process has one topology. FROM is a checkpoint of any layout,
+from which every layout of the launch also goes on.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def train(engine: Engine, first: int, last: int) -> list[list[float]]:
 
 def main() -> None:
     out, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    elsewhere = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     quiet_warnings()
     device = choose_device()
     join(device)
@@ -60,6 +62,11 @@ def main() -> None:
         onward = train(engine, STEPS, STEPS + 2)
         again = build_engine(layout, topology, device)
         training_state.load(again, path)
+        moved = None
+        if elsewhere is not None:
+            other = build_engine(layout, topology, device)
+            training_state.load(other, elsewhere)
+            moved = train(other, STEPS, STEPS + 2)
         results.append(
             {
                 "layout": layout,
@@ -67,6 +74,7 @@ def main() -> None:
                 "onward": onward,
                 "resumed": train(again, STEPS, STEPS + 2),
                 "checkpoint": str(path),
+                "moved": moved,
             }
         )
     if topology.rank == 0:
