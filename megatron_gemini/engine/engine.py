@@ -70,6 +70,13 @@ class Engine:
         return torch.bfloat16 if self.config.engine.precision == "bf16" else torch.float32
 
     @property
+    def optimizer_name(self) -> str:
+        """The optimizer's class, the ZeRO stage that divides it, and where its state lies."""
+        zero = self.config.engine
+        where = f", state offloaded to {zero.offload_optimizer}" if zero.offload_optimizer != "none" else ""
+        return f"{internals.basic_optimizer(self.deepspeed).__class__.__name__}, ZeRO-{zero.zero_stage}{where}"
+
+    @property
     def module(self) -> nn.Module:
         return self.deepspeed.module
 

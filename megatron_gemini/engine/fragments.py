@@ -122,7 +122,7 @@ def _stage3(name: str, parameter: Any, optimizer: Any) -> Fragment:
     return Fragment(name, parameter, tuple(parameter.ds_shape), start, count, lambda: state(None).data, state, gradient)
 
 
-def _basic(engine: Any) -> torch.optim.Optimizer:
+def basic_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The optimizer below DeepSpeed's wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
@@ -132,12 +132,12 @@ def _flat_masters(engine: Any) -> list[torch.Tensor]:
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(optimizer.fp32_partitioned_groups_flat)
-    return [p for group in _basic(engine).param_groups for p in group["params"]]
+    return [p for group in basic_optimizer(engine).param_groups for p in group["params"]]
 
 
 def ensure_moments(engine: Any) -> None:
     """Make Adam's moments exist (zeros), as a resume needs before it fills them."""
-    basic = _basic(engine)
+    basic = basic_optimizer(engine)
     for master in _flat_masters(engine):
         for key in MOMENTS:
             if key not in basic.state[master]:
@@ -149,7 +149,7 @@ def set_step_count(engine: Any, steps: int) -> None:
 
     Some wrappers make the moments by a step on zero gradients when they are built, which counts as one.
     """
-    basic = _basic(engine)
+    basic = basic_optimizer(engine)
     for master in _flat_masters(engine):
         state = basic.state.get(master)
         if not state:
@@ -160,7 +160,7 @@ def set_step_count(engine: Any, steps: int) -> None:
 
 def has_moments(engine: Any) -> bool:
     """Whether a first step has made Adam's moments."""
-    basic = _basic(engine)
+    basic = basic_optimizer(engine)
     return all(MOMENTS[0] in basic.state.get(master, {}) for master in _flat_masters(engine))
 
 

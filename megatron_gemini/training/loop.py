@@ -76,6 +76,10 @@ class Task(ABC):
     def held_out(self) -> dict[str, float]:
         """Held-out figures, the same on every rank; empty if there is no held-out data."""
 
+    def backends(self) -> list[str]:
+        """One line an operation: which implementation it takes here, and why."""
+        return [f"optimizer: {self.engine.optimizer_name}"]
+
     @abstractmethod
     def assets(self) -> dict[str, training_state.Asset]:
         """Files that a checkpoint needs beside the weights."""
@@ -110,6 +114,8 @@ class Loop:
         start, train = self.state.step, self.config.train
         writer = MetricsWriter(self.config, self.task.run_dir, self.task.topology.rank, start)
         progress = Progress(train.steps, start, self.task.topology.rank)
+        for line in self.task.backends():
+            progress.note(line)
         if self.resumed_from:
             progress.note(f"going on from {self.resumed_from}")
         number = 0

@@ -14,6 +14,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
 from megatron_gemini.data.loader import Loader
 from megatron_gemini.engine.engine import Engine
+from megatron_gemini.kernels.attention import attention_backend
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.gemini import Gemini, LossOutput
@@ -118,6 +119,10 @@ class Pretraining(Task):
             self.config, topology.data_rank, topology.data_size, self.layout, self.tokenizer
         ) as loader:
             return loader.next()
+
+    def backends(self) -> list[str]:
+        name, why = attention_backend(self.device)
+        return [f"attention: {name} ({why})", *super().backends()]
 
     def assets(self) -> dict[str, Asset]:
         assets: dict[str, Asset] = {"text.model": Path(self.config.data.text_model)}
