@@ -1,4 +1,4 @@
-"""Whole runs of the real command in one process: what they write, what they leave out, and how they survive accidents."""
+"""Whole runs of the real command in one process: what they write, leave out, and how they survive accidents."""
 
 from __future__ import annotations
 
