@@ -6,12 +6,9 @@ are megatron-core's (`tensor_layers.py`, imported only then). Every layer's forw
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -19,11 +16,9 @@ from megatron_gemini.kernels.attention import AttentionPlan, attention_output
 from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import Rotation, rotate
+from megatron_gemini.parallel.division import Attend, HeadShard, VocabularyShard, sum_gradient
 from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
 from megatron_gemini.parallel.topology import Topology
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
-"""Rotated q_TNH and k_TKH, v_TKH and the row's plan -> [T, N, H]."""
 
 
 class AttentionInput(nn.Module):
@@ -119,42 +114,6 @@ class Vocabulary(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class VocabularyShard:
-    """Which ids this rank's logits are for: `first` to `first + rows`; those from `size` on are padding."""
-
-    first: int
-    rows: int
-    size: int
-    group: ProcessGroup | None
-
-
-@dataclass(frozen=True)
-class HeadShard:
-    """This rank's share of the attention heads.
-
-    query: query heads of this rank. key: key/value heads that its projection returns. used: the first and the number
-        of those that its query heads read. group: ranks that hold the same key/value heads; None if no other does.
-    """
-
-    query: int
-    key: int
-    used: tuple[int, int]
-    group: ProcessGroup | None
-
-    def share(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values for this rank's query heads.
-
-        Where ranks hold the same heads, their gradients are summed here, on the small dK and dV, so that everything
-        before (K norm, K/V weights) gets the complete gradient, the same on all ranks.
-        """
-        if self.group is not None:
-            k_TKH, v_TKH = sum_gradient(self.group, k_TKH, v_TKH)
-        if self.used[1] < self.key:
-            k_TKH, v_TKH = k_TKH.narrow(1, *self.used), v_TKH.narrow(1, *self.used)
-        return k_TKH, v_TKH
-
-
 class Layers:
     """Makes the layers of one topology. Widths are global; `std` is that of the normal initial weights."""
 
@@ -222,22 +181,3 @@ class Layers:
         from megatron_gemini.parallel import tensor_layers  # imports megatron.core, which takes seconds
 
         return tensor_layers
-
-
-def sum_gradient(group: ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same tensors; their gradients are summed over the ranks of `group`, in one all-reduce."""
-    return _SumGradient.apply(group, *tensors)
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.group = group
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(flat, group=ctx.group)
-        pieces = flat.split([grad.numel() for grad in grads])
-        return None, *(piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True))

@@ -15,7 +15,7 @@ from megatron_gemini.kernels.attention import AttentionPlan, attention
 from megatron_gemini.kernels.linear import gated_linear, linear
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import Rotation, rotate
-from megatron_gemini.parallel.layers import Attend, VocabularyShard
+from megatron_gemini.parallel.division import Attend, VocabularyShard
 from megatron_gemini.parallel.parameters import Init, Placement, declare, new_parameter, zeros
 from megatron_gemini.parallel.topology import Topology
 
