@@ -12,7 +12,7 @@ import pytest
 from tests.end_to_end.conftest import Ended, run_commands
 from tests.end_to_end.dataset import settings, write_config, write_tar
 
-ENGINES = {
+ENGINES: dict[str, list[Any]] = {
     "zero 0": ["--engine.zero_stage", 0, "--engine.offload_optimizer", "none"],
     "zero 1": ["--engine.zero_stage", 1, "--engine.offload_optimizer", "none"],
     "zero 2, offloaded": ["--engine.zero_stage", 2],
