@@ -33,9 +33,10 @@ def deepspeed_config(config: RunConfig, rows: int, data_size: int) -> dict[str, 
     if config.engine.deepspeed_config:
         merged = read_json(config.engine.deepspeed_config)
     refuse(merged, config.engine.deepspeed_config)
-    merged.pop("optimizer", None) if agrees_optimizer(merged, config) else None
+    check_optimizer(merged.pop("optimizer", None), config)
     agree(merged, decided, config.engine.deepspeed_config)
     merge(merged, decided)
+    leave_to_deepspeed(merged)
     zero = merged["zero_optimization"]
     if zero["stage"] == 3:
         zero.setdefault("stage3_param_persistence_threshold", 0)
@@ -84,15 +85,14 @@ def refuse(user: dict[str, Any], path: str) -> None:
     """Raise on a section that something else decides, unless it is off."""
     for key, reason in REFUSED.items():
         section = user.get(key)
-        if section and not (isinstance(section, dict) and section.get("enabled") is False):
+        if section and not (isinstance(section, dict) and section.get("enabled") in (False, "auto")):
             raise ValueError(f"{path} sets {key}; remove it: {reason}")
 
 
-def agrees_optimizer(user: dict[str, Any], config: RunConfig) -> bool:
-    """Check the JSON's optimizer section, if any, against the run's; returns whether there is one to drop."""
-    section = user.get("optimizer")
+def check_optimizer(section: dict[str, Any] | None, config: RunConfig) -> None:
+    """Raise where the JSON's optimizer section contradicts the run's; the trainer makes the optimizer itself."""
     if section is None:
-        return False
+        return
     path, chosen = config.engine.deepspeed_config, config.optimizer
     if section.get("type", "auto").lower() not in ("adamw", "auto"):
         raise ValueError(f"{path} sets optimizer.type {section['type']!r}; the trainer's optimizer is AdamW")
@@ -107,7 +107,6 @@ def agrees_optimizer(user: dict[str, Any], config: RunConfig) -> bool:
     unknown = sorted(set(params) - set(ours) - {"torch_adam", "adam_w_mode"})
     if unknown:
         raise ValueError(f"{path} sets optimizer.params.{unknown[0]}, which the trainer does not pass on; remove it")
-    return True
 
 
 def agree(user: dict[str, Any], decided: dict[str, Any], path: str, prefix: str = "") -> None:
@@ -141,3 +140,14 @@ def merge(user: dict[str, Any], decided: dict[str, Any]) -> None:
             merge(user[key], value)
         else:
             user[key] = value
+
+
+def leave_to_deepspeed(settings: dict[str, Any]) -> None:
+    """Drop what is still "auto": DeepSpeed's own default holds. An offload to "auto" that nobody asked for is none."""
+    for key, value in list(settings.items()):
+        if value == "auto" or (isinstance(value, dict) and value.get("device") == "auto"):
+            del settings[key]
+        elif isinstance(value, dict):
+            leave_to_deepspeed(value)
+            if not value and key in REFUSED:
+                del settings[key]
