@@ -42,6 +42,8 @@ class VisionConfig:
     """The ViT that encodes images and the frames of clips, at native resolution."""
 
     enabled: bool = True
+    frozen: bool = False
+    """Not trained: its weights stay as they begin or were loaded."""
     width: int = 96
     layers: int = 2
     heads: int = 4
@@ -65,6 +67,8 @@ class AudioConfig:
     """The USM-style audio encoder: log-mel, two stride-2 convolutions, Conformer blocks, 25 Hz out."""
 
     enabled: bool = True
+    frozen: bool = False
+    """Not trained: its weights stay as they begin or were loaded."""
     width: int = 96
     layers: int = 2
     heads: int = 4

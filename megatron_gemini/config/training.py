@@ -1,4 +1,4 @@
-"""The run: parallel layout, DeepSpeed engine, optimizer, schedule, loss, loop and logs."""
+"""The run: optimizer, schedule, loss, loop and logs."""
 
 from __future__ import annotations
 
@@ -6,57 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_gemini.config.check import at_least, one_of, positive
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the ranks divide the model; what remains of the world is data parallel."""
-
-    tensor: int = 1
-    """Tensor-parallel ranks: query heads, MLP and vocabulary are sharded, K/V heads replicated."""
-
-    def __post_init__(self) -> None:
-        positive(self, "parallel", "tensor")
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """What DeepSpeed is told."""
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: int = 3
-    offload_optimizer: Literal["none", "cpu"] = "cpu"
-    offload_parameters: Literal["none", "cpu"] = "none"
-    gradient_clipping: float = 1.0
-    """Bound of the global gradient norm; 0 does not clip."""
-    deepspeed_config: str = ""
-    """A DeepSpeed JSON of your own. What it and this file both determine must agree; "auto" is filled in."""
-    adam: Literal["auto", "torch", "deepspeed"] = "auto"
-    """auto: DeepSpeed's CPU Adam (compiled at first use) when the optimizer is offloaded from a GPU, else torch's
-    fused AdamW."""
-
-    def __post_init__(self) -> None:
-        one_of(self, "engine", "precision", ("fp32", "bf16"))
-        one_of(self, "engine", "offload_optimizer", ("none", "cpu"))
-        one_of(self, "engine", "offload_parameters", ("none", "cpu"))
-        one_of(self, "engine", "adam", ("auto", "torch", "deepspeed"))
-        if self.adam == "deepspeed" and self.offload_optimizer == "none":
-            raise ValueError(
-                "engine.adam deepspeed is its CPU Adam; set engine.offload_optimizer to cpu, or adam to auto"
-            )
-        at_least(self, "engine", 0, "gradient_clipping")
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"engine.zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")
-        if self.offload_optimizer != "none" and self.zero_stage == 0:
-            raise ValueError(
-                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, not 0; "
-                "set engine.offload_optimizer to none or raise the stage"
-            )
-        if self.offload_parameters != "none" and self.zero_stage != 3:
-            raise ValueError(
-                f"engine.offload_parameters needs engine.zero_stage 3, not {self.zero_stage}; "
-                "set engine.offload_parameters to none or raise the stage"
-            )
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,20 @@ from megatron_gemini.parallel.random_numbers import normal_at
 class Placement:
     """Where this rank's part lies in the global tensor.
 
-    sharded_dim: the dimension divided over the tensor-parallel ranks; None: every rank holds the whole tensor, and
-        its gradient is the same on all of them.
+    sharded_dim: the dimension divided over the tensor-parallel ranks; None: every rank holds the whole tensor.
     global_shape: shape of the global tensor, without the rows that pad the vocabulary.
     start: where along `sharded_dim` this rank's part begins.
+    partial: every rank holds the whole tensor but computes only a summand of its gradient, from its tokens or heads;
+        the engine sums them over the tensor-parallel ranks once a step.
+    tied_copy: the second copy of a weight that another pipeline stage also holds; its gradient is summed with that
+        one's, and it counts neither in the norm nor in checkpoints.
     """
 
     sharded_dim: int | None
     global_shape: tuple[int, ...]
     start: int = 0
+    partial: bool = False
+    tied_copy: bool = False
 
     def kept(self, local: int) -> int:
         """How many of `local` indices along `sharded_dim` are in the global tensor; the rest is padding."""

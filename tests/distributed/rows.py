@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import EngineConfig, LossConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_gemini.config.training import LossConfig, OptimizerConfig, TrainConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.data.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
 from megatron_gemini.data.pack import pack

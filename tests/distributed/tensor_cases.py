@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import ParallelConfig
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize, placement_of

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_gemini.config.engine import EngineConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import EngineConfig
 from megatron_gemini.training import throughput
 
 

@@ -1,0 +1,115 @@
+"""How the ranks divide the model and its encoders, and what DeepSpeed is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_gemini.config.check import at_least, one_of, positive
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the ranks divide the decoder; what remains of the world is data parallel."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks: query heads, MLP and vocabulary are sharded, K/V heads replicated."""
+    sequence: bool = False
+    """Also divide the tokens between the layers over the tensor-parallel ranks (sequence parallelism)."""
+    context: int = 1
+    """Context-parallel ranks: each holds a share of a row's tokens, for long rows."""
+    pipeline: int = 1
+    """Pipeline ranks: each holds some of the layers."""
+    virtual_stages: int = 1
+    """Pipeline stages of each rank."""
+    schedule: Literal["1f1b", "interleaved", "breadth_first"] = "1f1b"
+    """Order of the microbatches in a pipeline. 1f1b: fewest in flight, one stage a rank. interleaved: the same with
+    virtual stages, a smaller bubble. breadth_first: all microbatches through one stage, then the next, so that ZeRO-3
+    gathers a stage's parameters once a pass."""
+
+    def __post_init__(self) -> None:
+        positive(self, "parallel", "tensor", "context", "pipeline", "virtual_stages")
+        one_of(self, "parallel", "schedule", ("1f1b", "interleaved", "breadth_first"))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What DeepSpeed is told."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: int = 3
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "cpu"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str = ""
+    """Folder on a local NVMe disk, for what is offloaded to nvme."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again instead of keeping: nothing, the attention, or whole layers."""
+    offload_activations: bool = False
+    """Keep in host memory what recomputation has to keep."""
+    gradient_clipping: float = 1.0
+    """Bound of the global gradient norm; 0 does not clip."""
+    deepspeed_config: str = ""
+    """A DeepSpeed JSON of your own. What it and this file both determine must agree; "auto" is filled in."""
+    adam: Literal["auto", "torch", "deepspeed"] = "auto"
+    """auto: DeepSpeed's CPU Adam (compiled at first use) when the optimizer is offloaded from a GPU, else torch's
+    fused AdamW."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "engine", "precision", ("fp32", "bf16"))
+        one_of(self, "engine", "offload_optimizer", ("none", "cpu", "nvme"))
+        one_of(self, "engine", "offload_parameters", ("none", "cpu", "nvme"))
+        one_of(self, "engine", "recompute", ("none", "selective", "full"))
+        one_of(self, "engine", "adam", ("auto", "torch", "deepspeed"))
+        if self.adam == "deepspeed" and self.offload_optimizer == "none":
+            raise ValueError(
+                "engine.adam deepspeed is its CPU Adam; set engine.offload_optimizer to cpu, or adam to auto"
+            )
+        at_least(self, "engine", 0, "gradient_clipping")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"engine.zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, not 0; "
+                "set engine.offload_optimizer to none or raise the stage"
+            )
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"engine.offload_parameters needs engine.zero_stage 3, not {self.zero_stage}; "
+                "set engine.offload_parameters to none or raise the stage"
+            )
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """What an encoder's item costs: quadratic n^2 + linear n + constant, in any unit."""
+
+    quadratic: float = 1.0
+    linear: float = 3000.0
+    constant: float = 30000.0
+
+    def __post_init__(self) -> None:
+        at_least(self, "cost", 0, "quadratic", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class EmbeddersConfig:
+    """The encoders' engine, which works on all ranks whatever the decoder's layout."""
+
+    zero_stage: int = -1
+    """ZeRO stage of the encoders; -1 is engine.zero_stage."""
+    lr_scale: float = 1.0
+    """The encoders' learning rate, as a multiple of optimizer.lr."""
+    recompute: bool = True
+    """Run the encoders without a graph and again in the backward, so that a step's activations never live at once."""
+    chunk_tokens: int = 4096
+    """Encoder inputs (patches or log-mel frames) of the items in one forward; a longer item is alone."""
+    vision_cost: CostConfig = field(default_factory=CostConfig)
+    """Of an image or a clip; n is the patches of one frame, and a clip costs as much as its frames."""
+    audio_cost: CostConfig = field(default_factory=CostConfig)
+    """Of an audio clip; n is its log-mel frames / 4."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (-1, 0, 1, 2, 3):
+            raise ValueError(f"embedders.zero_stage is {self.zero_stage}; choose 0 to 3, or -1 for engine.zero_stage")
+        positive(self, "embedders", "chunk_tokens")
+        at_least(self, "embedders", 0, "lr_scale")
