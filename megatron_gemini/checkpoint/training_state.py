@@ -17,6 +17,7 @@ from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, cut
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.fragments import Fragment, ensure_moments, has_moments, publish_masters, set_step_count
+from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 
 # What is put beside the weights: a file or directory to copy, a text, or a function that writes to a path.
@@ -46,19 +47,6 @@ def describe(fragment: Fragment) -> Piece:
         placement.start if placement.sharded_dim is not None else 0,
         tuple(placement.global_shape),
     )
-
-
-def owned(engine: Engine) -> list[Fragment]:
-    """The fragments that this rank writes, so that every element is written once."""
-    topology = engine.topology
-    everything_here = engine.config.engine.zero_stage == 0
-    if everything_here and topology.data_rank != 0:
-        return []
-    return [
-        fragment
-        for fragment in engine.fragments
-        if fragment.count and (placement_of(fragment.parameter).sharded_dim is not None or topology.tensor_rank == 0)
-    ]
 
 
 def save(engine: Engine, run: Path, progress: Progress, assets: dict[str, Asset], keep: int) -> Path:
@@ -96,17 +84,19 @@ def _barrier() -> None:
 
 
 def _write_rank(engine: Engine, stem: Path, progress: Progress) -> None:
-    pieces = owned(engine)
-    moments = MOMENTS if has_moments(engine.deepspeed) else ()
     tensors: dict[str, torch.Tensor] = {}
-    for fragment in pieces:
-        tensors[f"{WEIGHT}/{fragment.name}"] = fragment.master().detach().to("cpu", torch.float32).clone()
-        for key in moments:
-            tensors[f"{key}/{fragment.name}"] = fragment.moment(key).detach().to("cpu", torch.float32).clone()
+    pieces: list[Fragment] = []
+    for part in engine.parts:
+        moments = MOMENTS if has_moments(part.deepspeed) else ()
+        for fragment in part.owned():
+            tensors[f"{WEIGHT}/{fragment.name}"] = fragment.master().detach().to("cpu", torch.float32).clone()
+            for key in moments:
+                tensors[f"{key}/{fragment.name}"] = fragment.moment(key).detach().to("cpu", torch.float32).clone()
+            pieces.append(fragment)
     save_file(tensors, stem.with_suffix(".safetensors"))
     description = {
         "pieces": [describe(fragment).to_json() for fragment in pieces],
-        "data": progress.data if engine.topology.tensor_rank == 0 else {},
+        "data": progress.data if engine.topology.speaks_for_row else {},
     }
     layout.write_text(stem.with_suffix(".json"), json.dumps(description))
 
@@ -132,21 +122,25 @@ def load(engine: Engine, directory: Path) -> Progress:
         layout.verify(directory)
     _barrier()
     reader = PieceReader(directory)
-    check_shapes({f.name: describe(f).global_shape for f in engine.fragments}, reader)
+    check_shapes({f.name: describe(f).global_shape for part in engine.parts for f in part.fragments}, reader)
     progress = read_progress(directory)
-    resumed_optimizer = progress.optimizer_steps > 0
-    if resumed_optimizer:
-        ensure_moments(engine.deepspeed)
-        set_step_count(engine.deepspeed, progress.optimizer_steps)
-    for fragment in engine.fragments:
+    for part in engine.parts:
+        _fill(part, reader, progress.optimizer_steps)
+    return progress
+
+
+def _fill(part: ZeroEngine, reader: PieceReader, optimizer_steps: int) -> None:
+    if optimizer_steps:
+        ensure_moments(part.deepspeed)
+        set_step_count(part.deepspeed, optimizer_steps)
+    for fragment in part.fragments:
         if not fragment.count:
             continue
         piece = describe(fragment)
         fragment.master().copy_(cut(reader.read(WEIGHT, fragment.name), piece))
-        for key in MOMENTS if resumed_optimizer else ():
+        for key in MOMENTS if optimizer_steps else ():
             fragment.moment(key).copy_(cut(reader.read(key, fragment.name), piece))
-    publish_masters(engine.deepspeed)
-    return progress
+    publish_masters(part.deepspeed)
 
 
 def check_shapes(expected: dict[str, tuple[int, ...]], reader: PieceReader) -> None:

@@ -22,13 +22,13 @@ REFUSED = {
 }
 
 
-def deepspeed_config(config: RunConfig, rows: int, data_size: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, microbatches: int, ranks: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
-    rows: microbatches (or images) of a global step; data_size: data-parallel ranks.
+    microbatches: of one rank and global step; ranks: those over which ZeRO divides and averages.
     Raises `ValueError` where the JSON of `engine.deepspeed_config` contradicts the run's configuration.
     """
-    decided = decided_values(config, rows, data_size)
+    decided = decided_values(config, microbatches, ranks)
     merged: dict[str, Any] = {}
     if config.engine.deepspeed_config:
         merged = read_json(config.engine.deepspeed_config)
@@ -46,7 +46,7 @@ def deepspeed_config(config: RunConfig, rows: int, data_size: int) -> dict[str, 
     return merged
 
 
-def decided_values(config: RunConfig, rows: int, data_size: int) -> dict[str, Any]:
+def decided_values(config: RunConfig, microbatches: int, ranks: int) -> dict[str, Any]:
     """What the run's configuration determines, in DeepSpeed's vocabulary."""
     engine = config.engine
     zero: dict[str, Any] = {"stage": engine.zero_stage}
@@ -55,8 +55,8 @@ def decided_values(config: RunConfig, rows: int, data_size: int) -> dict[str, An
             zero[key] = {"device": device}
     decided: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": rows // data_size,
-        "train_batch_size": rows,
+        "gradient_accumulation_steps": microbatches,
+        "train_batch_size": microbatches * ranks,
         "gradient_clipping": engine.gradient_clipping,
         "zero_optimization": zero,
     }

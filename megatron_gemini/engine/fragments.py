@@ -188,6 +188,16 @@ def wait_for_gradients(engine: Any) -> None:
         torch.cuda.synchronize()
 
 
+def keep_accumulating(engine: Any) -> None:
+    """After a backward: the next one adds to its gradients, also if no forward comes between.
+
+    DeepSpeed counts backwards at the forward that follows; where several forwards come first and then as many
+    backwards, as in a pipeline, each backward would otherwise overwrite the gradients of the one before.
+    """
+    if hasattr(engine.optimizer, "clear_backward_seen_flag"):  # ZeRO-0 has nothing to count
+        engine.optimizer.clear_backward_seen_flag()
+
+
 def clips_itself(engine: Any) -> bool:
     """Whether DeepSpeed's wrapper has a seam through which it can be told the norm to clip by."""
     return hasattr(engine.optimizer, "_get_norm_groups") or hasattr(engine.optimizer, "scaled_global_norm")

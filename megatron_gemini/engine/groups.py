@@ -1,38 +1,68 @@
-"""What DeepSpeed calls an mpu: the process groups of one engine, told explicitly.
+"""The process groups of one DeepSpeed engine, told explicitly, under the names that DeepSpeed asks for (its mpu).
 
-Without one of its own, an engine that is created second inherits the first one's groups.
+Without groups of its own, an engine that is created second inherits the first one's.
 """
 
 from __future__ import annotations
 
-import torch.distributed as dist
+from dataclasses import dataclass
+
+from torch.distributed import ProcessGroup
 
 from megatron_gemini.parallel.topology import Topology
 
 
+@dataclass(frozen=True)
+class EngineGroups:
+    """The ranks of one engine. The groups are None in a serial process.
+
+    data: ranks with the same weights, over which ZeRO divides and gradients are averaged. model: ranks that hold other
+    parts of the same weights (tensor parallel), or the same replicated ones.
+    """
+
+    data_size: int = 1
+    data_rank: int = 0
+    data_group: ProcessGroup | None = None
+    model_size: int = 1
+    model_rank: int = 0
+    model_group: ProcessGroup | None = None
+
+    @staticmethod
+    def of_decoder(topology: Topology) -> EngineGroups:
+        """Of a pipeline stage: data and context ranks average, tensor-parallel ranks are its model-parallel ones."""
+        return EngineGroups(
+            topology.shard_size,
+            topology.shard_rank,
+            topology.shard_group,
+            topology.tensor_size,
+            topology.tensor_rank,
+            topology.tensor_group,
+        )
+
+
 class ModelParallelUnit:
-    """The groups of `topology` under the names DeepSpeed asks for; model parallel means tensor parallel."""
+    """`groups` as DeepSpeed's mpu. A pipeline is several engines, none of which knows of it."""
 
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
+    def __init__(self, groups: EngineGroups) -> None:
+        self._groups = groups
 
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._topology.data_group
+    def get_data_parallel_group(self) -> ProcessGroup | None:
+        return self._groups.data_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._topology.data_rank
+        return self._groups.data_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._topology.data_size
+        return self._groups.data_size
 
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._topology.tensor_group
+    def get_model_parallel_group(self) -> ProcessGroup | None:
+        return self._groups.model_group
 
     def get_model_parallel_rank(self) -> int:
-        return self._topology.tensor_rank
+        return self._groups.model_rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self._topology.tensor_size
+        return self._groups.model_size
 
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_model_parallel_rank

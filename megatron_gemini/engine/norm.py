@@ -1,8 +1,8 @@
-"""One global gradient norm over all ranks, in place of DeepSpeed's.
+"""One global gradient norm over all ranks and engines, in place of DeepSpeed's.
 
-DeepSpeed guesses from rank numbers which copy of a parameter counts, and is wrong under model parallelism. Here
-every parameter has declared its placement: a shard counts wherever it lies, a replicated parameter on the first
-tensor-parallel rank only.
+DeepSpeed guesses from rank numbers which copy of a parameter counts, and is wrong under model parallelism. Here every
+parameter has declared its placement: a shard counts wherever it lies, a replicated parameter on the first
+tensor-parallel rank only, a tied one on the stage of the original.
 """
 
 from __future__ import annotations
@@ -13,30 +13,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_gemini.engine.fragments import Fragment
-from megatron_gemini.parallel.parameters import placement_of
-from megatron_gemini.parallel.topology import Topology
-
-
-def counts_here(fragment: Fragment, topology: Topology, replicated_over_data: bool) -> bool:
-    """Whether this rank's piece enters the norm. replicated_over_data: ZeRO-0, every data rank holds all."""
-    if replicated_over_data and topology.data_rank != 0:
-        return False
-    return placement_of(fragment.parameter).sharded_dim is not None or topology.tensor_rank == 0
 
 
 @torch.no_grad()
-def global_norm(
-    pieces: Sequence[Fragment], topology: Topology, replicated_over_data: bool, device: torch.device
-) -> torch.Tensor:
-    """float32[]: the 2-norm of the whole model's gradient; inf or nan where any element is not finite."""
-    counted = [
-        gradient
-        for fragment in pieces
-        if counts_here(fragment, topology, replicated_over_data) and (gradient := fragment.gradient()) is not None
-    ]
+def global_norm(owned: Sequence[Fragment], device: torch.device) -> torch.Tensor:
+    """float32[]: the 2-norm of the whole model's gradient; inf or nan where any element is not finite.
+
+    owned: the pieces that this rank answers for, over all its engines.
+    """
+    gradients = [gradient for fragment in owned if (gradient := fragment.gradient()) is not None]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    if counted:
-        norms = torch._foreach_norm([gradient.float() for gradient in counted])
+    if gradients:
+        norms = torch._foreach_norm([gradient.float() for gradient in gradients])
         total += torch.stack([norm.to(device) for norm in norms]).double().square().sum()
     if dist.is_initialized():
         dist.all_reduce(total)

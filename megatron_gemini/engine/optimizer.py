@@ -1,4 +1,4 @@
-"""AdamW over two parameter groups: with weight decay, and without (norms, biases, embeddings)."""
+"""AdamW over parameter groups: with weight decay, and without (norms, biases, embeddings)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from megatron_gemini.parallel.parameters import placement_of
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups. Matrices decay; vectors (norms, biases) and embeddings do not."""
+    """Trainable parameters in groups. Matrices decay; vectors (norms, biases) and embeddings do not.
+
+    A weight that another pipeline stage also holds is a group of its own, so that ZeRO-1 and 2, which cut a group
+    without regard to its parameters, cut it at the same places on both.
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    tied: list[nn.Parameter] = []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        matrix = len(placement_of(parameter).global_shape) >= 2  # a ZeRO-3 parameter itself has an empty shape
-        (decayed if matrix and "embedding" not in name else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        placement = placement_of(parameter)
+        matrix = len(placement.global_shape) >= 2  # a ZeRO-3 parameter itself has an empty shape
+        group = tied if placement.tied else decayed if matrix and "embedding" not in name else plain
+        group.append(parameter)
+    rates = ((decayed, weight_decay), (plain, 0.0), (tied, 0.0))
+    return [{"params": params, "weight_decay": rate} for params, rate in rates if params]
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, on_gpu: bool) -> torch.optim.Optimizer:

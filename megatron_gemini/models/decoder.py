@@ -7,6 +7,7 @@ V vocabulary. N, K, F and V are this rank's where `Layers` divides them; nothing
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.kernels.attention import AttentionPlan
 from megatron_gemini.kernels.rope import Rotation, rotation
 from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.parameters import declare_tied
 
 
 def branch_std(config: ModelConfig) -> float:
@@ -85,23 +87,47 @@ class DecoderLayer(nn.Module):
         return self.mlp(self.attention(h_TD, turn, plan, cache))
 
 
+@dataclass(frozen=True)
+class Part:
+    """The share of the decoder that one pipeline stage holds: some layers, the embedding, the norm and head."""
+
+    layers: range
+    first: bool
+    last: bool
+
+    @staticmethod
+    def whole(layers: int) -> Part:
+        return Part(range(layers), first=True, last=True)
+
+
 class Decoder(nn.Module):
-    """Embedding, layers, final norm and head over `vocabulary` ids.
+    """Embedding, layers, final norm and head over `vocabulary` ids, or the `part` of them that a pipeline stage holds.
 
     The embedding is scaled by sqrt(D), as in Gemma. A tied head is the embedding module itself, called as head, so the
-    weight is only ever used inside the module that owns it.
+    weight is only ever used inside the module that owns it. A last stage that is not the first has a copy of it.
+    Names of parameters are those of the whole decoder.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary: int, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: int, layers: Layers, part: Part | None = None) -> None:
         super().__init__()
+        part = part or Part.whole(config.layers)
         self.config = config
-        self.embedding = layers.embedding(vocabulary, config.width, std=config.init_std)
-        self.layers = nn.ModuleList(DecoderLayer(config, layers, index) for index in range(config.layers))
-        self.norm = layers.norm(config.width, config.norm_eps)
-        self.head = None if config.tie_embeddings else layers.embedding(vocabulary, config.width, std=config.init_std)
+        self.part = part
+        self.embedding: Any = None
+        self.norm: nn.Module | None = None
+        self.head: nn.Module | None = None
+        if part.first or (part.last and config.tie_embeddings):
+            self.embedding = layers.embedding(vocabulary, config.width, std=config.init_std)
+        if config.tie_embeddings and part.first != part.last:
+            declare_tied(self.embedding.weight, copy=part.last)
+        self.layers = nn.ModuleDict({str(index): DecoderLayer(config, layers, index) for index in part.layers})
+        if part.last:
+            self.norm = layers.norm(config.width, config.norm_eps)
+        if part.last and not config.tie_embeddings:
+            self.head = layers.embedding(vocabulary, config.width, std=config.init_std)
 
     def embed(self, token_T: torch.Tensor) -> torch.Tensor:
-        """int64 ids -> h_TD."""
+        """int64 ids -> h_TD, on the first stage."""
         return self.embedding(token_T) * self.config.width**0.5
 
     def forward(
@@ -111,15 +137,15 @@ class Decoder(nn.Module):
         plan: AttentionPlan,
         cache: AttentionCache | None = None,
     ) -> torch.Tensor:
-        """Embedded tokens -> hidden states after the final norm, both [T, D]."""
+        """Embedded tokens or the hidden states of the stage before -> hidden states; the last stage's are normed."""
         turn = rotation(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
-        for layer in self.layers:
+        for layer in self.layers.values():
             h_TD = layer(h_TD, turn, plan, cache)
-        return self.norm(h_TD)
+        return h_TD if self.norm is None else self.norm(h_TD)
 
     @property
     def output_embedding(self) -> Any:
-        """The head, a `parallel.layers.Vocabulary` or its divided form."""
+        """The last stage's head, a `parallel.layers.Vocabulary` or its divided form."""
         return self.embedding if self.head is None else self.head
 
     def logits(self, h_TD: torch.Tensor) -> torch.Tensor:

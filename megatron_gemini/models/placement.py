@@ -1,23 +1,43 @@
 """Encoder embeddings take the places of their placeholders in the stream.
 
-Shape suffixes: T packed tokens, D model width, O encoder output embeddings.
+Shape suffixes: T packed tokens, S tokens of a rank's stream, D model width, O encoder output embeddings.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from megatron_gemini.contracts import AUDIO, VISION, Batch, Media, TokenLayout
+from megatron_gemini.contracts import AUDIO, VISION, Batch, TokenLayout
 
 PLACEHOLDERS = {VISION: ("image", "video"), AUDIO: ("audio",)}
 
 
-def place(h_TD: torch.Tensor, e_OD: torch.Tensor, media: Media) -> torch.Tensor:
-    """h_TD with the row `token_O[i]` replaced by e_OD[i]; differentiable in both."""
-    return h_TD.index_copy(0, media.token_O, e_OD.to(h_TD.dtype))
+@dataclass(frozen=True)
+class Embeddings:
+    """What all encoders gave for one row, or for the tokens of it that a rank's stream holds.
+
+    position_O: int64, where in the stream each embedding belongs. e_OD: the embeddings, in the computation's dtype.
+    """
+
+    position_O: torch.Tensor
+    e_OD: torch.Tensor
+
+
+def combine(batch: Batch, given: dict[str, torch.Tensor]) -> Embeddings | None:
+    """The embeddings e_OD of each encoder for `batch`, as one; None if there are none."""
+    if not given:
+        return None
+    positions = [batch.media[name].token_O for name in given]
+    return Embeddings(torch.cat(positions), torch.cat(list(given.values())))
+
+
+def place(h_SD: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+    """h_SD with the row `position_O[i]` replaced by e_OD[i]; differentiable in both."""
+    return h_SD.index_copy(0, embeddings.position_O, embeddings.e_OD.to(h_SD.dtype))
 
 
 def check_placeholders(batch: Batch, layout: TokenLayout, embeddings: dict[str, int]) -> None:

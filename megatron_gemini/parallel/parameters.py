@@ -6,6 +6,7 @@ how it begins. Checkpoints, gradient norms and initialisation read only these, n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +27,16 @@ class Placement:
     start: where along `sharded_dim` this rank's part begins.
     partial: every rank holds the whole tensor but computes only a summand of its gradient, from its tokens or heads;
         the engine sums them over the tensor-parallel ranks once a step.
-    tied_copy: the second copy of a weight that another pipeline stage also holds; its gradient is summed with that
-        one's, and it counts neither in the norm nor in checkpoints.
+    tied: another pipeline stage holds the same weight; the engine sums the gradients of both once a step.
+    copy: this is the second of the two, which counts neither in the norm nor in checkpoints.
     """
 
     sharded_dim: int | None
     global_shape: tuple[int, ...]
     start: int = 0
     partial: bool = False
-    tied_copy: bool = False
+    tied: bool = False
+    copy: bool = False
 
     def kept(self, local: int) -> int:
         """How many of `local` indices along `sharded_dim` are in the global tensor; the rest is padding."""
@@ -69,6 +71,11 @@ def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = N
     # Under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty until gathered.
     tagged.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
     return parameter
+
+
+def declare_tied(parameter: nn.Parameter, *, copy: bool) -> None:
+    """Say that another pipeline stage holds this weight too; copy: that one is the original."""
+    cast(Any, parameter).placement = dataclasses.replace(placement_of(parameter), tied=True, copy=copy)
 
 
 def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -> nn.Parameter:

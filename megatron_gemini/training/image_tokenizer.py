@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.data.images import ImageLoader
-from megatron_gemini.engine.engine import Engine
+from megatron_gemini.engine.engine import WholeModelEngine
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.loop import Task, mean
@@ -31,7 +31,7 @@ class ImageTokenizerTraining(Task):
                 f"parallel.tensor is {topology.tensor_size}; the image tokenizer is trained data parallel, set it to 1"
             )
         self.loader = ImageLoader(config, topology.data_rank, topology.data_size)
-        self.engine = Engine(
+        self.engine = WholeModelEngine(
             lambda: SummedLoss(ImageTokenizer(config.image_tokenizer)), config, topology, device, topology.data_size
         )
 
@@ -74,9 +74,9 @@ class ImageTokenizerTraining(Task):
         batches = self.to_device(self.loader.held_out())
         self.engine.evaluate(batches, outputs.append)
         sums = self.sums(outputs, batches)
-        totals = self.record(dict(zip(sums, self.engine.sum_over_data(list(sums.values())), strict=True)))
+        totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
         quality = [psnr(o.reconstruction.float(), b.float()) for o, b in zip(outputs, batches, strict=True)]
-        shares = self.engine.sum_over_data([sum(quality), len(quality)])
+        shares = self.engine.total([sum(quality), len(quality)])
         return {"held_out_loss": totals["loss"], "held_out_psnr": mean(*shares)}
 
     def assets(self) -> dict[str, Any]:

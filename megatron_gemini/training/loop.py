@@ -51,11 +51,14 @@ class Task(ABC):
 
     @abstractmethod
     def sums(self, outputs: list[Any], batches: list[Any]) -> dict[str, float]:
-        """Figures of this rank's outputs that may be added over ranks."""
+        """What this rank adds to the figures of a step, zeros where another rank counts the same.
+
+        outputs: none on a rank that does not hold the loss.
+        """
 
     @abstractmethod
     def record(self, sums: dict[str, float]) -> dict[str, float]:
-        """What to log, from the sums over all data-parallel ranks; has "loss" and "tokens"."""
+        """What to log, from the sums over all ranks; has "loss" and "tokens"."""
 
     @abstractmethod
     def data_state(self) -> dict[str, Any]:
@@ -172,8 +175,8 @@ class Loop:
         self.engine.forward_backward(batches, weight, outputs.append)
         lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
         result = self.engine.step(lr)
-        left_out = {"skipped_samples": float(self.task.left_out().total())}
-        sums = self.add_over_data(self.task.sums(outputs, batches) | left_out)
+        left_out = {"skipped_samples": float(self.left_out_here().total())}
+        sums = self.add_up(self.task.sums(outputs, batches) | left_out)
         record = self.task.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
         return self.advance(record, result, lr)
 
@@ -187,7 +190,7 @@ class Loop:
     def agree(self, weight: float) -> tuple[float, int]:
         """(sum of the weights over the data-parallel ranks, signal number to stop for or 0), the same everywhere."""
         share = torch.zeros(2, dtype=torch.float64, device=self.task.device)
-        share[0] = weight / self.task.topology.tensor_size  # tensor-parallel peers hold the same rows
+        share[0] = weight if self.task.topology.speaks_for_row else 0.0  # its peers hold the same rows
         share[1] = self.stop.requested()
         gathered = [torch.zeros_like(share) for _ in range(self.task.topology.world)]
         if len(gathered) > 1:
@@ -200,8 +203,12 @@ class Loop:
             raise ValueError("no token of this step has a loss weight; check the loss section and the data's tasks")
         return total, number
 
-    def add_over_data(self, sums: dict[str, float]) -> dict[str, float]:
-        return dict(zip(sums, self.engine.sum_over_data(list(sums.values())), strict=True))
+    def add_up(self, sums: dict[str, float]) -> dict[str, float]:
+        return dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
+
+    def left_out_here(self) -> Counter[tuple[str, str]]:
+        """What this rank counts of the samples left out; peers that share its rows leave out the same ones."""
+        return self.task.left_out() if self.task.topology.speaks_for_row else Counter()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
@@ -230,7 +237,7 @@ class Loop:
     def report_left_out(self, progress: Progress) -> None:
         """Show what samples of all ranks were left out, and why."""
         total: Counter[tuple[str, str]] = Counter()
-        for mine in self.engine.gather_over_data(self.task.left_out()):
+        for mine in self.engine.gather(self.left_out_here()):
             total.update(mine)
         if total:
             lines = [f"  {source}  {why}  {count}" for (source, why), count in total.most_common()]

@@ -13,12 +13,11 @@ from megatron_gemini.checkpoint.training_state import Asset
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
 from megatron_gemini.data.loader import Loader
-from megatron_gemini.engine.engine import Engine
+from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.kernels.attention import attention_backend
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
-from megatron_gemini.models.gemini import Gemini, LossOutput
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.models.stage import LossOutput
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.loop import Task, mean
 from megatron_gemini.training.metrics import TOKEN_KINDS, count_tokens, token_shares
@@ -34,9 +33,7 @@ class Pretraining(Task):
         self.layout = TokenLayout(self.tokenizer.size, config.image_tokenizer.codes)
         self.image_tokenizer = self._load_image_tokenizer()
         self.loader = Loader(config, topology.data_rank, topology.data_size, self.layout, self.tokenizer)
-        self.engine = Engine(
-            lambda: Gemini(config, self.layout, Layers(topology)), config, topology, device, config.train.rows_per_step
-        )
+        self.engine = MultimodalEngine(config, self.layout, topology, device)
 
     def _load_image_tokenizer(self) -> ImageTokenizer | None:
         """The tokenizer whose codes the model learns; it travels with every checkpoint."""
@@ -61,16 +58,26 @@ class Pretraining(Task):
         return [batch.to(self.device) for batch in batches]
 
     def sums(self, outputs: list[LossOutput], batches: list[Batch]) -> dict[str, float]:
-        nll = torch.stack([output.nll_by_modality for output in outputs]).double().sum(0).tolist()
-        weight = torch.stack([output.weight_by_modality for output in outputs]).double().sum(0).tolist()
+        if self.topology.tensor_rank != 0:  # the same losses as the first one's
+            outputs = []
+        nothing = torch.zeros(len(MODALITIES))
+        nll = torch.stack([nothing, *(output.nll_by_modality.cpu() for output in outputs)]).double().sum(0).tolist()
+        weight = (
+            torch.stack([nothing, *(output.weight_by_modality.cpu() for output in outputs)]).double().sum(0).tolist()
+        )
         sums = {f"nll_{name}": value for name, value in zip(MODALITIES, nll, strict=True)}
         sums |= {f"weight_{name}": value for name, value in zip(MODALITIES, weight, strict=True)}
-        sums |= dict(zip(TOKEN_KINDS, count_tokens(batches, self.layout).tolist(), strict=True))
-        sums["row_tokens"] = sum(batch.token_T.numel() for batch in batches)
-        sums["targets"] = sum(int((batch.weight_T > 0).sum()) for batch in batches)
-        sums["documents"] = sum(len(batch.samples) for batch in batches)
-        sums["visible_keys"] = sum(float((batch.position_T + 1)[batch.segment_T > 0].sum()) for batch in batches)
-        return sums
+        counts = self._counts(batches)
+        return sums | (counts if self.topology.speaks_for_row else dict.fromkeys(counts, 0.0))
+
+    def _counts(self, batches: list[Batch]) -> dict[str, float]:
+        """Figures of the rows, which all ranks that share them know."""
+        counts = dict(zip(TOKEN_KINDS, count_tokens(batches, self.layout).tolist(), strict=True))
+        counts["row_tokens"] = sum(batch.token_T.numel() for batch in batches)
+        counts["targets"] = sum(int((batch.weight_T > 0).sum()) for batch in batches)
+        counts["documents"] = sum(len(batch.samples) for batch in batches)
+        counts["visible_keys"] = sum(float((batch.position_T + 1)[batch.segment_T > 0].sum()) for batch in batches)
+        return counts
 
     def record(self, sums: dict[str, float]) -> dict[str, float]:
         weights = [sums[f"weight_{name}"] for name in MODALITIES]
@@ -110,7 +117,7 @@ class Pretraining(Task):
         batches = self.to_device(self._held_out_rows())
         self.engine.evaluate(batches, outputs.append)
         sums = self.sums(outputs, batches)
-        totals = self.record(dict(zip(sums, self.engine.sum_over_data(list(sums.values())), strict=True)))
+        totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
         return {f"held_out_{key}": totals[key] for key in ("loss", "loss_text", "loss_image")}
 
     def _held_out_rows(self) -> list[Batch]:

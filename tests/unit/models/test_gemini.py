@@ -14,7 +14,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, Batch, Media, TokenLayout
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.models.placement import place
+from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.topology import Topology
@@ -194,8 +194,8 @@ def test_placing_differentiates_into_the_stream_and_the_embeddings():
     h, e = torch.randn(5, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     media = Media(torch.empty(0), torch.empty(0), torch.empty(0), torch.tensor([3, 1]))
     inputs = (h.requires_grad_(), e.requires_grad_())
-    assert torch.autograd.gradcheck(lambda h, e: place(h, e, media), inputs)
-    assert torch.equal(place(h, e, media)[3], e[0])
+    assert torch.autograd.gradcheck(lambda h, e: place(h, Embeddings(media.token_O, e)), inputs)
+    assert torch.equal(place(h, Embeddings(media.token_O, e))[3], e[0])
 
 
 @pytest.mark.parametrize("change", ["placeholder", "position", "moved"])

@@ -1,0 +1,109 @@
+"""The one file that touches the internals of ZeRO-3's gathering of weights. Checked with deepspeed 0.19.
+
+Two things of DeepSpeed's are changed here. Its checks that all ranks gather the same parameters in the same order
+compare with rank 0 of the world, which holds another pipeline stage; here they compare within the engine's own data
+ranks. And the weights of a stage can be held over several microbatches, so that they are gathered once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+_CHECK = "assert_ints_same_as_other_ranks"
+_HOLD = -1  # stands in a parameter's set of modules that use it, where DeepSpeed has the modules' numbers from 0
+
+_group: list[ProcessGroup | None] = [None]
+
+
+@contextlib.contextmanager
+def within(group: ProcessGroup | None) -> Iterator[None]:
+    """DeepSpeed's consistency checks compare the ranks of `group` inside; None: there is no other rank."""
+    _group.append(group)
+    try:
+        yield
+    finally:
+        _group.pop()
+
+
+def install() -> None:
+    """Put `same_on_all_ranks` in the place of DeepSpeed's check, in every module that has imported it.
+
+    Raises RuntimeError that names what is missing, where a release of DeepSpeed no longer has it.
+    """
+    from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+
+    for module in (partition_parameters, partitioned_param_coordinator, stage3):
+        if not hasattr(module, _CHECK):
+            raise changed(f"{module.__name__}.{_CHECK}")
+        setattr(module, _CHECK, same_on_all_ranks)
+
+
+def changed(name: str) -> RuntimeError:
+    """An error that says which internal of DeepSpeed this release no longer has."""
+    import deepspeed
+
+    return RuntimeError(
+        f"deepspeed {deepspeed.__version__} has no {name}, on which this trainer relies; it was checked with 0.19. "
+        "Install that version (constraints.txt)"
+    )
+
+
+def same_on_all_ranks(numbers: Sequence[int]) -> None:
+    """Raise RuntimeError that names the ranks of the current group whose `numbers` differ from their first rank's.
+
+    DeepSpeed numbers parameters in the order in which a process makes them, over all its engines, so that ranks with
+    other
+    stages begin elsewhere: only the differences from the first number are compared.
+    """
+    group = _group[-1]
+    if group is None or group.size() == 1:
+        return
+    relative = [number - numbers[0] for number in numbers]
+    digest = torch.tensor([len(relative), zlib.crc32(repr(relative).encode())], device=_device(group))
+    gathered = [torch.empty_like(digest) for _ in range(group.size())]
+    dist.all_gather(gathered, digest, group=group)
+    others = [rank for rank, theirs in enumerate(gathered) if not torch.equal(theirs, gathered[0])]
+    if others:
+        ranks = dist.get_process_group_ranks(group)
+        lengths = sorted({int(theirs[0]) for theirs in gathered})
+        raise RuntimeError(
+            f"ranks {[ranks[rank] for rank in others]} use other modules, or in another order, than rank {ranks[0]} "
+            f"({' and '.join(map(str, lengths))} of them); under ZeRO-3 all data-parallel ranks must run the same ones"
+        )
+
+
+def _device(group: ProcessGroup) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if group.name() == "nccl" else torch.device("cpu")
+
+
+def hold(engine: Any) -> None:
+    """Gather all weights of a ZeRO-3 engine, in one go, and keep them until `release`."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    parameters = [p for p in engine.module.parameters() if hasattr(p, "ds_status")]
+    missing = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    for parameter in parameters:
+        if not hasattr(parameter, "ds_active_sub_modules"):
+            raise changed("parameter.ds_active_sub_modules")
+        parameter.ds_active_sub_modules.add(_HOLD)
+    if missing:
+        missing[0].all_gather_coalesced(missing).wait()
+
+
+def release(engine: Any) -> None:
+    """End `hold`: the weights are partitioned again."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    for parameter in engine.module.parameters():
+        if _HOLD not in getattr(parameter, "ds_active_sub_modules", ()):
+            continue
+        parameter.ds_active_sub_modules.discard(_HOLD)
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_active_sub_modules:
+            parameter.partition()

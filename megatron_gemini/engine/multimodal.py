@@ -1,0 +1,77 @@
+"""The engine of a multimodal model: encoders over all ranks, the decoder's stages in a pipeline.
+
+A step is: every rank encodes its share of all media; the embeddings travel to the ranks that hold the embedding
+stage; the decoder's forward and backward; the embeddings' gradients travel back; the encoders' backward; one norm;
+one update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.engine.deepspeed_config import deepspeed_config
+from megatron_gemini.engine.engine import Engine
+from megatron_gemini.engine.groups import EngineGroups
+from megatron_gemini.engine.zero import ZeroEngine
+from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, Row, parts
+from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.stream import stream_positions
+from megatron_gemini.parallel.topology import Topology
+
+Collect = Callable[[LossOutput], None]
+
+
+class MultimodalEngine(Engine):
+    """Trains a `Gemini` of `config`, whatever the layout of ranks."""
+
+    def __init__(self, config: RunConfig, layout: TokenLayout, topology: Topology, device: torch.device) -> None:
+        super().__init__(config, topology, device)
+        microbatches = config.train.rows_per_step // topology.data_size
+        settings = deepspeed_config(config, microbatches, topology.shard_size)
+        stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
+        self.decoder = [
+            ZeroEngine(self._stage(layout, part), config, EngineGroups.of_decoder(topology), settings, device)
+            for part in stages[topology.pipeline_rank :: topology.pipeline_size]
+        ]
+        self.parts = list(self.decoder)
+        self.pipeline = None
+        if topology.pipeline_size > 1:
+            from megatron_gemini.engine.pipeline import Pipeline
+
+            self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self._between_stages())
+
+    def _stage(self, layout: TokenLayout, part: Part) -> Callable[[], DecoderStage]:
+        return lambda: DecoderStage(self.config, layout, Layers(self.topology), part)
+
+    def _between_stages(self) -> torch.Tensor:
+        tokens = len(stream_positions(self.config.data.row_tokens, self.topology))
+        dtype = torch.bfloat16 if self.config.engine.precision == "bf16" else torch.float32
+        return torch.empty(tokens, self.config.model.width, dtype=dtype, device=self.device, requires_grad=True)
+
+    def forward_backward(self, batches: Sequence[Batch], weight: float, collect: Collect) -> None:
+        rows = [Row(batch) for batch in batches]
+        scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
+        self._through(rows, collect, scale)
+
+    def evaluate(self, batches: Sequence[Batch], collect: Collect) -> None:
+        with contextlib.ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.evaluating())
+            self._through([Row(batch) for batch in batches], collect, None)
+
+    def _through(self, rows: list[Row], collect: Collect, scale: float | None) -> None:
+        """All rows through the decoder; with a scale also the backward of scale * loss."""
+        if self.pipeline is not None:
+            self.pipeline.run(rows, collect, scale)
+            return
+        for index, row in enumerate(rows):
+            output: Any = self.decoder[0].forward(row=row)
+            if scale is not None:
+                self.decoder[0].backward(output.loss * scale, boundary=index == len(rows) - 1)
+            collect(output)

@@ -1,0 +1,43 @@
+"""Gradients of which a rank holds only a summand, completed once a step, after DeepSpeed has reduced and divided them.
+
+Two kinds of weights lie whole on several ranks that each see part of what they do: replicated ones of which every
+tensor-parallel rank computed the gradient of its tokens or heads (`Placement.partial`), and an embedding that the first
+and the last pipeline stage both hold (`Placement.tied`). Ranks that share such a weight have the same layout of it, so
+their ZeRO partitions are cut at the same places and can be added as they are. That costs one small all-reduce a step,
+of the weights divided by the data-parallel ranks, where summing in the backward would cost one a layer and microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_gemini.engine.fragments import Fragment
+from megatron_gemini.parallel.parameters import placement_of
+from megatron_gemini.parallel.topology import Topology
+
+
+@torch.no_grad()
+def complete_gradients(pieces: Sequence[Fragment], topology: Topology, device: torch.device) -> None:
+    """Sum partial gradients over the tensor-parallel ranks, and tied ones over their two stages, in place.
+
+    pieces: all that this rank holds of the decoder, over its stages. Summed in float32.
+    """
+    if topology.tensor_size > 1:
+        _add_up([p for p in pieces if placement_of(p.parameter).partial], topology.tensor_group, device)
+    if topology.tied_group is not None:
+        _add_up([p for p in pieces if placement_of(p.parameter).tied], topology.tied_group, device)
+
+
+def _add_up(pieces: Sequence[Fragment], group: ProcessGroup | None, device: torch.device) -> None:
+    found = [(piece, gradient) for piece in pieces if (gradient := piece.gradient()) is not None]
+    if not found:
+        return
+    parts = [gradient.narrow(0, 0, piece.count) for piece, gradient in found]
+    flat = torch.cat([part.to(device, torch.float32) for part in parts])
+    dist.all_reduce(flat, group=group)
+    for part, total in zip(parts, flat.split([len(part) for part in parts]), strict=True):
+        part.copy_(total)
