@@ -72,6 +72,12 @@ class EngineConfig:
                 "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, not 0; "
                 "set engine.offload_optimizer to none or raise the stage"
             )
+        nvme = "nvme" in (self.offload_optimizer, self.offload_parameters)
+        if nvme and (self.zero_stage != 3 or not self.nvme_path):
+            raise ValueError(
+                "offload to nvme needs engine.zero_stage 3 and engine.nvme_path, a folder on a local disk; "
+                f"they are {self.zero_stage} and {self.nvme_path!r}"
+            )
         if self.offload_parameters != "none" and self.zero_stage != 3:
             raise ValueError(
                 f"engine.offload_parameters needs engine.zero_stage 3, not {self.zero_stage}; "

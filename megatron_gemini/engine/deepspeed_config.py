@@ -53,6 +53,8 @@ def decided_values(config: RunConfig, microbatches: int, ranks: int) -> dict[str
     for key, device in (("offload_optimizer", engine.offload_optimizer), ("offload_param", engine.offload_parameters)):
         if device != "none":
             zero[key] = {"device": device}
+        if device == "nvme":
+            zero[key]["nvme_path"] = engine.nvme_path
     decided: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": microbatches,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.engine import EngineConfig, ParallelConfig
+from megatron_gemini.config.engine import EmbeddersConfig, EngineConfig, ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LossConfig, OptimizerConfig, TrainConfig
@@ -16,10 +17,10 @@ from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.data.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
 from megatron_gemini.data.pack import pack
 
-ROWS, T = 4, 96
+ROWS, T = 8, 96
 LAYOUT = TokenLayout(text_size=24, image_codes=9)  # 49 ids: tensor ranks must pad
 CONFIG = RunConfig(
-    model=ModelConfig(width=32, layers=2, heads=4, kv_heads=1, head_width=8, mlp_width=48),
+    model=ModelConfig(width=32, layers=4, heads=4, kv_heads=1, head_width=8, mlp_width=48),
     vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=24, patch=4, max_side=16, max_frames=2),
     audio=AudioConfig(width=16, layers=1, heads=2, mlp_width=24, mels=16, max_seconds=1.0),
     image_tokenizer=ImageTokenizerConfig(codes=9),
@@ -28,6 +29,7 @@ CONFIG = RunConfig(
     loss=LossConfig(text=1.0, image=0.5, z_loss=1e-3),
     train=TrainConfig(rows_per_step=ROWS, seed=3),
     engine=EngineConfig(zero_stage=0, offload_optimizer="none", gradient_clipping=0.5),
+    embedders=EmbeddersConfig(chunk_tokens=24),  # more than one chunk an encoder
 )
 
 
@@ -38,13 +40,21 @@ class Letters:
         return [ord(letter) % LAYOUT.text_size for letter in text]
 
 
-def with_layout(
-    tensor: int, zero: int, offload: str = "none", parameters: str = "none", precision: str = "fp32"
-) -> RunConfig:
-    engine = dataclasses.replace(
-        CONFIG.engine, zero_stage=zero, offload_optimizer=offload, offload_parameters=parameters, precision=precision
+def with_layout(**layout: Any) -> RunConfig:
+    """CONFIG with settings by name: those of `parallel` and `engine`, and tied, frozen (the encoders), embedders_zero."""
+    given = dict(layout)
+    tied, frozen = given.pop("tied", True), given.pop("frozen", "")
+    embedders = dataclasses.replace(CONFIG.embedders, zero_stage=given.pop("embedders_zero", -1))
+    parallel = {f.name for f in dataclasses.fields(ParallelConfig)}
+    return dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, tie_embeddings=tied),
+        vision=dataclasses.replace(CONFIG.vision, frozen="vision" in frozen),
+        audio=dataclasses.replace(CONFIG.audio, frozen="audio" in frozen),
+        embedders=embedders,
+        parallel=ParallelConfig(**{key: value for key, value in given.items() if key in parallel}),
+        engine=dataclasses.replace(CONFIG.engine, **{k: v for k, v in given.items() if k not in parallel}),
     )
-    return dataclasses.replace(CONFIG, parallel=ParallelConfig(tensor=tensor), engine=engine)
 
 
 def rows(step: int) -> list[Batch]:
@@ -54,7 +64,7 @@ def rows(step: int) -> list[Batch]:
 
 
 def _documents(random: np.random.Generator, row: int) -> list[Document]:
-    words = "".join(random.choice(list("abcdefgh"), size=3 + 2 * row))
+    words = "".join(random.choice(list("abcdefgh"), size=3 + row))
     documents = [([Text(words)], [Text(words[::-1])])]
     if row != 1:
         picture = Image(random.integers(0, 256, (8, 12, 3), dtype=np.uint8))
@@ -62,7 +72,7 @@ def _documents(random: np.random.Generator, row: int) -> list[Document]:
         sound = Audio(random.standard_normal(6400).astype(np.float32) * 0.1)
         codes = ImageCodes(tuple(int(code) for code in random.integers(0, 9, 4)))
         documents += [([picture, Text("a")], [Text(words)]), ([Text("b")], [codes])]
-        documents += [([clip], [Text("c")])] if row == 2 else [([sound], [codes])]
+        documents += [([clip], [Text("c")])] if row % 3 == 2 else [([sound], [codes])]
     return [
         build_document(
             prompt,

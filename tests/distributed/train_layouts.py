@@ -1,49 +1,101 @@
-"""Trains the small model under several layouts on the ranks of one launch, and prints every curve as JSON.
+"""Trains the small model under several layouts on the ranks of one launch, and writes what came of it.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.train_layouts OUT.json '[{"tensor": 2, "zero": 3}, ...]' [FROM]
+    torchrun --nproc-per-node 4 -m tests.distributed.train_layouts OUT.json '[{"tensor": 2, "zero_stage": 3}, ...]'
+    [FROM]
 
-All layouts of a launch have the same tensor size, since a process has one topology. FROM is a checkpoint of any layout,
-from which every layout of the launch also goes on.
+OUT.json has a result a layout. Beside it lie, for every layout and step, the gradients of the whole model before
+clipping as pieces, in the format of checkpoints. FROM is a checkpoint of any layout, from which every layout also
+goes on.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import training_state
+from megatron_gemini.checkpoint.pieces import WEIGHT
+from megatron_gemini.engine import engine as engine_module
 from megatron_gemini.engine.distributed import choose_device, join, leave
-from megatron_gemini.engine.engine import Engine
-from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import LAYOUT, ROWS, rows, total_weight, with_layout
 
-STEPS = 6
+STEPS = 10
+MORE = 2
 
 
-def build_engine(layout: dict, topology: Topology, device: torch.device) -> Engine:
-    config = with_layout(**layout)
-    return Engine(lambda: Gemini(config, LAYOUT, Layers(topology)), config, topology, device, ROWS)
+def topology_of(layout: dict) -> Topology:
+    """The topology of a layout, also after another one in the same process."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    return build_topology(with_layout(**layout).parallel, "gloo")
 
 
-def train(engine: Engine, first: int, last: int) -> list[list[float]]:
-    """[loss, global norm] of steps first to last - 1."""
+def keep_gradients(engine: MultimodalEngine, directory: Path) -> None:
+    """Write the gradients that the norm of this step is taken of."""
+    directory.mkdir(parents=True, exist_ok=True)
+    owned = [fragment for part in engine.parts for fragment in part.owned()]
+    stem = directory / f"rank-{engine.topology.rank:05d}"
+    tensors = {f"{WEIGHT}/{f.name}": f.gradient().narrow(0, 0, f.count).float().clone() for f in owned}
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    pieces = [training_state.describe(fragment).to_json() for fragment in owned]
+    stem.with_suffix(".json").write_text(json.dumps({"pieces": pieces}))
+
+
+def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = None) -> list[list[float]]:
+    """[loss, global norm] of steps first to last - 1. keep: where the gradients go."""
     topology, curve = engine.topology, []
     share = ROWS // topology.data_size
+    true_norm = engine_module.global_norm
     for step in range(first, last):
         everything = rows(step)
         mine = everything[topology.data_rank * share : (topology.data_rank + 1) * share]
         losses: list[float] = []
         weight = total_weight(everything)
         engine.forward_backward(mine, weight, lambda output, to=losses: to.append(float(output.loss.detach())))
+
+        def norm(*arguments: Any, step: int = step) -> torch.Tensor:
+            if keep is not None:
+                keep_gradients(engine, keep / f"gradients-{step}")
+            return true_norm(*arguments)
+
+        engine_module.global_norm = norm
         result = engine.step(1e-2)
-        curve.append([engine.sum_over_data([sum(losses)])[0] / weight, result.norm])
+        engine_module.global_norm = true_norm
+        curve.append([engine.total([sum(losses) if topology.tensor_rank == 0 else 0.0])[0] / weight, result.norm])
     return curve
+
+
+def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.device) -> dict[str, Any]:
+    """Train, save, go on; once more from what was saved; and from `elsewhere`."""
+    config, topology = with_layout(**layout), topology_of(layout)
+
+    def build() -> MultimodalEngine:
+        return MultimodalEngine(config, LAYOUT, topology, device)
+
+    engine = build()
+    curve = train(engine, 0, STEPS, out)
+    progress = training_state.Progress(step=STEPS, optimizer_steps=STEPS)
+    path = training_state.save(engine, out, progress, {}, keep=1)
+    onward = train(engine, STEPS, STEPS + MORE)
+    again = build()
+    training_state.load(again, path)
+    result = {"curve": curve, "onward": onward, "resumed": train(again, STEPS, STEPS + MORE), "checkpoint": str(path)}
+    if elsewhere is not None:
+        other = build()
+        training_state.load(other, elsewhere)
+        result["moved"] = train(other, STEPS, STEPS + MORE)
+    return result
 
 
 def main() -> None:
@@ -52,32 +104,15 @@ def main() -> None:
     quiet_warnings()
     device = choose_device()
     join(device)
-    topology = build_topology(with_layout(**layouts[0]).parallel, "gloo")
     results = []
     for number, layout in enumerate(layouts):
-        engine = build_engine(layout, topology, device)
-        curve = train(engine, 0, STEPS)
-        progress = training_state.Progress(step=STEPS, optimizer_steps=STEPS)
-        path = training_state.save(engine, out.parent / f"{out.stem}-{number}", progress, {}, keep=1)
-        onward = train(engine, STEPS, STEPS + 2)
-        again = build_engine(layout, topology, device)
-        training_state.load(again, path)
-        moved = None
-        if elsewhere is not None:
-            other = build_engine(layout, topology, device)
-            training_state.load(other, elsewhere)
-            moved = train(other, STEPS, STEPS + 2)
-        results.append(
-            {
-                "layout": layout,
-                "curve": curve,
-                "onward": onward,
-                "resumed": train(again, STEPS, STEPS + 2),
-                "checkpoint": str(path),
-                "moved": moved,
-            }
-        )
-    if topology.rank == 0:
+        try:
+            results.append(one_layout(layout, out.parent / f"{out.stem}-{number}", elsewhere, device))
+        except Exception:
+            print(f"the layout was {layout}", file=sys.stderr)
+            traceback.print_exc()
+            sys.exit(1)
+    if torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(results))
     leave()
 
