@@ -41,7 +41,7 @@ class Letters:
 
 
 def with_layout(**layout: Any) -> RunConfig:
-    """CONFIG with settings by name: those of `parallel` and `engine`, and tied, frozen (the encoders), embedders_zero."""
+    """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (the encoders), embedders_zero."""
     given = dict(layout)
     tied, frozen = given.pop("tied", True), given.pop("frozen", "")
     embedders = dataclasses.replace(CONFIG.embedders, zero_stage=given.pop("embedders_zero", -1))

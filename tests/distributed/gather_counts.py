@@ -1,0 +1,71 @@
+"""Counts ZeRO-3's gathers of weights in one step, for several schedules and numbers of microbatches, as JSON.
+
+torchrun --nproc-per-node 4 -m tests.distributed.gather_counts OUT.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.multimodal import MultimodalEngine
+from megatron_gemini.training.quiet import quiet_warnings
+from tests.distributed.rows import LAYOUT, rows, total_weight, with_layout
+from tests.distributed.train_layouts import topology_of
+
+CASES = [
+    {"pipeline": 2, "zero_stage": 3, "schedule": schedule, "virtual_stages": virtual}
+    for schedule, virtual in (("1f1b", 1), ("breadth_first", 1), ("breadth_first", 2))
+]
+
+
+def gathers(layout: dict, microbatches: int, device: Any) -> int:
+    """Gathers of this rank in a step's pipeline, after two steps in which DeepSpeed learns the order of modules."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    topology, counts = topology_of(layout), Counter[int]()
+    config = with_layout(**layout)
+    train = dataclasses.replace(config.train, rows_per_step=microbatches * topology.data_size)
+    config = dataclasses.replace(config, train=train)
+    engine = MultimodalEngine(config, LAYOUT, topology, device)
+    true_gather = partition_parameters._dist_allgather_fn
+    true_through = engine._through
+    step = 0
+
+    def gather(*arguments: Any, **named: Any) -> Any:
+        counts[step] += 1
+        return true_gather(*arguments, **named)
+
+    def through(*arguments: Any) -> None:  # the encoders, which do not belong to the pipeline, are not counted
+        partition_parameters._dist_allgather_fn = gather
+        try:
+            true_through(*arguments)
+        finally:
+            partition_parameters._dist_allgather_fn = true_gather
+
+    engine._through = through
+    for step in range(3):
+        everything = [*rows(2 * step), *rows(2 * step + 1)][: train.rows_per_step]
+        mine = everything[topology.data_rank * microbatches : (topology.data_rank + 1) * microbatches]
+        engine.forward_backward(mine, total_weight(everything), lambda output: None)
+        engine.step(1e-3)
+    return counts[step]
+
+
+def main() -> None:
+    quiet_warnings()
+    device = choose_device()
+    join(device)
+    found = [{"layout": layout} | {str(m): gathers(layout, m, device) for m in (4, 8)} for layout in CASES]
+    if topology_of(CASES[0]).rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
