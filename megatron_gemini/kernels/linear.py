@@ -5,8 +5,9 @@ which would hold the full weight in memory after ZeRO-3 has partitioned the para
 parameter in place before its backward, so the parameter is what to keep. One node instead of three or four also is
 most of this model's advantage where small layers are bound by dispatch (tools/bench/step.py).
 
-`group`, wherever it is asked for: tensor-parallel ranks over which the input's gradient is summed, while the weight's
-gradient is being computed. Shape suffixes: T tokens, D model width, F MLP width.
+The same of layers that are divided over tensor-parallel ranks: `parallel/tensor_products.py`.
+
+Shape suffixes: T tokens, D model width, F MLP width.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ _silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, group: ProcessGroup | None = None) -> torch.Tensor:
-    """x [..., in], weight [..., out, in] (leading dimensions are stacked along the output) -> [..., stacked out]."""
+    """x [..., in], weight [..., out, in] (leading dimensions are stacked along the output) -> [..., stacked out].
+
+    group: tensor-parallel ranks over which x's gradient is summed, while the weight's gradient is being computed.
+    """
     if x.dim() != 2:
         return _Linear.apply(x.flatten(0, -2), weight, None, group).unflatten(0, x.shape[:-1])
     return _Linear.apply(x, weight, None, group)
@@ -45,16 +49,6 @@ def norm_linear(
     A weight [heads * H, D] gives [T, heads, H]; one of [parts, heads * H, D] gives `parts` of them.
     """
     return _NormLinear.apply(x_TD, norm_D, eps, head_width, *weights)
-
-
-def gated_linear(
-    x_TD: torch.Tensor, weight_2FD: torch.Tensor, activation: str, group: ProcessGroup | None = None
-) -> torch.Tensor:
-    """activation(x W_0^T) * (x W_1^T) -> [T, F], the inner half of a gated MLP (Shazeer, 2020).
-
-    activation: "gelu" (tanh approximation) or "silu".
-    """
-    return _GatedLinear.apply(x_TD, weight_2FD, activation, group)
 
 
 def gated_mlp(
@@ -157,26 +151,20 @@ class _NormLinear(torch.autograd.Function):
         return *norm_backward(normed_grad, x, inverse, scale), None, None, *weight_grads
 
 
-def _gated_forward(
+def gated_forward(
     x: torch.Tensor, weight: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """(activation(gate) * up, what the backward needs)."""
+    """(activation(x W_0^T) * (x W_1^T), what the backward needs): the inner half of a gated MLP."""
     gate_weight, up_weight = weight.unbind(0)
     gate, up = torch.mm(x, gate_weight.t()), torch.mm(x, up_weight.t())
     active = F.gelu(gate, approximate="tanh") if activation == "gelu" else F.silu(gate)
     return active * up, (gate, up, active)
 
 
-def _gated_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    saved: Sequence[torch.Tensor],
-    activation: str,
-    group: ProcessGroup | None,
-    needs_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(x's gradient, weight's gradient)."""
+def gated_backward(
+    grad: torch.Tensor, weight: torch.Tensor, saved: Sequence[torch.Tensor], activation: str
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """(x's gradient, those of x W_0^T and x W_1^T for `gated_weight_gradient`)."""
     gate, up, active = saved
     up_grad, gate_grad = grad * active, grad * up
     if activation == "gelu":
@@ -184,33 +172,16 @@ def _gated_backward(
     else:
         _silu_backward(gate_grad, gate, grad_input=gate_grad)
     gate_weight, up_weight = weight.unbind(0)
-    x_grad = torch.mm(gate_grad, gate_weight).addmm_(up_grad, up_weight)
-    pending = None if group is None else dist.all_reduce(x_grad, group=group, async_op=True)
-    weight_grad = None
-    if needs_weight:
-        weight_grad = torch.empty_like(weight)
-        for part, part_grad in zip(weight_grad.unbind(0), (gate_grad, up_grad), strict=True):
-            torch.mm(part_grad.t(), x, out=part)
-    if pending is not None:
-        pending.wait()
-    return x_grad, weight_grad
+    return torch.mm(gate_grad, gate_weight).addmm_(up_grad, up_weight), (gate_grad, up_grad)
 
 
-class _GatedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, activation: str, group: ProcessGroup | None
-    ) -> torch.Tensor:
-        out, saved = _gated_forward(x, weight, activation)
-        ctx.save_for_backward(x, weight, *saved)
-        ctx.activation, ctx.group = activation, group
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, *saved = ctx.saved_tensors
-        needs_weight = ctx.needs_input_grad[1]
-        return *_gated_backward(grads[0], x, weight, saved, ctx.activation, ctx.group, needs_weight), None, None
+def gated_weight_gradient(
+    grads: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    weight_grad = torch.empty_like(weight)
+    for part, grad in zip(weight_grad.unbind(0), grads, strict=True):
+        torch.mm(grad.t(), x, out=part)
+    return weight_grad
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -225,7 +196,7 @@ class _GatedMLP(torch.autograd.Function):
         activation: str,
     ) -> torch.Tensor:
         normed, inverse, scale = norm_forward(h, norm, eps)
-        inner, saved = _gated_forward(normed, gate_up, activation)
+        inner, saved = gated_forward(normed, gate_up, activation)
         ctx.save_for_backward(h, inverse, scale, normed, gate_up, inner, down, *saved)
         ctx.activation = activation
         return torch.addmm(h, inner, down.t())
@@ -237,6 +208,7 @@ class _GatedMLP(torch.autograd.Function):
         needs = ctx.needs_input_grad
         down_grad = _weight_gradient(grad, inner, down) if needs[4] else None
         inner_grad = torch.mm(grad, down)
-        normed_grad, gate_up_grad = _gated_backward(inner_grad, normed, gate_up, saved, ctx.activation, None, needs[3])
+        normed_grad, halves = gated_backward(inner_grad, gate_up, saved, ctx.activation)
+        gate_up_grad = gated_weight_gradient(halves, normed, gate_up) if needs[3] else None
         h_grad, norm_grad = norm_backward(normed_grad, h, inverse, scale)
         return h_grad.add_(grad), norm_grad, None, gate_up_grad, down_grad, None

@@ -1,7 +1,7 @@
 """The decoder: pre-norm transformer layers with multi-query attention and a gated MLP, on one packed row.
 
 Shape suffixes: T packed tokens, D model width, N query heads, K key/value heads, H head width, F MLP width,
-V vocabulary. N, K, F and V are this rank's where `Layers` divides them; nothing here depends on it.
+V vocabulary. N, K, F, V and the T of h_TD are this rank's where `Layers` divides them; nothing here depends on it.
 """
 
 from __future__ import annotations
@@ -47,14 +47,13 @@ class Attention(nn.Module):
         super().__init__()
         width, head_width, std = config.width, config.head_width, config.init_std
         self.index = index
-        self.shard = layers.heads(config.heads, config.kv_heads)
         self.input = layers.attention_input(
             width, config.heads, config.kv_heads, head_width, eps=config.norm_eps, std=std
         )
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm = layers.head_norm(head_width, config.norm_eps, heads_divided=True)
-            self.key_norm = layers.head_norm(head_width, config.norm_eps, layers.key_heads_divided(config.kv_heads))
+            self.query_norm = layers.head_norm(head_width, config.norm_eps)
+            self.key_norm = layers.head_norm(head_width, config.norm_eps)
         self.output = layers.attention_output(config.heads * head_width, width, std=branch_std(config))
 
     def forward(
@@ -63,7 +62,6 @@ class Attention(nn.Module):
         q_TNH, k_TKH, v_TKH = self.input(h_TD)
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
-        k_TKH, v_TKH = self.shard.share(k_TKH, v_TKH)
         attend = None if cache is None else functools.partial(cache.attend, self.index)
         return self.output(h_TD, q_TNH, k_TKH, v_TKH, plan, turn, attend)
 

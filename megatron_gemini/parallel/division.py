@@ -1,16 +1,14 @@
 """How heads and vocabulary are divided over tensor-parallel ranks, in terms that serial and divided layers share.
 
-Shape suffixes: T packed tokens, N query heads, K key/value heads, H head width.
+Shape suffixes: T packed tokens, N query heads, K key/value heads that they read, H head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_gemini.kernels.attention import AttentionPlan
@@ -33,42 +31,11 @@ class VocabularyShard:
 class HeadShard:
     """This rank's share of the attention heads.
 
-    query: query heads of this rank. key: key/value heads that its projection returns. used: the first and the number
-        of those that its query heads read. group: ranks that hold the same key/value heads; None if no other does.
+    query: query heads of this rank. key: key/value heads that they read. first: the first of those, among the heads
+    whose weights this rank holds. whole: every one of several ranks holds the weights of all key/value heads.
     """
 
     query: int
     key: int
-    used: tuple[int, int]
-    group: ProcessGroup | None
-
-    def share(self, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values for this rank's query heads.
-
-        Where ranks hold the same heads, their gradients are summed here, on the small dK and dV, so that everything
-        before (K norm, K/V weights) gets the complete gradient, the same on all ranks.
-        """
-        if self.group is not None:
-            k_TKH, v_TKH = sum_gradient(self.group, k_TKH, v_TKH)
-        if self.used[1] < self.key:
-            k_TKH, v_TKH = k_TKH.narrow(1, *self.used), v_TKH.narrow(1, *self.used)
-        return k_TKH, v_TKH
-
-
-def sum_gradient(group: ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The same tensors; their gradients are summed over the ranks of `group`, in one all-reduce."""
-    return _SumGradient.apply(group, *tensors)
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: ProcessGroup, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.group = group
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(flat, group=ctx.group)
-        pieces = flat.split([grad.numel() for grad in grads])
-        return None, *(piece.view(grad.shape) for piece, grad in zip(pieces, grads, strict=True))
+    first: int = 0
+    whole: bool = False

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import ProcessGroup
 
 from megatron_gemini.kernels.attention import AttentionPlan, attention_output
 from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import Rotation, rotate
-from megatron_gemini.parallel.division import Attend, HeadShard, VocabularyShard, sum_gradient
-from megatron_gemini.parallel.parameters import Init, new_parameter, normal, zeros
+from megatron_gemini.parallel.collectives import TensorRanks, gather_stream
+from megatron_gemini.parallel.division import Attend, HeadShard, VocabularyShard
+from megatron_gemini.parallel.parameters import Init, Placement, new_parameter, normal, zeros
+from megatron_gemini.parallel.stream import stream_positions
 from megatron_gemini.parallel.topology import Topology
 
 
@@ -80,18 +81,16 @@ class AttentionOutput(nn.Module):
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight) over the last dimension, `width` wide.
 
-    group: ranks that each see only their part of the activations (their query heads); they sum the weight's gradient.
+    partial: tensor-parallel ranks see different heads or tokens, so each computes a summand of the weight's gradient.
     """
 
-    def __init__(self, width: int, eps: float, group: ProcessGroup | None = None) -> None:
+    def __init__(self, width: int, eps: float, partial: bool = False) -> None:
         super().__init__()
-        self.weight = new_parameter(width, init=zeros())
+        self.weight = new_parameter(width, init=zeros(), placement=Placement(None, (width,), partial=partial))
         self.eps = eps
-        self.group = group
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight if self.group is None else sum_gradient(self.group, self.weight)[0]
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Vocabulary(nn.Module):
@@ -127,13 +126,13 @@ class Layers:
     def attention_input(
         self, width: int, query_heads: int, key_heads: int, head_width: int, *, eps: float, std: float
     ) -> nn.Module:
-        """An `AttentionInput`; its output is this rank's heads (see `heads`)."""
+        """An `AttentionInput`; its output is this rank's query heads and the key/value heads that they read."""
         query, key = query_heads * head_width, key_heads * head_width
         if not self.divided:
             return AttentionInput(width, query, key, head_width, eps=eps, init=normal(std))
-        divided = self.key_heads_divided(key_heads)
+        shard = self.heads(query_heads, key_heads)
         layer = self._tensor_layers().DividedAttentionInput
-        return layer(self.topology, width, query, key, head_width, key_divided=divided, eps=eps, init=normal(std))
+        return layer(self.topology, width, shard, key, head_width, eps=eps, init=normal(std))
 
     def mlp(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float, last_std: float) -> nn.Module:
         """An `MLP`, divided over its inner width; last_std is that of `down`, which ends the branch."""
@@ -144,7 +143,7 @@ class Layers:
         return layer(self.topology, *sizes, eps=eps, init=normal(std), last=normal(last_std))
 
     def attention_output(self, width_in: int, width: int, *, std: float) -> nn.Module:
-        """An `AttentionOutput` of this rank's heads; the output is whole on every rank."""
+        """An `AttentionOutput` of this rank's heads; the output is the stream."""
         if not self.divided:
             return AttentionOutput(width_in, width, init=normal(std))
         return self._tensor_layers().DividedAttentionOutput(self.topology, width_in, width, init=normal(std))
@@ -156,25 +155,35 @@ class Layers:
         return self._tensor_layers().DividedVocabulary(self.topology, size, width, init=normal(std))
 
     def norm(self, width: int, eps: float) -> RMSNorm:
-        """RMSNorm of activations that every rank holds whole."""
-        return RMSNorm(width, eps)
+        """RMSNorm of the stream."""
+        return RMSNorm(width, eps, partial=self.divided and self.topology.sequence)
 
-    def head_norm(self, width: int, eps: float, heads_divided: bool) -> RMSNorm:
-        """RMSNorm of every head; the ranks hold different heads (`heads_divided`) or the same ones."""
-        return RMSNorm(width, eps, self.topology.tensor_group if heads_divided and self.divided else None)
+    def head_norm(self, width: int, eps: float) -> RMSNorm:
+        """RMSNorm of every head of queries or keys: ranks have different queries, and their keys serve only those."""
+        return RMSNorm(width, eps, partial=self.divided)
+
+    def stream(self, tokens: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """int64[S], ascending: the positions of a row of `tokens` that this rank's stream holds between the layers."""
+        return stream_positions(tokens, self.topology, device)
+
+    def gather_stream(self, h_SD: torch.Tensor) -> torch.Tensor:
+        """The stream of all tensor-parallel ranks, before the head: [C, D].
+
+        Under sequence parallelism its gradient is summed over the ranks here; the head leaves it a summand.
+        """
+        if not (self.divided and self.topology.sequence):
+            return h_SD
+        return gather_stream(h_SD, TensorRanks.of(self.topology))
 
     def heads(self, query: int, key: int) -> HeadShard:
         """This rank's share of `query` and `key` heads; key heads are divided if there is one or more for each rank."""
         ranks, rank = self.topology.tensor_size, self.topology.tensor_rank
         assert query % ranks == 0, f"{query} query heads on {ranks} ranks"
-        if not self.divided or self.key_heads_divided(key):
-            return HeadShard(query // ranks, key // ranks, (0, key // ranks), None)
+        if key % ranks == 0:
+            return HeadShard(query // ranks, key // ranks)
         first = rank * (query // ranks) // (query // key)
         last = ((rank + 1) * (query // ranks) - 1) // (query // key)
-        return HeadShard(query // ranks, key, (first, last - first + 1), self.topology.tensor_group)
-
-    def key_heads_divided(self, key: int) -> bool:
-        return self.divided and key % self.topology.tensor_size == 0
+        return HeadShard(query // ranks, last - first + 1, first, whole=True)
 
     @staticmethod
     def _tensor_layers() -> Any:

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node N -m tests.distributed.tensor_cases OUT CASE...
 
-Rank 0 writes, for every case, the loss, the gathered weights and gradients, and the other ranks' copies of what is
-replicated. It knows nothing of the serial result.
+Every case runs without and with sequence parallelism. Rank 0 writes the loss, the gathered weights, the gradients of
+all ranks and what every parameter declares. It knows nothing of the serial result; no engine sums partial gradients.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import nn
 
 from megatron_gemini.config.engine import ParallelConfig
-from megatron_gemini.config.run import RunConfig
-from megatron_gemini.models.gemini import Gemini
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.kernels.cross_entropy import cross_entropy
+from megatron_gemini.kernels.rope import rotation
+from megatron_gemini.models.decoder import DecoderLayer
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize, placement_of
 from megatron_gemini.parallel.topology import Topology, build_topology
@@ -31,53 +35,107 @@ CASES = {
     "mqa-untied": {"tie_embeddings": False, "activation": "silu"},
     "gqa": {"kv_heads": 2},
     "gqa-untied": {"kv_heads": 2, "tie_embeddings": False, "qk_norm": False},
+    "mha": {"kv_heads": 4},
 }
-ROW = 3  # a picture, speech, image codes and text
+ROW = rows(0)[3]  # a picture, speech, image codes and text
 
 
-def case_config(name: str) -> RunConfig:
-    model = dataclasses.replace(CONFIG.model, init_std=0.2, **CASES[name])
-    return dataclasses.replace(CONFIG, model=model)
+class Stack(nn.Module):
+    """The decoder as its parts make it: embedding, media in the stream, layers, norm, head and loss."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.config, self.make = config, layers
+        self.embedding = layers.embedding(LAYOUT.size, config.width, std=config.init_std)
+        self.layers = nn.ModuleList(DecoderLayer(config, layers, index) for index in range(config.layers))
+        self.norm = layers.norm(config.width, config.norm_eps)
+        self.head = None if config.tie_embeddings else layers.embedding(LAYOUT.size, config.width, std=config.init_std)
+        own = torch.isin(layers.stream(len(ROW.token_T)), media_positions())
+        self.slots = own.nonzero().squeeze(1)
+        self.media_OD = media_embeddings(config.width)[torch.isin(media_positions(), layers.stream(len(ROW.token_T)))]
+        self.media_OD.requires_grad_()
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, logits of this rank's ids)."""
+        h_SD = self.embedding(ROW.token_T) * self.config.width**0.5
+        h_SD = h_SD.index_copy(0, self.slots, self.media_OD)
+        turn = rotation(ROW.position_T, self.config.head_width, self.config.rope_theta, h_SD.dtype)
+        plan = plan_attention(ROW.segment_T, ROW.span_T)
+        for layer in self.layers:
+            h_SD = layer(h_SD, turn, plan, None)
+        h_TD = self.make.gather_stream(self.norm(h_SD))
+        head = self.embedding if self.head is None else self.head
+        weighted = ROW.weight_T.nonzero().squeeze(1)
+        logits = head(h_TD.index_select(0, weighted), as_head=True)
+        shard = head.shard
+        target, weight = ROW.target_T[weighted], ROW.weight_T[weighted]
+        place = {"first": shard.first, "size": shard.size, "group": shard.group}
+        loss, _ = cross_entropy(logits, target, weight, z_loss=1e-3, **place)
+        return loss, head.gather_logits(logits.detach())
 
 
-def run(config: RunConfig, topology: Topology) -> tuple[Gemini, torch.Tensor]:
-    """The model after one forward and backward, and the loss."""
-    model = Gemini(config, LAYOUT, Layers(topology))
+def media_positions() -> torch.Tensor:
+    return torch.cat([media.token_O for media in ROW.media.values()]).sort().values
+
+
+def media_embeddings(width: int) -> torch.Tensor:
+    return torch.randn(len(media_positions()), width, generator=torch.Generator().manual_seed(1))
+
+
+def run(name: str, topology: Topology) -> tuple[Stack, torch.Tensor, torch.Tensor]:
+    """The model after one forward and backward, the loss and the logits of the whole vocabulary."""
+    model = Stack(dataclasses.replace(CONFIG.model, init_std=0.2, **CASES[name]), Layers(topology))
     initialize(model, seed=7)
-    loss = model(rows(0)[ROW]).loss
+    loss, logits = model()
     loss.backward()
-    return model, loss.detach()
+    return model, loss.detach(), logits
 
 
-def gathered(name: str, topology: Topology) -> dict[str, torch.Tensor]:
-    config = dataclasses.replace(case_config(name), parallel=ParallelConfig(topology.tensor_size))
-    model, loss = run(config, topology)
-    found = {"loss": loss}
+def of_all_ranks(tensor: torch.Tensor, topology: Topology) -> list[torch.Tensor]:
+    pieces = [torch.empty_like(tensor) for _ in range(topology.tensor_size)]
+    dist.all_gather(pieces, tensor.contiguous(), group=topology.tensor_group)
+    return pieces
+
+
+def media_gradient(model: Stack) -> torch.Tensor:
+    """[O, D] of the whole row, zeros for the media of other ranks."""
+    grad = torch.zeros_like(media_embeddings(model.config.width))
+    own = torch.isin(media_positions(), model.make.stream(len(ROW.token_T)))
+    grad[own] = model.media_OD.grad
+    return grad
+
+
+def gathered(name: str, topology: Topology) -> tuple[dict[str, torch.Tensor], dict[str, bool]]:
+    """(tensors, whether each parameter that is not sharded is partial)."""
+    model, loss, logits = run(name, topology)
+    found = {"loss": loss, "logits": logits.contiguous()}
+    found["media"] = torch.stack(of_all_ranks(media_gradient(model), topology))
+    partial = {}
     for parameter_name, parameter in model.named_parameters():
         placement = placement_of(parameter)
+        if placement.sharded_dim is None:
+            partial[parameter_name] = placement.partial
         for kind, tensor in (("weight", parameter.detach()), ("grad", parameter.grad)):
-            pieces = [torch.empty_like(tensor) for _ in range(topology.tensor_size)]
-            dist.all_gather(pieces, tensor.contiguous(), group=topology.tensor_group)
+            pieces = of_all_ranks(tensor, topology)
             whole = torch.stack(pieces) if placement.sharded_dim is None else torch.cat(pieces, placement.sharded_dim)
             found[f"{kind}/{parameter_name}"] = whole.contiguous()
-    batch = rows(0)[ROW]
-    with torch.no_grad():
-        found["logits"] = model.logits(model.hidden(batch)).contiguous()
-    return found
+    return found, partial
 
 
 def main() -> None:
     out, *names = sys.argv[1:]
     torch.set_num_threads(1)
     topology = build_topology(ParallelConfig(int(os.environ["WORLD_SIZE"])), "gloo")
-    for name in names:
-        result = gathered(name, topology)
-        if topology.rank == 0:
-            save_file(result, Path(out) / f"{name}.safetensors")
+    for sequence in (False, True):
+        topology = dataclasses.replace(topology, sequence=sequence)
+        for name in names:
+            result, partial = gathered(name, topology)
+            if topology.rank == 0:
+                save_file(result, Path(out) / f"{name}-{sequence}.safetensors")
+                (Path(out) / f"{name}-{sequence}.json").write_text(json.dumps(partial))
     if topology.rank == 0:
-        state = run(case_config("mqa"), Topology.serial())[0].state_dict()
-        divided = Gemini(case_config("mqa"), LAYOUT, Layers(topology)).state_dict()
-        (Path(out) / "names.json").write_text(json.dumps([sorted(state), sorted(divided)]))
+        models = [Stack(CONFIG.model, Layers(place)) for place in (Topology.serial(), topology)]
+        (Path(out) / "names.json").write_text(json.dumps([sorted(model.state_dict()) for model in models]))
     dist.destroy_process_group()
 
 

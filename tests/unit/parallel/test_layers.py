@@ -11,12 +11,9 @@ from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
 
-GROUP = object()  # stands for a process group; nothing here communicates
-
 
 def shards(ranks, query, key):
-    topologies = [Topology(ranks, r, ranks, r, GROUP if ranks > 1 else None) for r in range(ranks)]
-    return [Layers(topology).heads(query, key) for topology in topologies]
+    return [Layers(Topology(ranks, rank, ranks, rank)).heads(query, key) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -25,17 +22,15 @@ def shards(ranks, query, key):
 def test_every_query_head_reads_the_key_head_that_serial_attention_gives_it(ranks, query, key):
     for rank, shard in enumerate(shards(ranks, query, key)):
         assert shard.query == query // ranks
-        first_held = rank * shard.key if shard.group is None else 0  # divided key heads, or all of them
-        first, count = shard.used
+        first_held = 0 if shard.whole else rank * shard.key
         for local in range(shard.query):
             serial = (rank * shard.query + local) // (query // key)
-            assert first_held + first + local // (shard.query // count) == serial
+            assert first_held + shard.first + local // (shard.query // shard.key) == serial
 
 
-def test_only_replicated_key_heads_have_their_gradient_summed():
-    assert all(shard.group is GROUP for shard in shards(2, 4, 1))
-    assert all(shard.group is None for shard in shards(2, 4, 2))
-    assert shards(1, 4, 1)[0].group is None
+def test_key_heads_are_whole_on_every_rank_only_where_there_are_too_few_to_divide():
+    assert all(shard.whole for shard in shards(2, 4, 1) + shards(4, 8, 2))
+    assert not any(shard.whole for shard in shards(2, 4, 2) + shards(2, 8, 4) + shards(1, 4, 1))
 
 
 def test_one_process_is_serial(monkeypatch):
