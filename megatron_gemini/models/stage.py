@@ -56,6 +56,7 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout
+        self.layers = layers
         self.decoder = Decoder(config.model, layout.size, layers, part)
 
     def forward(self, h_SD: torch.Tensor | None = None, *, row: Row) -> LossOutput | tuple[torch.Tensor]:
@@ -71,8 +72,9 @@ class DecoderStage(nn.Module):
                 h_SD = place(h_SD, row.embeddings)
         return self.decoder(h_SD, row.batch.position_T, row.plan, cache)
 
-    def loss(self, h_TD: torch.Tensor, batch: Batch) -> LossOutput:
+    def loss(self, h_SD: torch.Tensor, batch: Batch) -> LossOutput:
         """The loss of one packed row. The head sees only positions whose target has a weight."""
+        h_TD = self.layers.gather_stream(h_SD)
         target, weight, modality = batch.target_T, batch.weight_T, batch.modality_T
         weighted = weight.nonzero().squeeze(1)
         if len(weighted) < len(weight):
