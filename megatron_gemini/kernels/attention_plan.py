@@ -1,150 +1,125 @@
-"""Which documents of a packed row are attended to in one call: metadata made once a microbatch, used by all layers.
+"""What attention needs to know of a packed row: checked once a microbatch, used by all layers and every backend.
 
-Shape suffixes: T packed tokens, B documents of a bucket, L tokens of its longest document. A slot is one of a bucket's
-B x L places.
+Shape suffixes: T packed tokens of the row, which are the keys; Q queries, all tokens or some of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 import torch
 
-MAX_WASTE = 0.15  # of a bucket's slots may be padding: more costs arithmetic, less costs more and smaller calls
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Documents of similar length as [B, L]; the slots after a document's end repeat its last token.
-
-    causal: a token sees those before it and itself. The repeats come last, so no real token sees one.
-    mask: float32 [B, 1, L or 1, L], 0 where a query sees a key and -inf elsewhere, where `causal` cannot say it; None
-        if all is seen.
-    """
-
-    documents: int
-    length: int
-    causal: bool
-    mask: torch.Tensor | None
+from megatron_gemini.kernels.attention_cpu_calls import Call, cpu_calls
+from megatron_gemini.kernels.attention_documents import DocumentCalls, group_documents
+from megatron_gemini.kernels.rope import Rotation, rotate, rotate_both
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What the attention of every layer needs to know of a row's documents. Made by `plan_attention`; opaque.
+    """A row's documents and spans, and which tokens the queries are. Made by `plan_attention`; opaque to callers.
 
-    gather: position in the row of every slot, bucket after bucket; None where the real tokens already lie as the one
-        bucket wants them (a single document, or frames of one size), which then costs nothing.
-    scatter: slot of every real token, the inverse of `gather`.
-    repeats: the slots after the documents' ends; None if there is none.
-    slots: B x L of every bucket.
+    query_Q: None if the queries are the whole row. What a backend derives from these is made when it first asks.
     """
 
-    tokens: int
-    real: int
-    buckets: tuple[Bucket, ...]
-    gather: torch.Tensor | None
-    scatter: torch.Tensor | None
-    repeats: torch.Tensor | None
+    segment_T: torch.Tensor
+    span_T: torch.Tensor
+    query_Q: torch.Tensor | None
 
     @property
-    def slots(self) -> list[int]:
-        return [bucket.documents * bucket.length for bucket in self.buckets]
+    def tokens(self) -> int:
+        return len(self.segment_T)
+
+    @property
+    def queries(self) -> int:
+        return self.tokens if self.query_Q is None else len(self.query_Q)
+
+    @cached_property
+    def documents(self) -> DocumentCalls:
+        """For the backends that work document by document."""
+        query = None if self.query_Q is None else self.query_Q.cpu().numpy()
+        return group_documents(self.segment_T.cpu().numpy(), self.span_T.cpu().numpy(), query, self.segment_T.device)
+
+    @cached_property
+    def cpu_calls(self) -> tuple[Call, ...]:
+        return cpu_calls(self.documents)
+
+    def rotate(
+        self, q_QNH: torch.Tensor, k_TKH: torch.Tensor, turn: Rotation, direction: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """RoPE of both by `turn`, which is for the whole row: queries take the rows of their tokens."""
+        if self.query_Q is None:
+            return rotate_both(q_QNH, k_TKH, turn, direction)
+        own = Rotation(*(x_T1H.index_select(0, self.query_Q) for x_T1H in turn))
+        return rotate(q_QNH, own, direction), rotate(k_TKH, turn, direction)
 
 
-def plan_attention(segment_T: torch.Tensor, span_T: torch.Tensor) -> AttentionPlan:
-    """Group a row's documents by kind and length, once a microbatch.
+def plan_attention(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None = None) -> AttentionPlan:
+    """Read a row's documents and spans, once a microbatch.
 
     segment_T: integer document ids, each one contiguous run; 0 is padding, at the end of the row only.
-    span_T: integer, 0 for a causal token, otherwise the id of a bidirectional span (see `contracts.Batch`).
-    Raises ValueError if padding comes before a document.
+    span_T: integer, 0 for a causal token, otherwise the id of a bidirectional span (see `contracts.Batch`): one
+        contiguous run within one document.
+    query_Q: int64, ascending positions in the row of the tokens whose queries this rank has, a few contiguous runs as
+        context parallelism gives it; None if it has them all. Keys and values are always the whole row's.
+    Raises ValueError for anything else.
     """
-    segment, span = segment_T.cpu().numpy(), span_T.cpu().numpy()
-    documents = _documents(segment, span)
-    real = sum(document.length for document in documents)
-    if not (segment[:real] != 0).all():
-        raise ValueError("segment_T has padding (0) before a document; padding belongs at the end of the row")
-    device = segment_T.device
-    groups = _group(documents)
-    buckets = tuple(_bucket(group, span, device) for group in groups)
-    if len(groups) <= 1 and all(document.length == documents[0].length for document in documents):
-        return AttentionPlan(len(segment), real, buckets, None, None, None)
-    gather = np.concatenate([_slot_positions(group) for group in groups])
-    first = np.ones(len(gather), bool)  # a slot that shows the same token as the slot before it is a repeat
-    first[1:] = gather[1:] != gather[:-1]
-    scatter = np.empty(real, np.int64)
-    scatter[gather[first]] = np.flatnonzero(first)
-    repeats = None if first.all() else torch.from_numpy(np.flatnonzero(~first)).to(device)
-    return AttentionPlan(
-        len(segment),
-        real,
-        buckets,
-        torch.from_numpy(gather).to(device),
-        torch.from_numpy(scatter).to(device),
-        repeats,
-    )
+    _check_metadata(segment_T, span_T, query_Q)
+    _check_row(segment_T.cpu().numpy(), span_T.cpu().numpy())
+    if query_Q is not None:
+        _check_queries(query_Q.cpu().numpy(), len(segment_T))
+    return AttentionPlan(segment_T, span_T, query_Q)
 
 
-CAUSAL, FULL, MIXED = range(3)  # no span; one span that is the whole document; anything else
-
-
-class _Document(NamedTuple):
-    kind: int
-    length: int
-    start: int
-
-
-def _documents(segment: np.ndarray, span: np.ndarray) -> list[_Document]:
-    edges = np.flatnonzero(segment[1:] != segment[:-1]) + 1
-    documents = []
-    for start, end in pairwise([0, *edges.tolist(), len(segment)]):
-        if start == end or segment[start] == 0:
+def _check_metadata(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None) -> None:
+    for name, x in (("segment_T", segment_T), ("span_T", span_T), ("query_Q", query_Q)):
+        if x is None:
             continue
-        inside = span[start:end]
-        kind = CAUSAL if not inside.any() else FULL if (inside == inside[0]).all() else MIXED
-        documents.append(_Document(kind, end - start, start))
-    return documents
+        if x.dim() != 1:
+            raise ValueError(f"{name} has shape {list(x.shape)}; it is one number a token, of shape [T]")
+        if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+            raise ValueError(f"{name} is {x.dtype}; it holds integers, such as torch.int32")
+        if x.device != segment_T.device:
+            raise ValueError(f"{name} is on {x.device} and segment_T on {segment_T.device}; put them on one device")
+    if len(span_T) != len(segment_T):
+        raise ValueError(f"span_T has {len(span_T)} tokens and segment_T {len(segment_T)}; both describe one row")
 
 
-def _group(documents: list[_Document]) -> list[list[_Document]]:
-    """Documents of one kind that share a bucket, with at most MAX_WASTE of its slots repeats."""
-    groups: list[list[_Document]] = []
-    used = 0
-    for document in sorted(documents, key=lambda d: (d.kind, -d.length, d.start)):
-        if groups and groups[-1][0].kind == document.kind:
-            slots = groups[-1][0].length * (len(groups[-1]) + 1)
-            if slots - used - document.length <= MAX_WASTE * slots:
-                groups[-1].append(document)
-                used += document.length
-                continue
-        groups.append([document])
-        used = document.length
-    return groups
+def _check_row(segment: np.ndarray, span: np.ndarray) -> None:
+    real = int(np.count_nonzero(segment))
+    if not segment[:real].all():
+        raise ValueError("segment_T has padding (0) before a document; padding belongs at the end of the row")
+    starts = np.flatnonzero(segment[1:] != segment[:-1]) + 1
+    _check_runs("segment_T", "document", np.concatenate((segment[:1], segment[starts])), starts)
+    crossing = starts[(span[starts] == span[starts - 1]) & (span[starts] != 0)] if span.any() else starts[:0]
+    if len(crossing) and segment[crossing[0] - 1]:
+        at = crossing[0]
+        raise ValueError(
+            f"span_T has span {span[at]} on both sides of position {at}, where document {segment[at - 1]} ends and "
+            f"{segment[at] or 'the padding'} begins; a span lies within one document"
+        )
+    starts = np.flatnonzero(span[1:real] != span[: max(real, 1) - 1]) + 1
+    _check_runs("span_T", "span", np.concatenate((span[: min(real, 1)], span[starts])), starts)
 
 
-def _slot_positions(group: list[_Document]) -> np.ndarray:
-    start = np.array([[document.start] for document in group])
-    last = np.array([[document.length - 1] for document in group])
-    return (start + np.minimum(np.arange(group[0].length), last)).reshape(-1)
+def _check_runs(name: str, thing: str, ids: np.ndarray, starts: np.ndarray) -> None:
+    """ids: of every run of the row, `starts` where the second and later ones begin. 0 may come again, others not."""
+    named = ids[ids != 0]
+    if len(named) == len(set(named.tolist())):
+        return
+    seen: set[int] = set()
+    for number, start in zip(ids.tolist(), (0, *starts.tolist()), strict=True):
+        if number and number in seen:
+            raise ValueError(
+                f"{name} has {thing} {number} again at position {start}, after another; a {thing} is one contiguous run"
+            )
+        seen.add(number)
 
 
-def _bucket(group: list[_Document], span: np.ndarray, device: torch.device) -> Bucket:
-    kind, length = group[0].kind, group[0].length
-    if kind == CAUSAL:
-        return Bucket(len(group), length, True, None)
-    slot = np.arange(length)
-    real = slot < np.array([[document.length] for document in group])
-    mask = None
-    if kind == FULL and not real.all():
-        mask = real[:, None, None, :]
-    elif kind == MIXED:
-        span_BL = np.where(real, span[_slot_positions(group)].reshape(real.shape), 0)
-        same = (span_BL[:, :, None] == span_BL[:, None, :]) & (span_BL[:, :, None] != 0)
-        mask = (same | (slot <= slot[:, None]))[:, None]
-    return Bucket(len(group), length, False, None if mask is None else _additive(mask).to(device))
-
-
-def _additive(mask: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.where(mask, np.float32(0), np.float32(-np.inf)))
+def _check_queries(query: np.ndarray, tokens: int) -> None:
+    if len(query) and (query[0] < 0 or query[-1] >= tokens):
+        raise ValueError(f"query_Q reaches from {query[0]} to {query[-1]}, but the row has positions 0 to {tokens - 1}")
+    if not (query[1:] > query[:-1]).all():
+        at = int(np.flatnonzero(query[1:] <= query[:-1])[0])
+        raise ValueError(f"query_Q has {query[at + 1]} after {query[at]}; positions ascend, each at most once")

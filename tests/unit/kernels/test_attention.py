@@ -2,93 +2,151 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels.attention import attention, attention_backend, attention_output, plan_attention
-from megatron_gemini.kernels.attention_plan import MAX_WASTE
+from megatron_gemini.kernels import attention_documents
+from megatron_gemini.kernels.attention import (
+    attention,
+    attention_backend,
+    attention_output,
+    attention_with_lse,
+    merge_attention,
+    plan_attention,
+)
+from megatron_gemini.kernels.attention_documents import MAX_WASTE
+from megatron_gemini.kernels.attention_reference import attend_densely
 from megatron_gemini.kernels.attention_sdpa import attend_by_sdpa
-from megatron_gemini.kernels.rope import rotate, rotation
+from megatron_gemini.kernels.rope import Rotation, rotate, rotation
+from tests.attention_rows import heads, row, rows, rows_and_queries
 
 
-def sees(segment, span):
-    """[T, T] of the mask rule, written as the contract says it."""
-    place = torch.arange(len(segment))
-    causal = place[None, :] <= place[:, None]
-    bidirectional = (span[:, None] == span[None, :]) & (span[:, None] != 0)
-    return (segment[:, None] == segment[None, :]) & (segment[:, None] != 0) & (causal | bidirectional)
+@pytest.fixture(params=[False, True], ids=["masks", "runs"])
+def cut_mixed_documents(request, monkeypatch):
+    """Small mixed documents take a mask; with calls that cost nothing they are cut into runs as long ones are."""
+    if request.param:
+        monkeypatch.setattr(attention_documents, "CALL_PAIRS", 0)
 
 
-def reference(q, k, v, segment, span, scale=None):
-    q, k, v = q.double(), k.double(), v.double()
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    mask = sees(segment, span)
-    score = torch.einsum("inh,jnh->nij", q, k) * (scale or q.shape[-1] ** -0.5)
-    weight = torch.softmax(score.masked_fill(~mask, -1e300), -1) * mask
-    return torch.einsum("nij,jnh->inh", weight, v)
+def sdpa(q, k, v, plan, scale=None):
+    if plan.documents.empty:
+        return attention(q, k, v, plan, scale)
+    return attend_by_sdpa(q, k, v, plan, scale, None)
 
 
-def row(lengths, spans, padding):
-    """segment_T and span_T of documents of `lengths`, with (begin, end) spans, and padding at the end."""
-    segment = torch.repeat_interleave(torch.arange(len(lengths)) + 1, torch.tensor(lengths, dtype=torch.int64))
-    segment = torch.cat((segment, torch.zeros(padding, dtype=torch.int64))).int()
-    span = torch.zeros_like(segment)
-    for number, (begin, end) in enumerate(spans):
-        span[begin:end] = number + 1
-    return segment, span
-
-
-def heads(tokens, query, key, width=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (query, key, key)
-    return [torch.randn(tokens, n, width, generator=generator).requires_grad_() for n in shapes]
-
-
-def assert_equals_reference(segment, span, query=4, key=1, scale=None, attend=attention):
-    q, k, v = heads(len(segment), query, key)
+def assert_equals_reference(segment, span, query=4, key=1, scale=None, attend=attention, query_Q=None):
+    plan = plan_attention(segment, span, query_Q)
+    q, k, v = heads(len(segment), query, key, queries=plan.queries)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
-    out = attend(q, k, v, plan_attention(segment, span), scale)
-    wanted = reference(q, k, v, segment, span, scale)
+    out = attend(q, k, v, plan, scale)
+    wanted, _ = attend_densely(q.double(), k.double(), v.double(), plan, scale)
     torch.testing.assert_close(out, wanted.float(), rtol=1e-5, atol=1e-5)
-    assert (out[segment == 0] == 0).all()
+    padding = segment == 0 if query_Q is None else segment[query_Q] == 0
+    assert (out[padding] == 0).all()
     for ours, theirs in zip(
         torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(wanted, (q, k, v), grad.double()), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
 
 
-@st.composite
-def rows(draw):
-    """Documents, each with spans that may be adjacent, at its edges or all of it; padding behind them."""
-    lengths, spans, begin = draw(st.lists(st.integers(1, 12), max_size=6)), [], 0
-    for length in lengths:
-        cuts = sorted(draw(st.sets(st.integers(0, length), max_size=4)) | {0, length})
-        for first, last in pairwise(cuts):
-            if draw(st.booleans()):
-                spans.append((begin + first, begin + last))
-        begin += length
-    return row(lengths, spans, draw(st.integers(0, 4)))
-
-
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("attend", [attention, sdpa])
+@pytest.mark.usefixtures("cut_mixed_documents")
+@settings(max_examples=40, deadline=None)
 @given(rows(), st.sampled_from([(4, 1), (4, 2), (3, 3)]))
-def test_any_row_equals_the_dense_reference_forward_and_backward(segment_and_span, counts):
-    assert_equals_reference(*segment_and_span, *counts)
+def test_any_row_equals_the_dense_reference_forward_and_backward(attend, segment_and_span, counts):
+    assert_equals_reference(*segment_and_span, *counts, attend=attend)
+
+
+@pytest.mark.parametrize("attend", [attention, sdpa])
+@pytest.mark.usefixtures("cut_mixed_documents")
+@settings(max_examples=60, deadline=None)
+@given(rows_and_queries(), st.sampled_from([(4, 1), (4, 2)]))
+def test_any_part_of_a_rows_queries_equals_the_dense_reference(attend, given_row, counts):
+    segment, span, query = given_row
+    assert_equals_reference(segment, span, *counts, attend=attend, query_Q=query)
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows())
-def test_the_sdpa_path_that_other_devices_take_equals_the_reference(segment_and_span):
+@given(rows(), st.integers(1, 4))
+def test_ranks_that_divide_the_queries_have_the_rows_output_and_their_key_gradients_sum_to_its(segment_and_span, ranks):
     segment, span = segment_and_span
-    if len(segment) and segment[0] != 0:
-        assert_equals_reference(
-            segment, span, attend=lambda q, k, v, plan, scale: attend_by_sdpa(q, k, v, plan, scale, None)
-        )
+    q, k, v = heads(len(segment), 4, 1)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    whole = attention(q, k, v, plan_attention(segment, span))
+    wanted = torch.autograd.grad(whole, (k, v), grad)
+    total = [torch.zeros_like(k), torch.zeros_like(v)]
+    for rank in range(ranks):
+        chunks = torch.arange(len(segment)).tensor_split(2 * ranks)
+        query = torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
+        out = attention(q[query], k, v, plan_attention(segment, span, query))
+        torch.testing.assert_close(out, whole[query], rtol=1e-5, atol=1e-6)
+        for sum_of_ranks, part in zip(total, torch.autograd.grad(out, (k, v), grad[query]), strict=True):
+            sum_of_ranks += part
+    for ours, theirs in zip(total, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cut_mixed_documents")
+@settings(max_examples=40, deadline=None)
+@given(rows_and_queries())
+def test_the_log_sum_exp_and_its_gradient_equal_the_reference(given_row):
+    plan = plan_attention(*given_row)
+    q, k, v = heads(plan.tokens, 4, 2, queries=plan.queries)
+    out, lse = attention_with_lse(q, k, v, plan)
+    wanted, wanted_lse = attend_densely(q.double(), k.double(), v.double(), plan)
+    torch.testing.assert_close(lse, wanted_lse.float(), rtol=1e-5, atol=1e-5)
+    seeing = wanted_lse.detach().isfinite()
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    ours = (out * grad).sum() + (lse * grad[..., 0])[seeing].sum()
+    theirs = (wanted * grad).sum() + (wanted_lse * grad[..., 0])[seeing].sum()
+    for our_grad, their_grad in zip(
+        torch.autograd.grad(ours, (q, k, v)), torch.autograd.grad(theirs, (q, k, v)), strict=True
+    ):
+        torch.testing.assert_close(our_grad, their_grad, rtol=1e-5, atol=2e-5)
+
+
+def test_parts_over_different_keys_merge_to_the_whole_forward_and_backward():
+    """Queries of the last third; parts as a ring of ranks would see them, one of which has no key for some queries."""
+    q, k, v = heads(12, 4, 1, queries=4)
+    grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    last = torch.arange(8, 12)
+    segment, span = torch.tensor([1] * 6 + [2] * 6), torch.zeros(12, dtype=torch.int32)
+    wanted = attention(q, k, v, plan_attention(segment, span, last))
+    parts = []
+    for begin in (0, 4, 8):
+        held = segment * ((torch.arange(12) >= begin) & (torch.arange(12) < begin + 4))
+        score = torch.einsum("inh,jnh->ijn", q, k.expand(-1, 4, -1)) * 8**-0.5
+        seen = (held == segment[last][:, None]) & (torch.arange(12) <= last[:, None])
+        score = score.masked_fill(~seen[..., None], -1e30)
+        lse = torch.where(seen.any(1)[:, None], score.logsumexp(1), float("-inf"))
+        out = torch.einsum("ijn,jnh->inh", score.softmax(1) * seen[..., None], v.expand(-1, 4, -1))
+        parts.append((out, lse))
+    merged, lse = merge_attention(parts)
+    torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, attention_with_lse(q, k, v, plan_attention(segment, span, last))[1])
+    for ours, theirs in zip(
+        torch.autograd.grad(merged, (q, k, v), grad), torch.autograd.grad(wanted, (q, k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_merging_what_saw_nothing_gives_zeros_and_finite_gradients():
+    q = torch.zeros(2, 3, 4, requires_grad=True)
+    out, lse = merge_attention([(q * 1, torch.full((2, 3), float("-inf")))] * 2)
+    assert (out == 0).all() and (lse == float("-inf")).all()
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+    with pytest.raises(ValueError, match="no parts"):
+        merge_attention([])
+
+
+def test_the_reference_has_the_gradient_of_its_output():
+    plan = plan_attention(*row([4, 1, 3], [(1, 3), (5, 8)], 2))
+    inputs = [x.detach().requires_grad_() for x in heads(10, 4, 2, width=3, dtype=torch.float64)]
+    real = plan.segment_T != 0
+    assert torch.autograd.gradcheck(lambda *x: [part[real] for part in attend_densely(*x, plan)], inputs)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +171,15 @@ def test_another_scale_is_used():
 
 
 @pytest.mark.parametrize("attend", [attention, attend_by_sdpa])
-def test_rotation_within_attention_equals_rotation_before_it(attend):
+@pytest.mark.parametrize("query", [None, torch.tensor([2, 3, 4, 9, 10])])
+def test_rotation_within_attention_equals_rotation_before_it(attend, query):
     segment, span = row([6, 4], [(1, 3)], 2)
     turn = rotation(torch.arange(12) % 6, 8, 10000.0, torch.float32)
-    plan = plan_attention(segment, span)
-    inputs, twins = heads(12, 4, 1), heads(12, 4, 1)
+    plan = plan_attention(segment, span, query)
+    inputs, twins = heads(12, 4, 1, queries=plan.queries), heads(12, 4, 1, queries=plan.queries)
     out = attend(*inputs, plan, None, turn)
-    wanted = attention(rotate(twins[0], turn), rotate(twins[1], turn), twins[2], plan)
+    own = turn if query is None else Rotation(*(x[query] for x in turn))
+    wanted = attention(rotate(twins[0], own), rotate(twins[1], turn), twins[2], plan)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(out, wanted)
     for ours, theirs in zip(
@@ -145,6 +205,7 @@ def test_attention_output_equals_attention_then_product_then_sum(lengths):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("cut_mixed_documents")
 @pytest.mark.parametrize("spans", [[], [(0, 6), (6, 9), (9, 16)], [(7, 9)]])
 @pytest.mark.parametrize("poison", [0, 1, 2])
 def test_a_nan_in_one_document_reaches_no_other(spans, poison):
@@ -164,31 +225,59 @@ def test_a_nan_in_one_document_reaches_no_other(spans, poison):
 
 @settings(max_examples=50, deadline=None)
 @given(rows())
-def test_buckets_hold_every_token_once_and_little_padding(segment_and_span):
-    plan = plan_attention(*segment_and_span)
-    if plan.gather is None:
-        return
+def test_slots_hold_every_token_once_and_little_padding(segment_and_span):
+    plan = plan_attention(*segment_and_span).documents
     real = int((segment_and_span[0] != 0).sum())
-    assert plan.gather[plan.scatter].tolist() == list(range(real))
+    slots = plan.keys
+    assert slots.covered == real
+    if slots.gather is None:
+        return
+    assert slots.gather[slots.scatter].tolist() == list(range(real))
     start = 0
-    for slots in plan.slots:
-        held = ((plan.scatter >= start) & (plan.scatter < start + slots)).sum()
-        assert slots - held <= MAX_WASTE * slots
-        start += slots
+    for count in plan.bucket_slots:
+        held = ((slots.scatter >= start) & (slots.scatter < start + count)).sum()
+        assert count - held <= MAX_WASTE * count
+        start += count
 
 
 def test_causal_documents_and_frames_of_one_size_need_neither_mask_nor_gather():
-    causal = plan_attention(*row([9], [], 2))
-    assert causal.gather is None and causal.buckets[0].causal and causal.buckets[0].mask is None
-    frames = plan_attention(*row([4, 4, 4], [(0, 4), (4, 8), (8, 12)], 0))
-    assert frames.gather is None and frames.buckets[0].mask is None and frames.buckets[0].documents == 3
-    ragged = plan_attention(*row([20, 19, 18], [], 0))
+    causal = plan_attention(*row([9], [], 2)).documents
+    assert causal.keys.gather is None and causal.buckets[0].causal and causal.buckets[0].mask is None
+    frames = plan_attention(*row([4, 4, 4], [(0, 4), (4, 8), (8, 12)], 0)).documents
+    assert frames.keys.gather is None and frames.buckets[0].mask is None and frames.buckets[0].documents == 3
+    ragged = plan_attention(*row([20, 19, 18], [], 0)).documents
     assert len(ragged.buckets) == 1 and ragged.buckets[0].mask is None
+    sorted_already = plan_attention(*row([64, 32, 16, 16], [], 3)).documents
+    assert sorted_already.keys.gather is None and len(sorted_already.buckets) == 3
 
 
-def test_padding_before_a_document_is_an_error():
-    with pytest.raises(ValueError, match="padding"):
-        plan_attention(torch.tensor([1, 0, 2]), torch.zeros(3))
+def test_a_long_document_with_images_is_cut_and_needs_no_mask():
+    plan = plan_attention(*row([512, 30], [(100, 356)], 0)).documents
+    assert [bucket.mask for bucket in plan.buckets] == [None] and len(plan.runs) == 3
+    pairs = sum((run.query_end - run.query) * (run.key_end - run.key) for run in plan.runs)
+    assert pairs < 0.8 * 512**2
+
+
+@pytest.mark.parametrize(
+    ("segment", "span", "query", "says"),
+    [
+        ([1, 0, 2], [0, 0, 0], None, "padding"),
+        ([1, 2, 1], [0, 0, 0], None, "document 1 again at position 2"),
+        ([1, 1, 2], [0, 5, 5], None, "span 5 on both sides of position 2, where document 1 ends and 2"),
+        ([1, 1, 0], [0, 5, 5], None, "document 1 ends and the padding"),
+        ([1, 1, 1], [5, 0, 5], None, "span 5 again at position 2"),
+        ([1, 1, 1], [0, 0], None, "span_T has 2 tokens and segment_T 3"),
+        ([[1, 1]], [0, 0], None, "segment_T has shape"),
+        ([1.0, 1.0], [0, 0], None, "segment_T is torch.float32"),
+        ([1, 1, 1], [0, 0, 0], [0, 3], "query_Q reaches from 0 to 3"),
+        ([1, 1, 1], [0, 0, 0], [-1, 2], "query_Q reaches from -1"),
+        ([1, 1, 1], [0, 0, 0], [2, 1], "query_Q has 1 after 2"),
+        ([1, 1, 1], [0, 0, 0], [1, 1], "query_Q has 1 after 1"),
+    ],
+)
+def test_a_row_that_cannot_be_is_an_error_that_names_what_is_wrong(segment, span, query, says):
+    with pytest.raises(ValueError, match=says):
+        plan_attention(torch.tensor(segment), torch.tensor(span), None if query is None else torch.tensor(query))
 
 
 def test_bfloat16_stays_near_the_reference():
@@ -196,7 +285,8 @@ def test_bfloat16_stays_near_the_reference():
     q, k, v = (x.detach().bfloat16() for x in heads(12, 4, 1))
     out = attention(q, k, v, plan_attention(segment, span))
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.double(), reference(q, k, v, segment, span), rtol=0.03, atol=0.03)
+    wanted, _ = attend_densely(q.double(), k.double(), v.double(), plan_attention(segment, span))
+    torch.testing.assert_close(out.double(), wanted, rtol=0.03, atol=0.03)
 
 
 def test_the_backend_says_what_it_is_and_why():

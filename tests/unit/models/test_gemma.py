@@ -64,7 +64,7 @@ def test_logits_and_embedding_gradient_equal_those_of_transformers(heads, kv_hea
     model = gemma(heads, kv_heads)
     decoder = with_weights_of(model, heads, kv_heads)
     token = torch.randint(1, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(1))  # 0 pads
-    plan = plan_attention(torch.ones(TOKENS), torch.zeros(TOKENS))
+    plan = plan_attention(torch.ones(TOKENS, dtype=torch.int32), torch.zeros(TOKENS, dtype=torch.int32))
     logits = decoder.logits(decoder(decoder.embed(token), torch.arange(TOKENS), plan))
     wanted = model(input_ids=token[None]).logits[0]
     assert wanted.std() > 0.1
