@@ -21,7 +21,6 @@ from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, Row, parts
 from megatron_gemini.parallel.layers import Layers
-from megatron_gemini.parallel.stream import stream_positions
 from megatron_gemini.parallel.topology import Topology
 
 Collect = Callable[[LossOutput], None]
@@ -32,6 +31,7 @@ class MultimodalEngine(Engine):
 
     def __init__(self, config: RunConfig, layout: TokenLayout, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
+        self.layers = Layers(topology)
         microbatches = config.train.rows_per_step // topology.data_size
         settings = deepspeed_config(config, microbatches, topology.shard_size)
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
@@ -47,15 +47,15 @@ class MultimodalEngine(Engine):
             self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self._between_stages())
 
     def _stage(self, layout: TokenLayout, part: Part) -> Callable[[], DecoderStage]:
-        return lambda: DecoderStage(self.config, layout, Layers(self.topology), part)
+        return lambda: DecoderStage(self.config, layout, self.layers, part)
 
     def _between_stages(self) -> torch.Tensor:
-        tokens = len(stream_positions(self.config.data.row_tokens, self.topology))
+        tokens = len(self.layers.stream(self.config.data.row_tokens))
         dtype = torch.bfloat16 if self.config.engine.precision == "bf16" else torch.float32
         return torch.empty(tokens, self.config.model.width, dtype=dtype, device=self.device, requires_grad=True)
 
     def forward_backward(self, batches: Sequence[Batch], weight: float, collect: Collect) -> None:
-        rows = [Row(batch) for batch in batches]
+        rows = self._rows(batches)
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         self._through(rows, collect, scale)
 
@@ -63,7 +63,12 @@ class MultimodalEngine(Engine):
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluating())
-            self._through([Row(batch) for batch in batches], collect, None)
+            self._through(self._rows(batches), collect, None)
+
+    def _rows(self, batches: Sequence[Batch]) -> list[Row]:
+        tokens = len(batches[0].token_T)
+        own_C = self.layers.context_positions(tokens, self.device)
+        return [Row(batch, None, own_C) for batch in batches]
 
     def _through(self, rows: list[Row], collect: Collect, scale: float | None) -> None:
         """All rows through the decoder; with a scale also the backward of scale * loss."""

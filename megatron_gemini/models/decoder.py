@@ -54,6 +54,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.query_norm = layers.head_norm(head_width, config.norm_eps)
             self.key_norm = layers.head_norm(head_width, config.norm_eps)
+        self.context = layers.context()
         self.output = layers.attention_output(config.heads * head_width, width, std=branch_std(config))
 
     def forward(
@@ -62,6 +63,7 @@ class Attention(nn.Module):
         q_TNH, k_TKH, v_TKH = self.input(h_TD)
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
+        k_TKH, v_TKH = self.context.gather(k_TKH, v_TKH)
         attend = None if cache is None else functools.partial(cache.attend, self.index)
         return self.output(h_TD, q_TNH, k_TKH, v_TKH, plan, turn, attend)
 
@@ -135,7 +137,10 @@ class Decoder(nn.Module):
         plan: AttentionPlan,
         cache: AttentionCache | None = None,
     ) -> torch.Tensor:
-        """Embedded tokens or the hidden states of the stage before -> hidden states; the last stage's are normed."""
+        """Embedded tokens or the hidden states of the stage before -> hidden states; the last stage's are normed.
+
+        position_T: of the whole row, also where this rank has only some of its tokens.
+        """
         turn = rotation(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
         for layer in self.layers.values():
             h_TD = layer(h_TD, turn, plan, cache)

@@ -38,15 +38,23 @@ class LossOutput(NamedTuple):
 
 @dataclass
 class Row:
-    """A packed row on its way through the stages of this rank. embeddings: what the encoders gave for it."""
+    """A packed row on its way through the stages of this rank.
+
+    embeddings: what the encoders gave for it. own_C: the positions that this context rank has, None if all.
+    """
 
     batch: Batch
     embeddings: Embeddings | None = None
+    own_C: torch.Tensor | None = None
 
     @functools.cached_property
     def plan(self) -> AttentionPlan:
         """Made once, for all stages of this rank."""
-        return plan_attention(self.batch.segment_T, self.batch.span_T)
+        return plan_attention(self.batch.segment_T, self.batch.span_T, self.own_C)
+
+    def own(self, x_T: torch.Tensor) -> torch.Tensor:
+        """What is this context rank's of a tensor over the row."""
+        return x_T if self.own_C is None else x_T.index_select(0, self.own_C)
 
 
 class DecoderStage(nn.Module):
@@ -62,26 +70,27 @@ class DecoderStage(nn.Module):
     def forward(self, h_SD: torch.Tensor | None = None, *, row: Row) -> LossOutput | tuple[torch.Tensor]:
         """h_SD: what the stage before gave, None on the first. Returns the loss on the last, else (h_SD,)."""
         h_SD = self.through(h_SD, row)
-        return self.loss(h_SD, row.batch) if self.decoder.part.last else (h_SD,)
+        return self.loss(h_SD, row) if self.decoder.part.last else (h_SD,)
 
     def through(self, h_SD: torch.Tensor | None, row: Row, cache: AttentionCache | None = None) -> torch.Tensor:
         """Hidden states after this stage's layers; cache: generation's keys and values of earlier tokens."""
         if h_SD is None:
-            h_SD = self.decoder.embed(row.batch.token_T)
+            h_SD = self.decoder.embed(row.own(row.batch.token_T))
             if row.embeddings is not None:
                 h_SD = place(h_SD, row.embeddings)
         return self.decoder(h_SD, row.batch.position_T, row.plan, cache)
 
-    def loss(self, h_SD: torch.Tensor, batch: Batch) -> LossOutput:
-        """The loss of one packed row. The head sees only positions whose target has a weight."""
-        h_TD = self.layers.gather_stream(h_SD)
-        target, weight, modality = batch.target_T, batch.weight_T, batch.modality_T
+    def loss(self, h_SD: torch.Tensor, row: Row) -> LossOutput:
+        """The loss of this rank's tokens of a packed row. The head sees only positions whose target has a weight."""
+        h_CD = self.layers.gather_stream(h_SD)
+        batch = row.batch
+        target, weight, modality = (row.own(x_T) for x_T in (batch.target_T, batch.weight_T, batch.modality_T))
         weighted = weight.nonzero().squeeze(1)
         if len(weighted) < len(weight):
-            h_TD, target, weight, modality = (x.index_select(0, weighted) for x in (h_TD, target, weight, modality))
+            h_CD, target, weight, modality = (x.index_select(0, weighted) for x in (h_CD, target, weight, modality))
         shard = self.decoder.output_embedding.shard
         loss, nll = cross_entropy(
-            self.decoder.logits(h_TD),
+            self.decoder.logits(h_CD),
             target,
             weight,
             z_loss=self.config.loss.z_loss,

@@ -19,6 +19,19 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def all_gather(whole: torch.Tensor, mine: torch.Tensor, group: ProcessGroup) -> Any:
+    """Begin to gather every rank's `mine` into `whole`, rank after rank along the first dimension; returns the work."""
+    return _all_gather(whole, mine.contiguous(), group=group, async_op=True)
+
+
+def reduce_scatter(mine: torch.Tensor, whole: torch.Tensor, group: ProcessGroup) -> Any:
+    """Begin to sum `whole` over the ranks, of which this rank gets its part in `mine`; returns the work.
+
+    gloo has it in every floating-point type, by an all-reduce inside.
+    """
+    return _reduce_scatter(mine, whole.contiguous(), group=group, async_op=True)
+
+
 @dataclass(frozen=True)
 class Pending:
     """A tensor that is whole once its collective has ended."""
@@ -57,17 +70,14 @@ class TensorRanks:
         if not self.sequence:
             return Pending(x_SD)
         whole_CD = x_SD.new_empty(len(x_SD) * self.size, *x_SD.shape[1:])
-        return Pending(whole_CD, _all_gather(whole_CD, x_SD.contiguous(), group=self.group, async_op=True))
+        return Pending(whole_CD, all_gather(whole_CD, x_SD, self.group))
 
     def reduce(self, x_CD: torch.Tensor) -> Pending:
-        """This rank's stream of the sum of every rank's x_CD: [S, D]. x_CD is overwritten without sequence parallelism.
-
-        gloo has the reduce-scatter in every floating-point type, by an all-reduce inside.
-        """
+        """This rank's stream of the sum of every rank's x_CD, [S, D]; overwrites x_CD without sequence parallelism."""
         if not self.sequence:
             return Pending(x_CD, dist.all_reduce(x_CD, group=self.group, async_op=True))
         sum_SD = x_CD.new_empty(len(x_CD) // self.size, *x_CD.shape[1:])
-        return Pending(sum_SD, _reduce_scatter(sum_SD, x_CD.contiguous(), group=self.group, async_op=True))
+        return Pending(sum_SD, reduce_scatter(sum_SD, x_CD, self.group))
 
 
 def gather_stream(x_SD: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:

@@ -16,9 +16,10 @@ from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_l
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import Rotation, rotate
 from megatron_gemini.parallel.collectives import TensorRanks, gather_stream
+from megatron_gemini.parallel.context import ContextRanks
 from megatron_gemini.parallel.division import Attend, HeadShard, VocabularyShard
 from megatron_gemini.parallel.parameters import Init, Placement, new_parameter, normal, zeros
-from megatron_gemini.parallel.stream import stream_positions
+from megatron_gemini.parallel.stream import context_positions, stream_positions
 from megatron_gemini.parallel.topology import Topology
 
 
@@ -174,6 +175,14 @@ class Layers:
         if not (self.divided and self.topology.sequence):
             return h_SD
         return gather_stream(h_SD, TensorRanks.of(self.topology))
+
+    def context(self) -> ContextRanks:
+        """What brings the row's keys and values together where context-parallel ranks divide its tokens."""
+        return ContextRanks(self.topology)
+
+    def context_positions(self, tokens: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """int64[C], ascending: the positions of a row of `tokens` that this context rank has; None if all."""
+        return context_positions(tokens, self.topology, device) if self.topology.context_size > 1 else None
 
     def heads(self, query: int, key: int) -> HeadShard:
         """This rank's share of `query` and `key` heads; key heads are divided if there is one or more for each rank."""

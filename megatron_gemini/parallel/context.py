@@ -1,0 +1,66 @@
+"""Context parallelism: a row's tokens divided over ranks, each of which computes its queries against all keys.
+
+Only keys and values travel. With one key/value head they are small, 2 H values a token against N H for the queries,
+so every rank gathers them whole, before RoPE, and attention needs no second step. The alternatives fit this model
+worse: an all-to-all from tokens to heads (Ulysses) has one key/value head to give to all ranks, so it would have to
+be gathered anyway, and moves the queries and the outputs besides; a ring moves the same bytes as the gather in steps
+that each wait for a partial attention to be merged.
+
+Shape suffixes: T tokens of the row, C tokens of this context rank, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from megatron_gemini.parallel.collectives import all_gather, reduce_scatter
+from megatron_gemini.parallel.topology import Topology
+
+
+class ContextRanks:
+    """Brings the keys and values of all context ranks together, in the order of the row."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.size, self.group = topology.context_size, topology.context_group
+
+    def gather(self, k_CKH: torch.Tensor, v_CKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k_TKH and v_TKH. Their gradients are summed over the ranks, and each gets those of its own tokens."""
+        if self.size == 1:
+            return k_CKH, v_CKH
+        return _Gather.apply(k_CKH, v_CKH, self.size, self.group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, k: torch.Tensor, v: torch.Tensor, size: int, group: ProcessGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.size, ctx.group = size, group
+        both_C2KH = torch.stack((k, v), 1)
+        by_rank = both_C2KH.new_empty(len(k) * size, *both_C2KH.shape[1:])
+        all_gather(by_rank, both_C2KH, group=group).wait()
+        k_TKH, v_TKH = row_order(by_rank, size).unbind(1)
+        return k_TKH, v_TKH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        by_rank = rank_order(torch.stack(grads, 1), ctx.size)
+        own = by_rank.new_empty(len(by_rank) // ctx.size, *by_rank.shape[1:])
+        reduce_scatter(own, by_rank, group=ctx.group).wait()
+        k_grad, v_grad = own.unbind(1)
+        return k_grad, v_grad, None, None
+
+
+def row_order(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """[T, ...], rank after rank as `stream.context_positions` deals the chunks -> in the order of the row."""
+    first, second = x.view(ranks, 2, -1, *x.shape[1:]).unbind(1)
+    return torch.cat((first, second.flip(0))).flatten(0, 1)
+
+
+def rank_order(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """The inverse of `row_order`."""
+    chunks = x.view(2 * ranks, -1, *x.shape[1:])
+    return torch.stack((chunks[:ranks], chunks[ranks:].flip(0)), 1).flatten(0, 2)
