@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -37,11 +38,12 @@ class Items:
     rank: np.ndarray
 
 
-def rank_at(topology: Topology, pipeline: int, data: int, context: int, tensor: int) -> int:
-    """The rank at a place of the world, see `Topology`."""
-    return (
-        (pipeline * topology.data_size + data) * topology.context_size + context
-    ) * topology.tensor_size + tensor
+Rank = TypeVar("Rank", int, np.ndarray)
+
+
+def rank_at(topology: Topology, pipeline: int, data: Rank, context: Rank, tensor: Rank) -> Rank:
+    """The rank, or ranks, at a place of the world; see `Topology`."""
+    return ((pipeline * topology.data_size + data) * topology.context_size + context) * topology.tensor_size + tensor
 
 
 def peers(topology: Topology, data_rank: int) -> list[int]:
@@ -54,9 +56,7 @@ def peers(topology: Topology, data_rank: int) -> list[int]:
     ]
 
 
-def deal(
-    cost_I: np.ndarray, home_I: np.ndarray, holders: Sequence[Sequence[int]], load_R: np.ndarray
-) -> np.ndarray:
+def deal(cost_I: np.ndarray, home_I: np.ndarray, holders: Sequence[Sequence[int]], load_R: np.ndarray) -> np.ndarray:
     """int64[I]: the rank that encodes each item.
 
     The dearest item first, to the rank with the least to do (Graham, 1969: longest processing time first); equal ones in

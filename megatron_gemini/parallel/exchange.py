@@ -89,9 +89,8 @@ class Streams:
 
         copy: which one of the tensor-parallel ranks, where all of them do.
         """
-        tensor = self.tensor_T[position] if self.copies == 1 else copy
-        first: np.ndarray = rank_at(self.topology, 0, home, self.context_T[position], tensor)
-        return first
+        tensor = self.tensor_T[position] if self.copies == 1 else np.broadcast_to(copy, position.shape)
+        return rank_at(self.topology, 0, home, self.context_T[position], tensor)
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,10 @@ def exchange_inputs(
     """
     sent, to = [], []
     for item in own:
-        if items.rank[item] not in peers(topology, topology.data_rank) and _sender(items, item, topology) == topology.rank:
+        if (
+            items.rank[item] not in peers(topology, topology.data_rank)
+            and _sender(items, item, topology) == topology.rank
+        ):
             sent.append(item)
             to.append(int(items.rank[item]))
     order = sorted(range(len(sent)), key=to.__getitem__)
