@@ -43,6 +43,8 @@ CASES = {
         "zero-1-offload": {"offload": "cpu"},
         "zero-1-kept": {"recompute": False, "offload": "cpu"},
         "zero-2": {"zero": 2},
+        "zero-2-kept": {"zero": 2, "recompute": False},
+        "zero-2-kept-offload": {"zero": 2, "recompute": False, "offload": "cpu"},
         "zero-2-offload": {"zero": 2, "offload": "cpu"},
         "zero-3": {"zero": 3},
         "zero-3-kept": {"zero": 3, "recompute": False},
@@ -120,7 +122,12 @@ def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
         embedders.backward()
         for part in embedders.parts:
             part.wait()
-        norm = global_norm([piece for part in embedders.parts for piece in part.owned()], device)
+        pieces = [piece for part in embedders.parts for piece in part.owned()]
+        for piece in pieces:
+            gradient = piece.gradient()
+            assert gradient is not None, f"{piece.name} has no gradient in step {step}"
+            found[f"gradients{step}/{piece.start}/{piece.name}"] = gradient[: piece.count].clone()
+        norm = global_norm(pieces, device)
         for part in embedders.parts:
             part.step(LR, norm)
         found[f"{step}/norm"] = norm
