@@ -1,0 +1,152 @@
+"""The encoders of images, clips and sound, on all ranks of the world, whatever the decoder's layout.
+
+Every rank encodes its share of a global step's items; the embeddings travel to the ranks whose stream holds their tokens,
+and after the decoder's backward their gradients travel back.
+
+Shape suffixes: I items, O embeddings of this rank's stream, X embeddings that this rank makes, C values of an encoder
+input, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, Media
+from megatron_gemini.engine.encoder import Encoder
+from megatron_gemini.engine.frozen import FrozenEngine
+from megatron_gemini.engine.groups import EngineGroups
+from megatron_gemini.engine.zero import ZeroEngine
+from megatron_gemini.models.encoders import enabled, input_width
+from megatron_gemini.models.encoding_plan import EncodingPlan, make_plan, size_table
+from megatron_gemini.models.placement import Embeddings
+from megatron_gemini.parallel.exchange import EmbeddingRoutes, Streams, embedding_routes, exchange_inputs
+from megatron_gemini.parallel.ragged import gather_tables
+from megatron_gemini.parallel.topology import Topology
+
+
+def groups_of_world(topology: Topology) -> EngineGroups:
+    """Every rank is data parallel, none shares weights with another."""
+    if topology.world == 1:
+        return EngineGroups()
+    alone = dist.new_group([topology.rank], use_local_synchronization=True)
+    return EngineGroups(topology.world, topology.rank, dist.group.WORLD, 1, 0, alone)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a backward needs of its forward. leaves: the embeddings of every row that has some."""
+
+    plan: EncodingPlan
+    routes: EmbeddingRoutes
+    leaves: list[torch.Tensor]
+
+
+class Embedders:
+    """All encoders of a model. Collective: every rank of the world calls every method in the same order."""
+
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
+        self.config, self.topology, self.device = config, topology, device
+        groups, self.names = groups_of_world(topology), enabled(config)
+        self.encoders = [Encoder(config, name, groups, device) for name in self.names]
+        self.balance = 1.0
+        """Of the newest step: the cost of the dearest rank over the mean."""
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        self._like = torch.empty(0, dtype=dtype, device=device)
+        self._trained = np.array([encoder.trained for encoder in self.encoders], bool)
+        self._streams: dict[int, Streams] = {}
+        self._step: _Step | None = None
+
+    @property
+    def parts(self) -> list[ZeroEngine]:
+        """The engines of trained encoders, which take part in the norm and the update."""
+        return [encoder.engine for encoder in self.encoders if encoder.trained]
+
+    @property
+    def frozen(self) -> list[FrozenEngine]:
+        """The engines of frozen encoders, whose weights checkpoints hold."""
+        return [encoder.engine for encoder in self.encoders if not encoder.trained]
+
+    def forward(self, batches: Sequence[Batch], training: bool = True) -> list[Embeddings | None]:
+        """What the encoders give for the tokens of each row that this rank's stream holds.
+
+        batches: this data-parallel rank's rows, the same on all its peers, with all their media; their values are best on
+            the CPU, as only some of them are needed on this rank's device. Checked with `encoding_plan.check_media`.
+        Returns None where a stream has no media, as on all ranks without the embedding stage. training: the embeddings are
+        leaves that want a gradient, and `backward` follows the decoder's.
+        """
+        if not self.encoders:
+            return [None] * len(batches)
+        tables = gather_tables(size_table(batches, self.config), self.topology.data_group, self.device)
+        plan = make_plan(tables, self.config, self.topology, training)
+        self.balance = plan.balance
+        made_XD = self._encode(plan, batches, training)
+        routes = embedding_routes(plan.items, self._streams_of(batches), len(batches), self._trained)
+        leaves = [e_OD.detach().requires_grad_(training) for e_OD in routes.forth.carry(made_XD).split(routes.counts)]
+        if training:
+            self._step = _Step(plan, routes, leaves)
+        positions = routes.position.to(self.device).split(routes.counts)
+        pairs = zip(positions, leaves, strict=True)
+        return [Embeddings(position_O, e_OD) if len(e_OD) else None for position_O, e_OD in pairs]
+
+    def backward(self) -> None:
+        """The encoders' gradients, from those that the decoder's backward left on the embeddings of `forward`.
+
+        The decoder's loss was multiplied by the number of ranks that share its weights, since DeepSpeed divides by it; the
+        encoders' engines divide by the whole world.
+        """
+        step, self._step = self._step, None
+        if step is None or not self._trained.any():
+            return
+        items = step.plan.items
+        grad_OD = torch.cat([torch.zeros_like(e_OD) if e_OD.grad is None else e_OD.grad for e_OD in step.leaves])
+        grad_XD = step.routes.back.carry(grad_OD).float() * (self.topology.world / self.topology.shard_size)
+        mine = np.flatnonzero((items.rank == self.topology.rank) & self._trained[items.encoder])
+        grads = dict(zip(mine.tolist(), grad_XD.split(items.outputs[mine].tolist()), strict=True))
+        for encoder, chunks in reversed(list(zip(self.encoders, step.plan.chunks, strict=True))):
+            if encoder.trained:
+                encoder.backward([torch.cat([grads[item] for item in chunk]) for chunk in chunks])
+
+    def _encode(self, plan: EncodingPlan, batches: Sequence[Batch], training: bool) -> torch.Tensor:
+        """[X, D]: the embeddings of the items that this rank encodes, item after item."""
+        widths = [input_width(self.config, name) for name in self.names]
+        values = exchange_inputs(self._own_values(plan, batches), plan.items, widths, self.topology, self._like)
+        made: dict[int, torch.Tensor] = {}
+        for encoder, chunks, forwards in zip(self.encoders, plan.chunks, plan.forwards, strict=True):
+            outputs = encoder.forward([self._media(plan, values, chunk) for chunk in chunks], forwards, training)
+            for chunk, output in zip(chunks, outputs, strict=True):
+                made |= zip(chunk, output.split(plan.items.outputs[chunk].tolist()), strict=True)
+        nothing = self._like.new_empty(0, self.config.model.width)
+        return torch.cat([nothing, *(made[item] for item in sorted(made))])
+
+    def _own_values(self, plan: EncodingPlan, batches: Sequence[Batch]) -> dict[int, torch.Tensor]:
+        """The inputs [n, C] of all items of this rank's rows, by their number."""
+        items = plan.items
+        mine = np.flatnonzero(items.home == self.topology.data_rank)
+        values = [
+            piece
+            for name in self.names
+            for batch in batches
+            if name in batch.media
+            for piece in batch.media[name].values_PC.split(batch.media[name].grid_I3.prod(1).tolist())
+        ]
+        return dict(zip(mine.tolist(), values, strict=True))
+
+    def _media(self, plan: EncodingPlan, values: dict[int, torch.Tensor], chunk: list[int]) -> Media:
+        return Media(
+            values_PC=torch.cat([values[item] for item in chunk]),
+            grid_I3=torch.from_numpy(plan.grid_I3[chunk]).to(self.device),
+            time_I=torch.from_numpy(plan.seconds_I[chunk]).to(self.device, torch.float32),
+            token_O=torch.empty(0, dtype=torch.int64, device=self.device),  # an encoder has no use for it
+        )
+
+    def _streams_of(self, batches: Sequence[Batch]) -> Streams:
+        tokens = len(batches[0].token_T)
+        if tokens not in self._streams:
+            self._streams[tokens] = Streams(self.topology, tokens)
+        return self._streams[tokens]

@@ -1,0 +1,122 @@
+"""One encoder on the ZeRO engine of all ranks: the forwards of a step, and their backwards in the reverse order."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Media
+from megatron_gemini.engine import gathering
+from megatron_gemini.engine.deepspeed_config import deepspeed_config
+from megatron_gemini.engine.frozen import FrozenEngine
+from megatron_gemini.engine.groups import EngineGroups
+from megatron_gemini.engine.zero import ZeroEngine
+from megatron_gemini.models.encoders import Encoders, is_frozen
+
+_OF_THE_DECODER = ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger")
+_BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size")
+_DEFAULT_BUCKET = 500_000_000
+
+
+def engine_config(config: RunConfig) -> RunConfig:
+    """`config` with the ZeRO stage of the encoders, and without the offloading that the stage cannot have."""
+    engine, stage = config.engine, config.embedders.zero_stage
+    stage = engine.zero_stage if stage < 0 else stage
+    return dataclasses.replace(
+        config,
+        engine=dataclasses.replace(
+            engine,
+            zero_stage=stage,
+            offload_optimizer=engine.offload_optimizer if stage > 0 else "none",
+            offload_parameters=engine.offload_parameters if stage == 3 else "none",
+        ),
+    )
+
+
+def encoder_settings(config: RunConfig, world: int, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for an encoder of `parameters` elements, made from that of the decoder.
+
+    The user's JSON is checked as the decoder's. Here its batch keys are those of `world` data-parallel ranks, its monitors
+    and profilers are off, so that each is there once, and no bucket is larger than the encoder.
+    """
+    settings = deepspeed_config(config, config.train.rows_per_step, 1)
+    for key in _OF_THE_DECODER:
+        settings.pop(key, None)
+    ours = engine_config(config).engine
+    zero = settings["zero_optimization"]
+    zero["stage"] = ours.zero_stage
+    for key, device in (("offload_optimizer", ours.offload_optimizer), ("offload_param", ours.offload_parameters)):
+        if device == "none":
+            zero.pop(key, None)
+    for key in _BUCKETS:
+        zero[key] = min(zero.get(key, _DEFAULT_BUCKET), max(parameters, 1))
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the engine is told which backward is the last one
+        "train_batch_size": world,
+    }
+    return settings
+
+
+class Encoder:
+    """One encoder of the model, divided over all ranks, and its work of a step.
+
+    Each encoder has an engine of its own: ZeRO-3 adds to the gradients of the step before where a parameter is first
+    used in a later backward than others, which encoders with different numbers of forwards would be.
+    """
+
+    def __init__(self, config: RunConfig, name: str, groups: EngineGroups, device: torch.device) -> None:
+        self.name, self.device, self.trained = name, device, not is_frozen(config, name)
+        self.recompute = config.embedders.recompute
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in Encoders(config, (name,)).parameters())
+        settings = encoder_settings(config, groups.data_size, parameters)
+        engine = ZeroEngine if self.trained else FrozenEngine
+        self.engine: Any = engine(lambda: Encoders(config, (name,)), engine_config(config), groups, settings, device)
+        self._inputs: list[Media] = []
+        self._graphs: list[torch.Tensor] = []
+
+    def forward(self, chunks: Sequence[Media], forwards: int, training: bool) -> list[torch.Tensor]:
+        """Embeddings [O, D] of each chunk, without a graph. forwards: how many every rank runs; dummies fill up.
+
+        training: `backward` follows.
+        """
+        inputs = [*chunks, *(self._dummy() for _ in range(forwards - len(chunks)))]
+        keep = training and self.trained
+        with self._held(forwards), torch.set_grad_enabled(keep and not self.recompute):
+            outputs = [self.engine.forward(self.name, media) for media in inputs]
+        if keep:
+            self._inputs, self._graphs = inputs, [] if self.recompute else outputs
+        return [output.detach() for output in outputs[: len(chunks)]]
+
+    def backward(self, grads: Sequence[torch.Tensor]) -> None:
+        """grads: of each chunk's embeddings, float. A dummy's gradient is zero, and so is all that comes of it."""
+        last = len(self._inputs) - 1
+        with self._held(len(self._inputs)):
+            for number in range(last, -1, -1):
+                media = self._inputs.pop()
+                output = self._graphs.pop() if self._graphs else self.engine.forward(self.name, media)
+                grad = grads[number] if number < len(grads) else torch.zeros_like(output)
+                # A scalar whose gradient is `grad`: DeepSpeed would divide by more than it should if it were given it.
+                self.engine.backward((output * grad.to(output.dtype)).sum(), boundary=number == 0)
+
+    def _dummy(self) -> Media:
+        encoder: Any = self.engine.module.encoders[self.name]
+        return encoder.dummy()
+
+    @contextlib.contextmanager
+    def _held(self, forwards: int) -> Iterator[None]:
+        """Under ZeRO-3, weights that several forwards need are gathered once for all of them."""
+        if self.engine.stage != 3 or forwards < 2:
+            yield
+            return
+        gathering.hold(self.engine.deepspeed)
+        try:
+            yield
+        finally:
+            gathering.release(self.engine.deepspeed)

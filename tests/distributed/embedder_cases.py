@@ -1,0 +1,161 @@
+"""One rank of the embedders' test: several layouts, one after the other, each trained for some steps.
+
+    torchrun --nproc-per-node N -m tests.distributed.embedder_cases OUT CASE...
+
+The decoder is stood in for by a function of each token's embedding, its place and its row, so that a wrong place, row or
+gradient shows. Every rank writes what it saw of each step to OUT/CASE-RANK.safetensors. It knows nothing of the oracle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megatron_gemini.config.engine import EmbeddersConfig, ParallelConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch
+from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.embedders import Embedders
+from megatron_gemini.engine.norm import global_norm
+from megatron_gemini.models.encoding_plan import check_media
+from megatron_gemini.models.placement import Embeddings, place
+from megatron_gemini.parallel.deal import rank_at
+from megatron_gemini.parallel.stream import stream_positions
+from megatron_gemini.parallel.topology import Topology, build_topology
+from megatron_gemini.training.quiet import quiet_warnings
+from tests.distributed.rows import CONFIG, LAYOUT, ROWS, T, rows
+
+STEPS, LR = 3, 1e-2
+PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": ()}
+CASES = {
+    "1": {
+        "zero-3": {"zero": 3, "offload": "cpu"},
+        "zero-0": {"zero": 0, "recompute": False},
+    },
+    "2": {
+        "zero-0": {"zero": 0},
+        "zero-0-kept": {"zero": 0, "recompute": False},
+        "zero-1": {},
+        "zero-1-offload": {"offload": "cpu"},
+        "zero-1-kept": {"recompute": False, "offload": "cpu"},
+        "zero-2": {"zero": 2},
+        "zero-2-kept": {"zero": 2, "recompute": False},
+        "zero-2-kept-offload": {"zero": 2, "recompute": False, "offload": "cpu"},
+        "zero-2-offload": {"zero": 2, "offload": "cpu"},
+        "zero-3": {"zero": 3},
+        "zero-3-kept": {"zero": 3, "recompute": False},
+        "zero-3-offload": {"zero": 3, "offload": "cpu"},
+        "one-forward": {"zero": 3, "chunk": 4096},
+        "frozen-vision": {"zero": 3, "frozen": ("vision",)},
+        "frozen-audio": {"frozen": ("audio",)},
+        "all-frozen": {"zero": 3, "frozen": ("vision", "audio")},
+        "tensor": {"parallel": {"tensor": 2}},
+        "pipeline": {"parallel": {"pipeline": 2}},
+        "context": {"parallel": {"context": 2}},
+    },
+    "4": {
+        "data": {},
+        "data-zero-3": {"zero": 3},
+        "tensor": {"parallel": {"tensor": 2}, "zero": 3},
+        "sequence": {"parallel": {"tensor": 2, "sequence": True}},
+        "pipeline": {"parallel": {"pipeline": 4}, "zero": 3, "offload": "cpu"},
+        "context": {"parallel": {"context": 2}},
+        "tensor-pipeline": {"parallel": {"tensor": 2, "pipeline": 2}},
+        "sequence-context": {"parallel": {"tensor": 2, "sequence": True, "context": 2}, "zero": 3},
+    },
+}
+
+
+def case_config(ranks: str, name: str) -> RunConfig:
+    case = PLAIN | CASES[ranks][name]
+    config = dataclasses.replace(
+        CONFIG,
+        parallel=ParallelConfig(**case["parallel"]),
+        engine=dataclasses.replace(CONFIG.engine, zero_stage=case["zero"], offload_optimizer=case["offload"]),
+        embedders=EmbeddersConfig(recompute=case["recompute"], chunk_tokens=case["chunk"]),
+    )
+    for encoder in case["frozen"]:
+        config = dataclasses.replace(config, **{encoder: dataclasses.replace(getattr(config, encoder), frozen=True)})
+    return config
+
+
+def step_rows(step: int) -> list[Batch]:
+    """The rows of a global step: the last row but one has text only, and in step 1 nobody has sound."""
+    first, second = rows(step), rows(step + 100)
+    return [first[0], first[3], first[1], first[2]] if step != 1 else [first[2], second[2], first[1], second[1]]
+
+
+def pretend_loss(embeddings: Embeddings | None, row: int, positions: torch.Tensor) -> torch.Tensor:
+    """Stands in for the decoder. row: in the global step; positions: of the row's tokens in this rank's stream."""
+    random = torch.Generator().manual_seed(row)
+    turn, weight = (torch.randn(T, CONFIG.model.width, generator=random) for _ in range(2))
+    h_SD = torch.zeros(len(positions), CONFIG.model.width)
+    if embeddings is not None:
+        h_SD = place(h_SD, embeddings)
+    return ((h_SD + turn[positions]).tanh() * weight[positions]).sum() / 50
+
+
+def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
+    device = torch.device("cpu")
+    embedders = Embedders(config, topology, device)
+    share, found = ROWS // topology.data_size, {}
+    positions = stream_positions(T, topology)
+    for step in range(STEPS):
+        first = topology.data_rank * share
+        batches = step_rows(step)[first : first + share]
+        for batch in batches:
+            check_media(batch, LAYOUT, config)
+        given = embedders.forward(batches)
+        assert topology.pipeline_rank == 0 or all(each is None for each in given)
+        if topology.pipeline_rank == 0:
+            for number, embeddings in enumerate(given, start=first):
+                if embeddings is not None:
+                    found[f"{step}/embeddings/{number}"] = embeddings.e_OD.detach().clone()
+                    found[f"{step}/positions/{number}"] = positions[embeddings.position_O]
+                loss = pretend_loss(embeddings, number, positions) * topology.shard_size
+                if loss.requires_grad:
+                    loss.backward()
+        embedders.backward()
+        for part in embedders.parts:
+            part.wait()
+        pieces = [piece for part in embedders.parts for piece in part.owned()]
+        for piece in pieces:
+            gradient = piece.gradient()
+            assert gradient is not None, f"{piece.name} has no gradient in step {step}"
+            found[f"gradients{step}/{piece.start}/{piece.name}"] = gradient[: piece.count].clone()
+        norm = global_norm(pieces, device)
+        for part in embedders.parts:
+            part.step(LR, norm)
+        found[f"{step}/norm"] = norm
+        found[f"{step}/balance"] = torch.tensor(embedders.balance)
+    for part in [*embedders.parts, *embedders.frozen]:
+        for fragment in part.owned():
+            found[f"weights/{fragment.start}/{fragment.name}"] = fragment.master().detach().clone().contiguous()
+    return found
+
+
+def main() -> None:
+    out, *names = sys.argv[1:]
+    quiet_warnings()
+    device = choose_device()
+    join(device)
+    from megatron.core import parallel_state
+
+    for name in names:
+        ranks = str(torch.distributed.get_world_size())
+        config = case_config(ranks, name)
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        topology = build_topology(config.parallel, "gloo")
+        here = (topology.pipeline_rank, topology.data_rank, topology.context_rank, topology.tensor_rank)
+        assert rank_at(topology, *here) == topology.rank
+        save_file(train(config, topology), Path(out) / f"{name}-{topology.rank}.safetensors")
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Encoders on all ranks give what serial encoders give, and learn what they learn, whatever the layout.
+
+The oracle is plain torch: all encoders in one module from the same seed, one forward a row and encoder (so other packing,
+other numbers of forwards, no dummies), autograd, torch's clipping and AdamW. It shares the encoders' code and the rule for
+initial values, and neither dealing, exchange, DeepSpeed nor recomputation. In one of three steps nobody has sound.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_gemini.contracts import ENCODERS
+from megatron_gemini.models.encoders import Encoders
+from megatron_gemini.models.placement import combine
+from megatron_gemini.parallel.parameters import initialize
+from tests.distributed.embedder_cases import CASES, LR, PLAIN, STEPS, case_config, pretend_loss, step_rows
+from tests.distributed.rows import CONFIG, T
+
+ROOT = Path(__file__).parents[2]
+ALL = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, torch.Tensor]]]:
+    """What every rank found in every case; one launch for each number of ranks."""
+    folder, found = tmp_path_factory.mktemp("embedders"), {}
+    for ranks, cases in CASES.items():
+        out = folder / ranks
+        out.mkdir()
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+        command += ["-m", "tests.distributed.embedder_cases", str(out), *cases]
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        for name in cases:
+            found[ranks, name] = [load_file(out / f"{name}-{rank}.safetensors") for rank in range(int(ranks))]
+    return found
+
+
+def serial(frozen: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(what a step gave, by "step/kind/row", the final weights) without any parallelism."""
+    model = Encoders(CONFIG, ENCODERS)
+    initialize(model, CONFIG.train.seed)
+    for name in frozen:
+        model.encoders[name].requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = CONFIG.optimizer.weight_decay
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-4) if trained else None
+    found = {}
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for row, batch in enumerate(step_rows(step)):
+            given = combine(batch, {name: model(name, batch.media[name]) for name in ENCODERS if name in batch.media})
+            if given is not None:
+                order = given.position_O.argsort()
+                found[f"{step}/embeddings/{row}"] = given.e_OD.detach()[order]
+                found[f"{step}/positions/{row}"] = given.position_O[order]
+            total = total + pretend_loss(given, row, torch.arange(T))
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none=False)
+            for parameter in trained:  # where a step uses an encoder not at all, its gradient is zero
+                parameter.grad = torch.zeros_like(parameter)
+            if total.requires_grad:
+                total.backward()
+            bound = CONFIG.engine.gradient_clipping
+            found |= {f"gradients{step}/{n}": p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+            found[f"{step}/norm"] = torch.nn.utils.clip_grad_norm_(trained, bound)
+            optimizer.step()
+    return found, {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """`serial` by the names of the frozen encoders."""
+    frozen = {(PLAIN | case)["frozen"] for cases in CASES.values() for case in cases.values()}
+    return {names: serial(names) for names in frozen}
+
+
+@pytest.mark.parametrize(("ranks", "name"), ALL)
+def test_embeddings_reach_the_streams_as_serial_encoders_give_them(ranks, name, results, oracle):
+    expected, _ = oracle[(PLAIN | CASES[ranks][name])["frozen"]]
+    parallel = case_config(ranks, name).parallel
+    copies = 1 if parallel.sequence else parallel.tensor
+    for step in range(STEPS):
+        for row in range(len(step_rows(step))):
+            key = f"{step}/embeddings/{row}"
+            pieces = [found for found in results[ranks, name] if key in found]
+            if key not in expected:
+                assert not pieces
+                continue
+            position = torch.cat([found[f"{step}/positions/{row}"] for found in pieces])
+            given = torch.cat([found[key] for found in pieces])
+            order = position.argsort(stable=True)
+            assert torch.equal(position[order], expected[f"{step}/positions/{row}"].repeat_interleave(copies))
+            wanted = expected[key].repeat_interleave(copies, 0)
+            torch.testing.assert_close(given[order], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "name"), ALL)
+def test_encoders_learn_as_serial_ones_do(ranks, name, results, oracle):
+    frozen = (PLAIN | CASES[ranks][name])["frozen"]
+    expected, weights = oracle[frozen]
+    for found in results[ranks, name]:
+        for step in range(STEPS):
+            if len(frozen) < len(ENCODERS):
+                torch.testing.assert_close(found[f"{step}/norm"], expected[f"{step}/norm"], rtol=1e-5, atol=0)
+    for key in (key for key in expected if key.startswith("gradients")):
+        kind, _, parameter = key.partition("/")
+        found = gathered(results[ranks, name], kind, parameter)
+        torch.testing.assert_close(found, expected[key].view(-1), rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    for parameter, wanted in weights.items():
+        found = gathered(results[ranks, name], "weights", parameter)
+        atol = 1e-2 * LR
+        torch.testing.assert_close(found, wanted.view(-1), rtol=0, atol=atol, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+def gathered(ranks: list[dict[str, torch.Tensor]], kind: str, parameter: str) -> torch.Tensor:
+    """A parameter, flat, from the pieces for which the ranks answer."""
+    pieces = {}
+    for found in ranks:
+        for key in found:
+            if key.startswith(f"{kind}/") and key.split("/", 2)[2] == parameter:
+                start = int(key.split("/")[1])
+                assert start not in pieces, f"two ranks answer for {parameter}"
+                pieces[start] = found[key]
+    return torch.cat([pieces[start] for start in sorted(pieces)])
+
+
+def test_the_bound_binds_on_most_steps(oracle):
+    norms = [float(oracle[()][0][f"{step}/norm"]) for step in range(STEPS)]
+    assert sum(norm > CONFIG.engine.gradient_clipping for norm in norms) > STEPS // 2, norms
+
+
+@pytest.mark.parametrize(("ranks", "name"), ALL)
+def test_work_is_spread_over_all_ranks(ranks, name, results):
+    """Nine items on at most four ranks; every rank reports the same balance."""
+    for step in range(STEPS):
+        balances = [float(found[f"{step}/balance"]) for found in results[ranks, name]]
+        assert len(set(balances)) == 1 and 1.0 <= balances[0] < 2.0
