@@ -128,3 +128,7 @@ class Batch:
         }
         media = {name: inputs.to(device) for name, inputs in self.media.items()}
         return Batch(**moved, media=media, samples=self.samples)
+
+    def without_media(self) -> Batch:
+        """The same row without the inputs of its encoders."""
+        return dataclasses.replace(self, media={})

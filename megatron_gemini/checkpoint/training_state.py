@@ -93,6 +93,10 @@ def _write_rank(engine: Engine, stem: Path, progress: Progress) -> None:
             for key in moments:
                 tensors[f"{key}/{fragment.name}"] = fragment.moment(key).detach().to("cpu", torch.float32).clone()
             pieces.append(fragment)
+    for frozen in engine.frozen:
+        for fragment in frozen.owned():
+            tensors[f"{WEIGHT}/{fragment.name}"] = fragment.master().detach().to("cpu", torch.float32).clone()
+            pieces.append(fragment)
     save_file(tensors, stem.with_suffix(".safetensors"))
     description = {
         "pieces": [describe(fragment).to_json() for fragment in pieces],
@@ -122,10 +126,15 @@ def load(engine: Engine, directory: Path) -> Progress:
         layout.verify(directory)
     _barrier()
     reader = PieceReader(directory)
-    check_shapes({f.name: describe(f).global_shape for part in engine.parts for f in part.fragments}, reader)
+    frozen = [fragment for part in engine.frozen for fragment in part.fragments]
+    everything = [fragment for part in engine.parts for fragment in part.fragments] + frozen
+    check_shapes({fragment.name: describe(fragment).global_shape for fragment in everything}, reader)
     progress = read_progress(directory)
     for part in engine.parts:
         _fill(part, reader, progress.optimizer_steps)
+    for fragment in frozen:
+        if fragment.count:
+            fragment.master().copy_(cut(reader.read(WEIGHT, fragment.name), describe(fragment)))
     return progress
 
 

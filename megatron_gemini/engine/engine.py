@@ -13,6 +13,7 @@ from torch import nn
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
+from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.norm import global_norm
 from megatron_gemini.engine.summands import complete_gradients
@@ -29,11 +30,15 @@ class StepResult:
 
 
 class Engine(ABC):
-    """ZeRO engines that take a step together: one norm, one decision to skip. parts: those of this rank."""
+    """ZeRO engines that take a step together: one norm, one decision to skip.
+
+    parts: those of this rank. frozen: modules that are not trained, whose weights belong to checkpoints all the same.
+    """
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
         self.config, self.topology, self.device = config, topology, device
         self.parts: list[ZeroEngine] = []
+        self.frozen: list[FrozenEngine] = []
 
     def lr_scale(self, part: ZeroEngine) -> float:
         """The learning rate of a part as a multiple of optimizer.lr."""

@@ -16,9 +16,12 @@ import torch
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
+from megatron_gemini.engine.embedders import Embedders
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
+from megatron_gemini.models.encoding_plan import check_media
+from megatron_gemini.models.placement import Embeddings
 from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, Row, parts
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.topology import Topology
@@ -31,44 +34,57 @@ class MultimodalEngine(Engine):
 
     def __init__(self, config: RunConfig, layout: TokenLayout, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
-        self.layers = Layers(topology)
-        microbatches = config.train.rows_per_step // topology.data_size
-        settings = deepspeed_config(config, microbatches, topology.shard_size)
+        self.layout, self.layers = layout, Layers(topology)
+        self.embedders = Embedders(config, topology, device)
+        settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
         self.decoder = [
-            ZeroEngine(self._stage(layout, part), config, EngineGroups.of_decoder(topology), settings, device)
+            ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), settings, device)
             for part in stages[topology.pipeline_rank :: topology.pipeline_size]
         ]
-        self.parts = list(self.decoder)
+        self.parts = [*self.decoder, *self.embedders.parts]
+        self.frozen = self.embedders.frozen
         self.pipeline = None
         if topology.pipeline_size > 1:
             from megatron_gemini.engine.pipeline import Pipeline
 
             self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self._between_stages())
 
-    def _stage(self, layout: TokenLayout, part: Part) -> Callable[[], DecoderStage]:
-        return lambda: DecoderStage(self.config, layout, self.layers, part)
+    def _stage(self, part: Part) -> Callable[[], DecoderStage]:
+        return lambda: DecoderStage(self.config, self.layout, self.layers, part)
 
     def _between_stages(self) -> torch.Tensor:
         tokens = len(self.layers.stream(self.config.data.row_tokens))
-        dtype = torch.bfloat16 if self.config.engine.precision == "bf16" else torch.float32
-        return torch.empty(tokens, self.config.model.width, dtype=dtype, device=self.device, requires_grad=True)
+        return torch.empty(tokens, self.config.model.width, dtype=self.dtype, device=self.device, requires_grad=True)
+
+    def lr_scale(self, part: ZeroEngine) -> float:
+        return 1.0 if part in self.decoder else self.config.embedders.lr_scale
 
     def forward_backward(self, batches: Sequence[Batch], weight: float, collect: Collect) -> None:
-        rows = self._rows(batches)
+        """As `Engine.forward_backward`; the batches lie on the CPU, and with all peers that share a row.
+
+        Raises ValueError that names the samples whose media do not fit their placeholders.
+        """
+        rows = self._rows(batches, self._embed(batches, training=True))
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         self._through(rows, collect, scale)
+        self.embedders.backward()
 
     def evaluate(self, batches: Sequence[Batch], collect: Collect) -> None:
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluating())
-            self._through(self._rows(batches), collect, None)
+            self._through(self._rows(batches, self._embed(batches, training=False)), collect, None)
 
-    def _rows(self, batches: Sequence[Batch]) -> list[Row]:
-        tokens = len(batches[0].token_T)
-        own_C = self.layers.context_positions(tokens, self.device)
-        return [Row(batch, None, own_C) for batch in batches]
+    def _embed(self, batches: Sequence[Batch], training: bool) -> list[Embeddings | None]:
+        for batch in batches:
+            check_media(batch, self.layout, self.config)
+        return self.embedders.forward(batches, training)
+
+    def _rows(self, batches: Sequence[Batch], embeddings: list[Embeddings | None]) -> list[Row]:
+        own_C = self.layers.context_positions(len(batches[0].token_T), self.device)
+        pairs = zip(batches, embeddings, strict=True)
+        return [Row(batch.without_media().to(self.device), given, own_C) for batch, given in pairs]
 
     def _through(self, rows: list[Row], collect: Collect, scale: float | None) -> None:
         """All rows through the decoder; with a scale also the backward of scale * loss."""

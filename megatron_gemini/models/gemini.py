@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import AUDIO, VISION, Batch, TokenLayout
-from megatron_gemini.modalities.audio.encoder import AudioEncoder
-from megatron_gemini.modalities.image.encoder import VisionEncoder
+from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.decoder import AttentionCache
+from megatron_gemini.models.encoders import build_encoder, enabled
 from megatron_gemini.models.placement import Embeddings, check_placeholders, combine
 from megatron_gemini.models.stage import DecoderStage, LossOutput, Row
 from megatron_gemini.parallel.layers import Layers
@@ -33,11 +32,7 @@ class Gemini(DecoderStage):
 
     def __init__(self, config: RunConfig, layout: TokenLayout, layers: Layers) -> None:
         super().__init__(config, layout, layers)
-        self.encoders: Any = nn.ModuleDict()
-        if config.vision.enabled:
-            self.encoders[VISION] = VisionEncoder(config.vision, config.model.width)
-        if config.audio.enabled:
-            self.encoders[AUDIO] = AudioEncoder(config.audio, config.model.width)
+        self.encoders: Any = nn.ModuleDict({name: build_encoder(config, name) for name in enabled(config)})
 
     def forward(self, batch: Batch) -> LossOutput:  # type: ignore[override]
         """The loss of one packed row. An encoder without an item runs on a dummy, so its gradient is zero, not None."""

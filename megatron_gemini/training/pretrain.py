@@ -55,7 +55,7 @@ class Pretraining(Task):
         return sum(float(batch.weight_T.sum()) for batch in batches)
 
     def to_device(self, batches: list[Batch]) -> list[Batch]:
-        return [batch.to(self.device) for batch in batches]
+        return batches  # the engine takes to the device what this rank needs of them
 
     def sums(self, outputs: list[LossOutput], batches: list[Batch]) -> dict[str, float]:
         if self.topology.tensor_rank != 0:  # the same losses as the first one's

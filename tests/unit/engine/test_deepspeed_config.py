@@ -16,7 +16,7 @@ def merged(tmp_path: Path, user: dict, **engine: object) -> dict:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(user))
     section = dataclasses.replace(RunConfig().engine, deepspeed_config=str(path), **engine)
-    return deepspeed_config(dataclasses.replace(RunConfig(), engine=section), rows=8, data_size=2)
+    return deepspeed_config(dataclasses.replace(RunConfig(), engine=section), microbatches=4, ranks=2)
 
 
 def values(tree: object) -> list[object]:
