@@ -23,12 +23,20 @@ _group: list[ProcessGroup | None] = [None]
 
 
 @contextlib.contextmanager
-def within(group: ProcessGroup | None) -> Iterator[None]:
-    """DeepSpeed's consistency checks compare the ranks of `group` inside; None: there is no other rank."""
+def within(group: ProcessGroup | None, unit: Any = None) -> Iterator[None]:
+    """DeepSpeed's consistency checks compare the ranks of `group` inside; None: there is no other rank.
+
+    unit: the engine's mpu. DeepSpeed keeps that of the engine created last in a global variable, by which ZeRO-0 would
+    average every engine's gradients; inside, it is this one.
+    """
+    from deepspeed.utils import groups
+
     _group.append(group)
+    before, groups.mpu = groups.mpu, unit
     try:
         yield
     finally:
+        groups.mpu = before
         _group.pop()
 
 

@@ -40,12 +40,12 @@ class ZeroEngine:
         gathering.install()
         self.config, self.groups, self.device = config, groups, device
         self.stage: int = settings["zero_optimization"]["stage"]
-        unit = ModelParallelUnit(groups) if groups.data_group is not None else None
+        self._unit = unit = ModelParallelUnit(groups) if groups.data_group is not None else None
         context: Any = contextlib.nullcontext()
         if self.stage == 3:
             # No dtype argument: on a CPU, DeepSpeed takes bf16 whatever it says. It follows `settings` instead.
             context = deepspeed.zero.Init(data_parallel_group=groups.data_group, config_dict_or_path=settings, mpu=unit)
-        with gathering.within(groups.data_group):
+        with self._alone():
             with context:
                 module = build()
             fill_initial_values(module, config.train.seed)
@@ -74,13 +74,17 @@ class ZeroEngine:
         where = f", state offloaded to {offload}" if offload != "none" else ""
         return f"{internals.basic_optimizer(self.deepspeed).__class__.__name__}, ZeRO-{self.stage}{where}"
 
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, DeepSpeed sees the groups of this engine and no other's."""
+        return gathering.within(self.groups.data_group, self._unit)
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        with gathering.within(self.groups.data_group):
+        with self._alone():
             return self.deepspeed(*inputs, **named)
 
     def backward(self, loss: torch.Tensor, boundary: bool) -> None:
         """Adds the gradients of `loss`, a scalar; boundary: it is the step's last one, after which they are reduced."""
-        with gathering.within(self.groups.data_group):
+        with self._alone():
             self.deepspeed.set_gradient_accumulation_boundary(boundary)
             self.deepspeed.backward(loss, scale_wrt_gas=False)
             internals.keep_accumulating(self.deepspeed)
@@ -114,7 +118,7 @@ class ZeroEngine:
 
     def step(self, lr: float, norm: torch.Tensor) -> None:
         """Clip by `norm`, the global one, and update; a norm that is not finite drops the gradients instead."""
-        with gathering.within(self.groups.data_group):
+        with self._alone():
             if not torch.isfinite(norm):
                 internals.skip_step(self.deepspeed)
                 return

@@ -114,7 +114,7 @@ def oracle(tied: bool, frozen: str) -> tuple[list[list[float]], list[dict[str, t
         {"params": matrices, "weight_decay": CONFIG.optimizer.weight_decay},
         {"params": others, "weight_decay": 0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-4)
+    optimizer = torch.optim.AdamW(groups, lr=CONFIG.optimizer.lr, betas=(0.9, 0.95), eps=1e-4)
     curve, gradients = [], []
     for step in range(STEPS):
         everything = rows(step)
@@ -172,7 +172,7 @@ def test_the_final_weights_are_those_of_the_plain_loop(world: int, layout: dict,
     assert set(reader.names()) == set(weights)
     for parameter, expected in weights.items():
         found = reader.read(WEIGHT, parameter)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * 1e-2, msg=lambda m, p=parameter: f"{p}: {m}")
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * CONFIG.optimizer.lr, msg=lambda m, p=parameter: f"{p}: {m}")
 
 
 @pytest.mark.parametrize(("world", "layout"), CASES)

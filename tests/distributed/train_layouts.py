@@ -70,7 +70,7 @@ def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = N
             return true_norm(*arguments)
 
         engine_module.global_norm = norm
-        result = engine.step(1e-2)
+        result = engine.step(engine.config.optimizer.lr)
         engine_module.global_norm = true_norm
         curve.append([engine.total([sum(losses) if topology.tensor_rank == 0 else 0.0])[0] / weight, result.norm])
     return curve
