@@ -180,28 +180,28 @@ def megatron_attention(case: Case) -> Callable[[], torch.Tensor]:
     dot_product_attention.tensor_parallel.get_cuda_rng_tracker = NoDropout
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     model = case.model
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=model.width,
-        num_attention_heads=model.heads,
-        num_query_groups=model.kv_heads,
-        kv_channels=model.head_width,
-        tensor_model_parallel_size=case.topology.tensor_size,
-        sequence_parallel=case.topology.sequence,
-        params_dtype=torch.get_default_dtype(),
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-    )
     parts = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=dot_product_attention.DotProductAttention,
         linear_proj=RowParallelLinear,
     )
-    with warnings.catch_warnings(action="ignore"):  # of what it would do on a GPU
+    with warnings.catch_warnings(action="ignore"):
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=model.width,
+            num_attention_heads=model.heads,
+            num_query_groups=model.kv_heads,
+            kv_channels=model.head_width,
+            tensor_model_parallel_size=case.topology.tensor_size,
+            sequence_parallel=case.topology.sequence,
+            params_dtype=torch.get_default_dtype(),
+            add_bias_linear=False,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            masked_softmax_fusion=False,
+        )
         module = SelfAttention(config, parts, layer_number=1, attn_mask_type=AttnMaskType.arbitrary)
     h_S1D = case.stream().unsqueeze(1)
     hidden = torch.ones(case.tokens, case.tokens, dtype=torch.bool).triu(1)[None, None]
@@ -210,20 +210,20 @@ def megatron_attention(case: Case) -> Callable[[], torch.Tensor]:
 
 def count(forward: Callable[[], torch.Tensor], ranks: int) -> tuple[int, int]:
     """(bytes sent, collectives) of forward and backward."""
-    with Sent(ranks) as sent:
+    with Sent(ranks) as sent, warnings.catch_warnings(action="ignore"):  # megatron-core's are about GPUs
         forward().sum().backward()
     return sent.bytes, sent.calls
 
 
 def count_step(case: Case, module: nn.Module) -> tuple[int, int, int]:
-    """(bytes, collectives, formula) of summing the partial gradients of one layer, once a step and without ZeRO."""
-    partial = [torch.zeros(p.numel()) for p in module.parameters() if placement_of(p).partial]
+    """(bytes, collectives, formula) of summing a layer's partial gradients: once a step, in float32, without ZeRO."""
+    partial = [torch.zeros(p.numel(), dtype=torch.float32) for p in module.parameters() if placement_of(p).partial]
     with Sent(case.topology.tensor_size) as sent:
         dist.all_reduce(torch.cat(partial), group=case.topology.tensor_group)
     model, ranks = case.model, case.topology.tensor_size
     elements = 2 * model.kv_heads * model.head_width * model.width * case.whole_keys
     elements += 2 * model.head_width + 2 * model.width * case.topology.sequence
-    return sent.bytes, sent.calls, 2 * (ranks - 1) * elements * torch.get_default_dtype().itemsize // ranks
+    return sent.bytes, sent.calls, 2 * (ranks - 1) * elements * 4 // ranks
 
 
 def kept(case: Case) -> int:
