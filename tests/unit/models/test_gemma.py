@@ -46,7 +46,7 @@ def with_weights_of(model, heads, kv_heads):
     decoder = Decoder(config, VOCABULARY, Layers(Topology.serial()))
     decoder.embedding.weight.copy_(model.model.embed_tokens.weight)
     decoder.norm.weight.copy_(model.model.norm.weight)
-    for ours, theirs in zip(decoder.layers, model.model.layers, strict=True):
+    for ours, theirs in zip(decoder.layers.values(), model.model.layers, strict=True):
         ours.attention.input.norm.copy_(theirs.input_layernorm.weight)
         ours.attention.input.query.copy_(theirs.self_attn.q_proj.weight)
         ours.attention.input.key_value[0] = theirs.self_attn.k_proj.weight
@@ -77,7 +77,7 @@ def test_logits_and_embedding_gradient_equal_those_of_transformers(heads, kv_hea
         decoder.embedding.weight.grad, model.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-3
     )
     torch.testing.assert_close(
-        decoder.layers[0].attention.input.query.grad,
+        decoder.layers["0"].attention.input.query.grad,
         model.model.layers[0].self_attn.q_proj.weight.grad,
         rtol=1e-3,
         atol=1e-3,
