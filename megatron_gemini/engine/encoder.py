@@ -41,8 +41,8 @@ def engine_config(config: RunConfig) -> RunConfig:
 def encoder_settings(config: RunConfig, world: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for an encoder of `parameters` elements, made from that of the decoder.
 
-    The user's JSON is checked as the decoder's. Here its batch keys are those of `world` data-parallel ranks, its monitors
-    and profilers are off, so that each is there once, and no bucket is larger than the encoder.
+    The user's JSON is checked as the decoder's. Here its batch keys are those of `world` data-parallel ranks, its
+    monitors and profilers are off, so that each is there once, and no bucket is larger than the encoder.
     """
     settings = deepspeed_config(config, config.train.rows_per_step, 1)
     for key in _OF_THE_DECODER:

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node N -m tests.distributed.embedder_cases OUT CASE...
 
-The decoder is stood in for by a function of each token's embedding, its place and its row, so that a wrong place, row or
-gradient shows. Every rank writes what it saw of each step to OUT/CASE-RANK.safetensors. It knows nothing of the oracle.
+The decoder is stood in for by a function of each token's embedding, its place and its row, so that a wrong place, row
+or gradient shows. Every rank writes what it saw of each step to OUT/CASE-RANK.safetensors. It knows nothing of the
+oracle.
 """
 
 from __future__ import annotations

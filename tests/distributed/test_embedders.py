@@ -1,8 +1,9 @@
 """Encoders on all ranks give what serial encoders give, and learn what they learn, whatever the layout.
 
-The oracle is plain torch: all encoders in one module from the same seed, one forward a row and encoder (so other packing,
-other numbers of forwards, no dummies), autograd, torch's clipping and AdamW. It shares the encoders' code and the rule for
-initial values, and neither dealing, exchange, DeepSpeed nor recomputation. In one of three steps nobody has sound.
+The oracle is plain torch: all encoders in one module from the same seed, one forward a row and encoder (so other
+packing, other numbers of forwards, no dummies), autograd, torch's clipping and AdamW. It shares the encoders' code and
+the rule for initial values, and neither dealing, exchange, DeepSpeed nor recomputation. In one of three steps nobody
+has sound.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ def test_encoders_learn_as_serial_ones_do(ranks, name, results, oracle):
     for key in (key for key in expected if key.startswith("gradients")):
         kind, _, parameter = key.partition("/")
         found = gathered(results[ranks, name], kind, parameter)
-        torch.testing.assert_close(found, expected[key].view(-1), rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            found, expected[key].view(-1), rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
     for parameter, wanted in weights.items():
         found = gathered(results[ranks, name], "weights", parameter)
         atol = 1e-2 * LR
