@@ -61,7 +61,7 @@ def sign(step: int, batches: Sequence[Batch], config: RunConfig, digest: int) ->
 
 
 def rows_digest(batches: Sequence[Batch]) -> int:
-    """crc32 of tokens, weights, documents and sizes of media. Pixels and sound follow from the same files and are left out."""
+    """crc32 of tokens, weights, documents and sizes of media; not of pixels and sound, which come with them."""
     digest = 0
     for batch in batches:
         media = [tensor for each in batch.media.values() for tensor in (each.grid_I3, each.time_I, each.token_O)]
@@ -91,8 +91,8 @@ def agree(
     differences = _differences(every.long(), topology)
     if differences:
         raise ValueError(
-            f"the ranks are not about to run the same step {signature.step}: {'; '.join(differences)}. Every rank needs
-            the " "same configuration, the same data and the same checkpoint"
+            f"the ranks are not about to run the same step: {'; '.join(differences)}. Every rank needs the same "
+            "configuration, the same data and the same checkpoint"
         )
     total, stopped = float((every[:, _WEIGHT] * every[:, _SPEAKS]).sum()), int(every[:, _STOP].max())
     if total <= 0:

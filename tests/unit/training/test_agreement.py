@@ -1,4 +1,4 @@
-"""What ranks tell each other before a step, with the collective stood in for: every rank's vector is put there by hand."""
+"""What ranks tell each other before a step. The collective is stood in for: each rank sees what all ranks gave."""
 
 from __future__ import annotations
 
