@@ -10,6 +10,7 @@ oracle.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -20,13 +21,16 @@ from megatron_gemini.config.engine import EmbeddersConfig, ParallelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
 from megatron_gemini.engine.distributed import choose_device, join, leave
-from megatron_gemini.engine.embedders import Embedders
+from megatron_gemini.engine.embedders import Embedders, groups_of_world
+from megatron_gemini.engine.encoder import Encoder
+from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.norm import global_norm
 from megatron_gemini.models.encoding_plan import check_media
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.deal import rank_at
 from megatron_gemini.parallel.stream import stream_positions
 from megatron_gemini.parallel.topology import Topology, build_topology
+from megatron_gemini.training.agreement import Signature, agree
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import CONFIG, LAYOUT, ROWS, T, rows
 
@@ -36,6 +40,8 @@ CASES = {
     "1": {
         "zero-3": {"zero": 3, "offload": "cpu"},
         "zero-0": {"zero": 0, "recompute": False},
+        "zero-1": {"offload": "cpu"},
+        "zero-2": {"zero": 2, "recompute": False},
     },
     "2": {
         "zero-0": {"zero": 0},
@@ -139,6 +145,70 @@ def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
     return found
 
 
+def gradients_with_dummies(ranks: str, name: str) -> dict[str, torch.Tensor]:
+    """The vision encoder's gradients of one forward, by themselves and beside two dummies, before and after the real one's
+    in the order of backwards."""
+    config = case_config(ranks, name)
+    media, found = rows(0)[2].media["vision"], {}
+    for forwards in (1, 3):
+        encoder = Encoder(config, "vision", EngineGroups(), torch.device("cpu"))
+        (e_OD,) = encoder.forward([media], forwards, training=True)
+        encoder.backward([torch.randn(e_OD.shape, generator=torch.Generator().manual_seed(1))])
+        for piece in encoder.engine.fragments:
+            found[f"{forwards}/{piece.name}"] = piece.gradient()[: piece.count].clone()
+    return found
+
+
+def gathers(topology: Topology) -> dict[str, torch.Tensor]:
+    """How often a rank asks for weights under ZeRO-3, in the forward and the backward of 2 and of 4 chunks."""
+    found = {}
+    for forwards in (2, 4):
+        encoder = Encoder(case_config("2", "zero-3"), "vision", groups_of_world(topology), torch.device("cpu"))
+        count = 0
+
+        def counting(gather):
+            def gather_and_count(*arguments, **named):
+                nonlocal count
+                count += 1
+                return gather(*arguments, **named)
+
+            return gather_and_count
+
+        for parameter in encoder.engine.module.parameters():
+            parameter.all_gather_coalesced = counting(parameter.all_gather_coalesced)
+        media = [rows(0)[2].media["vision"]] * forwards
+        outputs = encoder.forward(media, forwards, training=True)
+        forward, count = count, 0
+        encoder.backward([torch.ones_like(e_OD) for e_OD in outputs])
+        found |= {f"forward/{forwards}": torch.tensor(forward), f"backward/{forwards}": torch.tensor(count)}
+    return found
+
+
+def disagreements(topology: Topology) -> dict[str, str]:
+    """What each rank is told where the last but one would run something else than the others, and in the end nothing."""
+    odd, rank = topology.world - 2, topology.rank
+    usual = Signature(step=1, microbatches=4, row_tokens=T, encoders=("vision", "audio"), rows=topology.data_rank)
+    cases: dict[str, dict[str, object]] = {
+        "microbatches": {"microbatches": 3},
+        "encoders": {"encoders": ("vision",)},
+        "rows": {"rows": 77},
+        "nothing": {},
+    }
+    found = {}
+    for name, fields in cases.items():
+        signature = dataclasses.replace(usual, **fields) if rank == odd else usual
+        try:
+            found[name] = str(agree(1.0, 0, signature, topology, torch.device("cpu")))
+        except ValueError as error:
+            found[name] = str(error)
+    problem = "sample x cannot be read" if rank == odd else ""
+    try:
+        agree(1.0, 0, usual, topology, torch.device("cpu"), problem)
+    except ValueError as error:
+        found["problem"] = str(error)
+    return found
+
+
 def main() -> None:
     out, *names = sys.argv[1:]
     quiet_warnings()
@@ -146,15 +216,22 @@ def main() -> None:
     join(device)
     from megatron.core import parallel_state
 
+    ranks = str(torch.distributed.get_world_size())
     for name in names:
-        ranks = str(torch.distributed.get_world_size())
         config = case_config(ranks, name)
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         topology = build_topology(config.parallel, "gloo")
         here = (topology.pipeline_rank, topology.data_rank, topology.context_rank, topology.tensor_rank)
         assert rank_at(topology, *here) == topology.rank
-        save_file(train(config, topology), Path(out) / f"{name}-{topology.rank}.safetensors")
+        stem = Path(out) / f"{name}-{topology.rank}"
+        save_file(train(config, topology), stem.with_suffix(".safetensors"))
+        if ranks == "4":
+            stem.with_suffix(".json").write_text(json.dumps(disagreements(topology)))
+        if ranks == "1":
+            save_file(gradients_with_dummies(ranks, name), f"{stem}-dummies.safetensors")
+    if ranks == "2":
+        save_file(gathers(topology), Path(out) / f"gathers-{topology.rank}.safetensors")
     leave()
 
 

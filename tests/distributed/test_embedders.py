@@ -8,6 +8,7 @@ has sound.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,9 +30,9 @@ ALL = [(ranks, name) for ranks, cases in CASES.items() for name in cases]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, torch.Tensor]]]:
-    """What every rank found in every case; one launch for each number of ranks."""
-    folder, found = tmp_path_factory.mktemp("embedders"), {}
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders, by the number of ranks, of what the ranks of one launch wrote."""
+    folder = tmp_path_factory.mktemp("embedders")
     for ranks, cases in CASES.items():
         out = folder / ranks
         out.mkdir()
@@ -40,9 +41,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], l
         command += ["-m", "tests.distributed.embedder_cases", str(out), *cases]
         done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-        for name in cases:
-            found[ranks, name] = [load_file(out / f"{name}-{rank}.safetensors") for rank in range(int(ranks))]
-    return found
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[tuple[str, str], list[dict[str, torch.Tensor]]]:
+    """What every rank found in every case."""
+    return {
+        (ranks, name): [load_file(folder / ranks / f"{name}-{rank}.safetensors") for rank in range(int(ranks))]
+        for ranks, name in ALL
+    }
 
 
 def serial(frozen: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -151,3 +159,33 @@ def test_work_is_spread_over_all_ranks(ranks, name, results):
     for step in range(STEPS):
         balances = [float(found[f"{step}/balance"]) for found in results[ranks, name]]
         assert len(set(balances)) == 1 and 1.0 <= balances[0] < 2.0
+
+
+@pytest.mark.parametrize("name", CASES["1"])
+def test_dummies_add_exact_zeros(name, folder):
+    found = load_file(folder / "1" / f"{name}-0-dummies.safetensors")
+    names = {key.partition("/")[2] for key in found}
+    assert len(names) * 2 == len(found) > 20
+    for parameter in names:
+        assert torch.equal(found[f"1/{parameter}"], found[f"3/{parameter}"]), parameter
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_weights_are_gathered_once_for_all_forwards_of_a_step(direction, folder):
+    for rank in range(2):
+        found = load_file(folder / "2" / f"gathers-{rank}.safetensors")
+        assert found[f"{direction}/2"] == found[f"{direction}/4"] == 1
+
+
+@pytest.mark.parametrize("name", CASES["4"])
+def test_ranks_that_would_run_different_steps_end_with_one_message(name, folder):
+    """In a collective that all take part in: nobody waits for a timeout."""
+    told = [json.loads((folder / "4" / f"{name}-{rank}.json").read_text()) for rank in range(4)]
+    assert all(each == told[0] for each in told)
+    assert "rank 2 has 3 microbatches, all others 4" in told[0]["microbatches"]
+    assert "rank 2 has the encoders vision, all others vision, audio" in told[0]["encoders"]
+    assert told[0]["problem"] == "rank 2: sample x cannot be read"
+    sizes = case_config("4", name).parallel
+    data = 4 // (sizes.tensor * sizes.pipeline * sizes.context)
+    assert told[0]["nothing"] == f"({float(data)}, 0)"
+    assert ("other rows than" in told[0]["rows"]) == (data < 4), told[0]["rows"]
