@@ -32,9 +32,9 @@ from megatron_gemini.parallel.stream import stream_positions
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.agreement import Signature, agree
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import CONFIG, LAYOUT, ROWS, T, rows
+from tests.distributed.rows import CONFIG, LAYOUT, T, rows
 
-STEPS, LR = 3, 1e-2
+STEPS, ROWS, LR = 3, 4, 1e-2
 PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": ()}
 CASES = {
     "1": {
@@ -146,8 +146,7 @@ def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
 
 
 def gradients_with_dummies(ranks: str, name: str) -> dict[str, torch.Tensor]:
-    """The vision encoder's gradients of one forward, by themselves and beside two dummies, before and after the real one's
-    in the order of backwards."""
+    """The vision encoder's gradients of one forward, by itself and after the backwards of two dummies."""
     config = case_config(ranks, name)
     media, found = rows(0)[2].media["vision"], {}
     for forwards in (1, 3):
@@ -185,7 +184,7 @@ def gathers(topology: Topology) -> dict[str, torch.Tensor]:
 
 
 def disagreements(topology: Topology) -> dict[str, str]:
-    """What each rank is told where the last but one would run something else than the others, and in the end nothing."""
+    """What each rank is told where the last but one would run something else, and where it would not."""
     odd, rank = topology.world - 2, topology.rank
     usual = Signature(step=1, microbatches=4, row_tokens=T, encoders=("vision", "audio"), rows=topology.data_rank)
     cases: dict[str, dict[str, object]] = {
