@@ -45,13 +45,9 @@ CASES = {
     },
     "2": {
         "zero-0": {"zero": 0},
-        "zero-0-kept": {"zero": 0, "recompute": False},
-        "zero-1": {},
         "zero-1-offload": {"offload": "cpu"},
         "zero-1-kept": {"recompute": False, "offload": "cpu"},
-        "zero-2": {"zero": 2},
         "zero-2-kept": {"zero": 2, "recompute": False},
-        "zero-2-kept-offload": {"zero": 2, "recompute": False, "offload": "cpu"},
         "zero-2-offload": {"zero": 2, "offload": "cpu"},
         "zero-3": {"zero": 3},
         "zero-3-kept": {"zero": 3, "recompute": False},
