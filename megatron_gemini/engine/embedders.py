@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, Media
+from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.encoder import Encoder
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
@@ -53,7 +54,8 @@ class Embedders:
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
         self.config, self.topology, self.device = config, topology, device
         groups, self.names = groups_of_world(topology), enabled(config)
-        self.encoders = [Encoder(config, name, groups, device) for name in self.names]
+        decoder = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
+        self.encoders = [Encoder(config, name, groups, decoder, device) for name in self.names]
         self.balance = 1.0
         """Of the newest step: the cost of the dearest rank over the mean."""
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from megatron_gemini.config.engine import EmbeddersConfig, ParallelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
+from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.distributed import choose_device, join, leave
 from megatron_gemini.engine.embedders import Embedders, groups_of_world
 from megatron_gemini.engine.encoder import Encoder
@@ -35,7 +36,7 @@ from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import CONFIG, LAYOUT, T, rows
 
 STEPS, ROWS, LR = 3, 4, 1e-2
-PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": ()}
+PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": (), "own": -1}
 CASES = {
     "1": {
         "zero-3": {"zero": 3, "offload": "cpu"},
@@ -50,6 +51,8 @@ CASES = {
         "zero-2-kept": {"zero": 2, "recompute": False},
         "zero-2-offload": {"zero": 2, "offload": "cpu"},
         "zero-3": {"zero": 3},
+        "zero-1-of-3": {"zero": 3, "offload": "cpu", "own": 1},
+        "zero-3-of-0": {"own": 3, "zero": 0},
         "zero-3-kept": {"zero": 3, "recompute": False},
         "zero-3-offload": {"zero": 3, "offload": "cpu"},
         "one-forward": {"zero": 3, "chunk": 4096},
@@ -79,7 +82,7 @@ def case_config(ranks: str, name: str) -> RunConfig:
         CONFIG,
         parallel=ParallelConfig(**case["parallel"]),
         engine=dataclasses.replace(CONFIG.engine, zero_stage=case["zero"], offload_optimizer=case["offload"]),
-        embedders=EmbeddersConfig(recompute=case["recompute"], chunk_tokens=case["chunk"]),
+        embedders=EmbeddersConfig(zero_stage=case["own"], recompute=case["recompute"], chunk_tokens=case["chunk"]),
     )
     for encoder in case["frozen"]:
         config = dataclasses.replace(config, **{encoder: dataclasses.replace(getattr(config, encoder), frozen=True)})
@@ -146,7 +149,7 @@ def gradients_with_dummies(ranks: str, name: str) -> dict[str, torch.Tensor]:
     config = case_config(ranks, name)
     media, found = rows(0)[2].media["vision"], {}
     for forwards in (1, 3):
-        encoder = Encoder(config, "vision", EngineGroups(), torch.device("cpu"))
+        encoder = Encoder(config, "vision", EngineGroups(), deepspeed_config(config, ROWS, 1), torch.device("cpu"))
         (e_OD,) = encoder.forward([media], forwards, training=True)
         encoder.backward([torch.randn(e_OD.shape, generator=torch.Generator().manual_seed(1))])
         for piece in encoder.engine.fragments:
@@ -158,7 +161,9 @@ def gathers(topology: Topology) -> dict[str, torch.Tensor]:
     """How often a rank asks for weights under ZeRO-3, in the forward and the backward of 2 and of 4 chunks."""
     found = {}
     for forwards in (2, 4):
-        encoder = Encoder(case_config("2", "zero-3"), "vision", groups_of_world(topology), torch.device("cpu"))
+        config = case_config("2", "zero-3")
+        settings = deepspeed_config(config, ROWS, 1)
+        encoder = Encoder(config, "vision", groups_of_world(topology), settings, torch.device("cpu"))
         count = 0
 
         def counting(gather):
