@@ -36,7 +36,7 @@ from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import CONFIG, LAYOUT, T, rows
 
 STEPS, ROWS, LR = 3, 4, 1e-2
-PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": (), "own": -1}
+PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": (), "own": -1, "precision": "fp32"}
 CASES = {
     "1": {
         "zero-3": {"zero": 3, "offload": "cpu"},
@@ -56,6 +56,8 @@ CASES = {
         "zero-3-kept": {"zero": 3, "recompute": False},
         "zero-3-offload": {"zero": 3, "offload": "cpu"},
         "one-forward": {"zero": 3, "chunk": 4096},
+        "bf16-zero-1": {"precision": "bf16", "parallel": {"tensor": 2}},
+        "bf16-zero-3": {"zero": 3, "offload": "cpu", "precision": "bf16", "frozen": ("audio",)},
         "frozen-vision": {"zero": 3, "frozen": ("vision",)},
         "frozen-audio": {"frozen": ("audio",)},
         "all-frozen": {"zero": 3, "frozen": ("vision", "audio")},
@@ -81,7 +83,12 @@ def case_config(ranks: str, name: str) -> RunConfig:
     config = dataclasses.replace(
         CONFIG,
         parallel=ParallelConfig(**case["parallel"]),
-        engine=dataclasses.replace(CONFIG.engine, zero_stage=case["zero"], offload_optimizer=case["offload"]),
+        engine=dataclasses.replace(
+            CONFIG.engine,
+            zero_stage=case["zero"],
+            offload_optimizer=case["offload"],
+            precision=case["precision"],
+        ),
         embedders=EmbeddersConfig(zero_stage=case["own"], recompute=case["recompute"], chunk_tokens=case["chunk"]),
     )
     for encoder in case["frozen"]:
@@ -99,7 +106,7 @@ def pretend_loss(embeddings: Embeddings | None, row: int, positions: torch.Tenso
     """Stands in for the decoder. row: in the global step; positions: of the row's tokens in this rank's stream."""
     random = torch.Generator().manual_seed(row)
     turn, weight = (torch.randn(T, CONFIG.model.width, generator=random) for _ in range(2))
-    h_SD = torch.zeros(len(positions), CONFIG.model.width)
+    h_SD = torch.zeros(len(positions), CONFIG.model.width)  # float32, which `place` leads bf16 embeddings to
     if embeddings is not None:
         h_SD = place(h_SD, embeddings)
     return ((h_SD + turn[positions]).tanh() * weight[positions]).sum() / 50
