@@ -36,7 +36,16 @@ from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import CONFIG, LAYOUT, T, rows
 
 STEPS, ROWS, LR = 3, 4, 1e-2
-PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": (), "own": -1, "precision": "fp32"}
+PLAIN = {
+    "parallel": {},
+    "zero": 1,
+    "own": -1,
+    "offload": "none",
+    "precision": "fp32",
+    "recompute": True,
+    "chunk": 20,
+    "frozen": (),
+}
 CASES = {
     "1": {
         "zero-3": {"zero": 3, "offload": "cpu"},

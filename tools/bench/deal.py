@@ -3,9 +3,9 @@
     python tools/bench/deal.py            # a line of JSON for each layout
 
 Made-up rows: four items in five are images of 4 x 4 to 31 x 31 patches, the others sounds of 1 to 30 seconds. Balance
-is the cost of the dearest rank over the mean; at home is what it would be if those ranks of every data-parallel rank that
-hold the embedding stage shared its items evenly and the others had none. Seconds are one rank's CPU time for plan and
-routes.
+is the cost of the dearest rank over the mean; at home is what it would be if those ranks of every data-parallel rank
+that hold the embedding stage shared its items evenly and the others had none. Seconds are one rank's CPU time for plan
+and routes.
 """
 
 from __future__ import annotations
