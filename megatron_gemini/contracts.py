@@ -75,7 +75,7 @@ class Media:
         audio: log-mel frames at 100 Hz.
     grid_I3: int64. vision: (frames, patch rows, patch columns); audio: (log-mel frames, 1, 1).
     time_I: float32, vision only: seconds between two frames of the item (0 for a still image).
-    token_O: int64, position in the row T of every output embedding.
+    token_O: int64, position in the row T of every output embedding; those of an item follow each other.
     """
 
     values_PC: torch.Tensor

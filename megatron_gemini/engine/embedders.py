@@ -1,7 +1,7 @@
 """The encoders of images, clips and sound, on all ranks of the world, whatever the decoder's layout.
 
-Every rank encodes its share of a global step's items; the embeddings travel to the ranks whose stream holds their tokens,
-and after the decoder's backward their gradients travel back.
+Every rank encodes its share of a global step's items; the embeddings travel to the ranks whose stream holds their
+tokens, and after the decoder's backward their gradients travel back.
 
 Shape suffixes: I items, O embeddings of this rank's stream, X embeddings that this rank makes, C values of an encoder
 input, D model width.
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, Media
+from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.encoder import Encoder
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
@@ -53,7 +54,8 @@ class Embedders:
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
         self.config, self.topology, self.device = config, topology, device
         groups, self.names = groups_of_world(topology), enabled(config)
-        self.encoders = [Encoder(config, name, groups, device) for name in self.names]
+        decoder = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
+        self.encoders = [Encoder(config, name, groups, decoder, device) for name in self.names]
         self.balance = 1.0
         """Of the newest step: the cost of the dearest rank over the mean."""
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -75,10 +77,10 @@ class Embedders:
     def forward(self, batches: Sequence[Batch], training: bool = True) -> list[Embeddings | None]:
         """What the encoders give for the tokens of each row that this rank's stream holds.
 
-        batches: this data-parallel rank's rows, the same on all its peers, with all their media; their values are best on
-            the CPU, as only some of them are needed on this rank's device. Checked with `encoding_plan.check_media`.
-        Returns None where a stream has no media, as on all ranks without the embedding stage. training: the embeddings are
-        leaves that want a gradient, and `backward` follows the decoder's.
+        batches: this data-parallel rank's rows, the same on all its peers, with all their media; their values are best
+            on the CPU, as only some of them are needed on this rank's device. Checked with `encoding_plan.check_media`.
+        Returns None where a stream has no media, as on all ranks without the embedding stage. training: the embeddings
+        are leaves that want a gradient, and `backward` follows the decoder's.
         """
         if not self.encoders:
             return [None] * len(batches)
@@ -97,8 +99,8 @@ class Embedders:
     def backward(self) -> None:
         """The encoders' gradients, from those that the decoder's backward left on the embeddings of `forward`.
 
-        The decoder's loss was multiplied by the number of ranks that share its weights, since DeepSpeed divides by it; the
-        encoders' engines divide by the whole world.
+        The decoder's loss was multiplied by the number of ranks that share its weights, since DeepSpeed divides by it;
+        the encoders' engines divide by the whole world.
         """
         step, self._step = self._step, None
         if step is None or not self._trained.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.engine import gathering
-from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
@@ -27,26 +27,26 @@ def engine_config(config: RunConfig) -> RunConfig:
     """`config` with the ZeRO stage of the encoders, and without the offloading that the stage cannot have."""
     engine, stage = config.engine, config.embedders.zero_stage
     stage = engine.zero_stage if stage < 0 else stage
-    return dataclasses.replace(
-        config,
-        engine=dataclasses.replace(
-            engine,
-            zero_stage=stage,
-            offload_optimizer=engine.offload_optimizer if stage > 0 else "none",
-            offload_parameters=engine.offload_parameters if stage == 3 else "none",
-        ),
+    optimizer = engine.offload_optimizer if stage > 0 else "none"
+    parameters = engine.offload_parameters if stage == 3 else "none"
+    engine = dataclasses.replace(
+        engine, zero_stage=stage, offload_optimizer=optimizer, offload_parameters=parameters, adam=_adam(config, stage)
     )
+    return dataclasses.replace(config, engine=engine)
 
 
-def encoder_settings(config: RunConfig, world: int, parameters: int) -> dict[str, Any]:
+def _adam(config: RunConfig, stage: int) -> Any:
+    """DeepSpeed's CPU Adam is there for an optimizer that is offloaded; engine.adam means the decoder's."""
+    return "auto" if stage == 0 and config.engine.adam == "deepspeed" else config.engine.adam
+
+
+def encoder_settings(decoder: dict[str, Any], config: RunConfig, world: int, parameters: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for an encoder of `parameters` elements, made from that of the decoder.
 
-    The user's JSON is checked as the decoder's. Here its batch keys are those of `world` data-parallel ranks, its monitors
-    and profilers are off, so that each is there once, and no bucket is larger than the encoder.
+    Its batch keys are those of `world` data-parallel ranks, monitors and profilers are off, so that each is there once,
+    and no bucket is larger than the encoder.
     """
-    settings = deepspeed_config(config, config.train.rows_per_step, 1)
-    for key in _OF_THE_DECODER:
-        settings.pop(key, None)
+    settings = {key: value for key, value in copy.deepcopy(decoder).items() if key not in _OF_THE_DECODER}
     ours = engine_config(config).engine
     zero = settings["zero_optimization"]
     zero["stage"] = ours.zero_stage
@@ -54,7 +54,13 @@ def encoder_settings(config: RunConfig, world: int, parameters: int) -> dict[str
         if device == "none":
             zero.pop(key, None)
     for key in _BUCKETS:
-        zero[key] = min(zero.get(key, _DEFAULT_BUCKET), max(parameters, 1))
+        zero[key] = min(zero.get(key, _DEFAULT_BUCKET), parameters)
+    if ours.zero_stage == 3:
+        zero.setdefault("stage3_param_persistence_threshold", 0)
+    if ours.precision == "bf16" and ours.zero_stage:
+        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    else:
+        settings.pop("data_types", None)
     settings |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the engine is told which backward is the last one
@@ -68,14 +74,17 @@ class Encoder:
 
     Each encoder has an engine of its own: ZeRO-3 adds to the gradients of the step before where a parameter is first
     used in a later backward than others, which encoders with different numbers of forwards would be.
+    decoder: DeepSpeed's dictionary of the decoder's engine.
     """
 
-    def __init__(self, config: RunConfig, name: str, groups: EngineGroups, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, name: str, groups: EngineGroups, decoder: dict[str, Any], device: torch.device
+    ) -> None:
         self.name, self.device, self.trained = name, device, not is_frozen(config, name)
         self.recompute = config.embedders.recompute
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Encoders(config, (name,)).parameters())
-        settings = encoder_settings(config, groups.data_size, parameters)
+        settings = encoder_settings(decoder, config, groups.data_size, parameters)
         engine = ZeroEngine if self.trained else FrozenEngine
         self.engine: Any = engine(lambda: Encoders(config, (name,)), engine_config(config), groups, settings, device)
         self._inputs: list[Media] = []

@@ -33,19 +33,21 @@ class FrozenEngine:
     ) -> None:
         self.groups, self.stage = groups, settings["zero_optimization"]["stage"]
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        with gathering.within(groups.data_group):
-            if self.stage == 3:
-                self.deepspeed: Any = self._divided(build, config, settings, device)
-                self.module: nn.Module = self.deepspeed.module
-            else:
-                self.deepspeed = None
-                self.module = build().requires_grad_(False)
-                fill_initial_values(self.module, config.train.seed)
-                self.module.to(device=device, dtype=self.dtype)
+        self._unit = ModelParallelUnit(groups) if groups.data_group is not None else None
+        self.deepspeed: Any = None
+        if self.stage == 3:
+            with gathering.within(groups.data_group, self._unit):
+                self.deepspeed = self._divided(build, config, settings, device)
+        self.module: nn.Module = self._whole(build, config, device) if self.deepspeed is None else self.deepspeed.module
         piece = _divided_piece if self.stage == 3 else _whole_piece
         self.fragments = [
             piece(name, parameter, groups.data_rank) for name, parameter in self.module.named_parameters()
         ]
+
+    def _whole(self, build: Callable[[], nn.Module], config: RunConfig, device: torch.device) -> nn.Module:
+        module = build().requires_grad_(False)
+        fill_initial_values(module, config.train.seed)
+        return module.to(device=device, dtype=self.dtype)
 
     def _divided(
         self, build: Callable[[], nn.Module], config: RunConfig, settings: dict[str, Any], device: torch.device
@@ -53,20 +55,23 @@ class FrozenEngine:
         import deepspeed
 
         gathering.install()
-        unit = ModelParallelUnit(self.groups) if self.groups.data_group is not None else None
-        zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
+        zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
+        if zero.get("offload_param", {}).get("device") == "nvme":
+            zero["offload_param"] = {"device": "cpu"}  # so that `fragments` are views of the weights
         settings = {**settings, "zero_optimization": zero}
-        with deepspeed.zero.Init(data_parallel_group=self.groups.data_group, config_dict_or_path=settings, mpu=unit):
+        with deepspeed.zero.Init(
+            data_parallel_group=self.groups.data_group, config_dict_or_path=settings, mpu=self._unit
+        ):
             module = build()
         fill_initial_values(module.requires_grad_(False), config.train.seed)
         module.to(device=device, dtype=self.dtype)
-        return deepspeed.initialize(model=module, config=settings, mpu=unit)[0]
+        return deepspeed.initialize(model=module, config=settings, mpu=self._unit)[0]
 
     @torch.no_grad()
     def forward(self, *inputs: Any) -> Any:
         if self.deepspeed is None:
             return self.module(*inputs)
-        with gathering.within(self.groups.data_group):
+        with gathering.within(self.groups.data_group, self._unit):
             return self.deepspeed(*inputs)
 
     def evaluating(self) -> contextlib.AbstractContextManager[None]:

@@ -24,7 +24,7 @@ def enabled(config: RunConfig) -> tuple[str, ...]:
 
 
 def is_frozen(config: RunConfig, name: str) -> bool:
-    return {VISION: config.vision, AUDIO: config.audio}[name].frozen
+    return config.vision.frozen if name == VISION else config.audio.frozen
 
 
 def build_encoder(config: RunConfig, name: str) -> nn.Module:

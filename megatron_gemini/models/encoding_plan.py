@@ -22,7 +22,7 @@ ENCODER, ROW, START, FRAMES, ROWS, COLUMNS, SECONDS = range(7)
 
 
 def check_media(batch: Batch, layout: TokenLayout, config: RunConfig) -> None:
-    """Raise ValueError, naming the samples, unless every placeholder gets one embedding and an item's are consecutive."""
+    """Raise ValueError, unless every placeholder gets one embedding and those of an item are consecutive."""
     counts = {name: output_counts(name, media.grid_I3.cpu().numpy()) for name, media in batch.media.items()}
     allowed = enabled(config)
     check_placeholders(batch, layout, {name: int(count.sum()) for name, count in counts.items() if name in allowed})
@@ -32,13 +32,13 @@ def check_media(batch: Batch, layout: TokenLayout, config: RunConfig) -> None:
         first_I = np.cumsum(count_I) - count_I
         if (token_O - token_O[first_I][item_O] != np.arange(len(token_O)) - first_I[item_O]).any():
             raise ValueError(
-                f"sample {', '.join(batch.samples)}: the placeholders of one item of the {name} encoder have other tokens "
-                "between them; an image, clip or sound is one run of placeholders"
+                f"sample {', '.join(batch.samples)}: the placeholders of one item of the {name} encoder have other "
+                "tokens between them; an image, clip or sound is one run of placeholders"
             )
 
 
 def size_table(batches: Sequence[Batch], config: RunConfig) -> np.ndarray:
-    """float64[I, 7]: a line for every item of the rows of a data-parallel rank, by encoder, row and place in the row."""
+    """float64[I, 7]: a line for every item of a data-parallel rank's rows, by encoder, row and place in the row."""
     lines = [np.empty((0, 7))]
     for encoder, name in enumerate(enabled(config)):
         for row, batch in enumerate(batches):

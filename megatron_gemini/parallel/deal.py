@@ -25,7 +25,8 @@ class Items:
 
     Their order, the same on every rank, is by encoder, data-parallel rank, row and place in the row.
     encoder: number of its encoder. home: data-parallel rank of its row. row: number among the rows of that rank. start:
-    position in the row of its first embedding; the others follow. inputs, outputs: how many the encoder takes and gives.
+    position in the row of its first embedding; the others follow. inputs, outputs: how many the encoder takes and
+    gives.
     rank: who encodes it.
     """
 
@@ -59,10 +60,10 @@ def peers(topology: Topology, data_rank: int) -> list[int]:
 def deal(cost_I: np.ndarray, home_I: np.ndarray, holders: Sequence[Sequence[int]], load_R: np.ndarray) -> np.ndarray:
     """int64[I]: the rank that encodes each item.
 
-    The dearest item first, to the rank with the least to do (Graham, 1969: longest processing time first); equal ones in
-    the items' order. An item goes to a rank that has it already, `holders[home_I[i]]`, whenever that rank then has no more
-    than the best plan must give to some rank anyway: the larger of the dearest item and the mean. Graham's bound holds
-    with that: the dearest rank has at most 4/3 - 1/(3 R) of the best plan's.
+    The dearest item first, to the rank with the least to do (Graham, 1969: longest processing time first); equal ones
+    in the items' order. An item goes to a rank that has it already, one of `holders[home_I[i]]`, whenever that rank
+    then has no more than some rank must have in any plan: the larger of the dearest item and the mean. Graham's bound
+    holds with that: the dearest rank has at most 4/3 - 1/(3 R) of what it has in the best plan.
     load_R: float64, what the ranks have to do besides, which decides between ranks with equally much of these items.
     """
     rank_I = np.zeros(len(cost_I), np.int64)
@@ -98,11 +99,8 @@ def chunks(inputs: Sequence[int], limit: int) -> list[list[int]]:
     packed: list[list[int]] = []
     room: list[int] = []
     for item in sorted(range(len(inputs)), key=lambda i: (-inputs[i], i)):
-        for chunk, free in enumerate(room):
-            if inputs[item] <= free:
-                break
-        else:
-            chunk = len(packed)
+        chunk = next((chunk for chunk, free in enumerate(room) if inputs[item] <= free), len(packed))
+        if chunk == len(packed):
             packed.append([])
             room.append(limit)
         packed[chunk].append(item)

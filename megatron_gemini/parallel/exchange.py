@@ -1,5 +1,6 @@
 """How inputs of encoders reach the ranks that encode them, how embeddings reach the ranks whose stream holds their
-tokens, and how gradients go back. All of it is all-to-all over the world, by routes that every rank works out by itself.
+tokens, and how gradients go back. All of it is all-to-all over the world, by routes that every rank works out by
+itself.
 
 Shape suffixes: I items, T tokens of a row, O embeddings, X rows of any matrix, D model width.
 """
@@ -43,8 +44,8 @@ class Route:
 
     @staticmethod
     def make(world: int, rows: np.ndarray, to: np.ndarray, source: np.ndarray, order: np.ndarray) -> Route:
-        """rows, to: each row sent and its rank, in an order that sender and receiver share. source: in the same order, the
-        rank of each row that arrives. order: which of these becomes row 0, 1, ... of the result."""
+        """rows, to: each row sent and its rank, in an order that sender and receiver share. source: in the same order,
+        the rank of each row that arrives. order: which of these becomes row 0, 1, ... of the result."""
         sending, arrival = np.argsort(to, kind="stable"), np.argsort(source, kind="stable")
         place = np.empty_like(arrival)
         place[arrival] = np.arange(len(arrival))
@@ -161,8 +162,8 @@ def exchange_inputs(
 ) -> dict[int, torch.Tensor]:
     """The inputs [n, C] of every item that this rank encodes, by its number.
 
-    own: those of all items of this rank's rows. widths: C of every encoder. like: tells the dtype and device in which they
-    travel. An item that has to travel is sent by one of the ranks that have it, by turns.
+    own: those of all items of this rank's rows. widths: C of every encoder. like: tells the dtype and device in which
+    they travel. An item that has to travel is sent by one of the ranks that have it, by turns.
     """
     sent, to = [], []
     for item in own:

@@ -2,13 +2,15 @@
 
     torchrun --nproc-per-node N -m tests.distributed.embedder_cases OUT CASE...
 
-The decoder is stood in for by a function of each token's embedding, its place and its row, so that a wrong place, row or
-gradient shows. Every rank writes what it saw of each step to OUT/CASE-RANK.safetensors. It knows nothing of the oracle.
+The decoder is stood in for by a function of each token's embedding, its place and its row, so that a wrong place, row
+or gradient shows. Every rank writes what it saw of each step to OUT/CASE-RANK.safetensors. It knows nothing of the
+oracle.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -18,38 +20,53 @@ from safetensors.torch import save_file
 from megatron_gemini.config.engine import EmbeddersConfig, ParallelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
+from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.distributed import choose_device, join, leave
-from megatron_gemini.engine.embedders import Embedders
+from megatron_gemini.engine.embedders import Embedders, groups_of_world
+from megatron_gemini.engine.encoder import Encoder
+from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.norm import global_norm
 from megatron_gemini.models.encoding_plan import check_media
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.deal import rank_at
 from megatron_gemini.parallel.stream import stream_positions
 from megatron_gemini.parallel.topology import Topology, build_topology
+from megatron_gemini.training.agreement import Signature, agree
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import CONFIG, LAYOUT, ROWS, T, rows
+from tests.distributed.rows import CONFIG, LAYOUT, T, rows
 
-STEPS, LR = 3, 1e-2
-PLAIN = {"parallel": {}, "zero": 1, "offload": "none", "recompute": True, "chunk": 20, "frozen": ()}
+STEPS, ROWS, LR = 3, 4, 1e-2
+PLAIN = {
+    "parallel": {},
+    "zero": 1,
+    "own": -1,
+    "offload": "none",
+    "precision": "fp32",
+    "recompute": True,
+    "chunk": 20,
+    "frozen": (),
+}
 CASES = {
     "1": {
         "zero-3": {"zero": 3, "offload": "cpu"},
         "zero-0": {"zero": 0, "recompute": False},
+        "zero-1": {"offload": "cpu"},
+        "zero-2": {"zero": 2, "recompute": False},
     },
     "2": {
         "zero-0": {"zero": 0},
-        "zero-0-kept": {"zero": 0, "recompute": False},
-        "zero-1": {},
         "zero-1-offload": {"offload": "cpu"},
         "zero-1-kept": {"recompute": False, "offload": "cpu"},
-        "zero-2": {"zero": 2},
         "zero-2-kept": {"zero": 2, "recompute": False},
-        "zero-2-kept-offload": {"zero": 2, "recompute": False, "offload": "cpu"},
         "zero-2-offload": {"zero": 2, "offload": "cpu"},
         "zero-3": {"zero": 3},
+        "zero-1-of-3": {"zero": 3, "offload": "cpu", "own": 1},
+        "zero-3-of-0": {"own": 3, "zero": 0},
         "zero-3-kept": {"zero": 3, "recompute": False},
         "zero-3-offload": {"zero": 3, "offload": "cpu"},
         "one-forward": {"zero": 3, "chunk": 4096},
+        "bf16-zero-1": {"precision": "bf16", "parallel": {"tensor": 2}},
+        "bf16-zero-3": {"zero": 3, "offload": "cpu", "precision": "bf16", "frozen": ("audio",)},
         "frozen-vision": {"zero": 3, "frozen": ("vision",)},
         "frozen-audio": {"frozen": ("audio",)},
         "all-frozen": {"zero": 3, "frozen": ("vision", "audio")},
@@ -75,8 +92,13 @@ def case_config(ranks: str, name: str) -> RunConfig:
     config = dataclasses.replace(
         CONFIG,
         parallel=ParallelConfig(**case["parallel"]),
-        engine=dataclasses.replace(CONFIG.engine, zero_stage=case["zero"], offload_optimizer=case["offload"]),
-        embedders=EmbeddersConfig(recompute=case["recompute"], chunk_tokens=case["chunk"]),
+        engine=dataclasses.replace(
+            CONFIG.engine,
+            zero_stage=case["zero"],
+            offload_optimizer=case["offload"],
+            precision=case["precision"],
+        ),
+        embedders=EmbeddersConfig(zero_stage=case["own"], recompute=case["recompute"], chunk_tokens=case["chunk"]),
     )
     for encoder in case["frozen"]:
         config = dataclasses.replace(config, **{encoder: dataclasses.replace(getattr(config, encoder), frozen=True)})
@@ -93,7 +115,7 @@ def pretend_loss(embeddings: Embeddings | None, row: int, positions: torch.Tenso
     """Stands in for the decoder. row: in the global step; positions: of the row's tokens in this rank's stream."""
     random = torch.Generator().manual_seed(row)
     turn, weight = (torch.randn(T, CONFIG.model.width, generator=random) for _ in range(2))
-    h_SD = torch.zeros(len(positions), CONFIG.model.width)
+    h_SD = torch.zeros(len(positions), CONFIG.model.width)  # float32, which `place` leads bf16 embeddings to
     if embeddings is not None:
         h_SD = place(h_SD, embeddings)
     return ((h_SD + turn[positions]).tanh() * weight[positions]).sum() / 50
@@ -138,6 +160,71 @@ def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
     return found
 
 
+def gradients_with_dummies(ranks: str, name: str) -> dict[str, torch.Tensor]:
+    """The vision encoder's gradients of one forward, by itself and after the backwards of two dummies."""
+    config = case_config(ranks, name)
+    media, found = rows(0)[2].media["vision"], {}
+    for forwards in (1, 3):
+        encoder = Encoder(config, "vision", EngineGroups(), deepspeed_config(config, ROWS, 1), torch.device("cpu"))
+        (e_OD,) = encoder.forward([media], forwards, training=True)
+        encoder.backward([torch.randn(e_OD.shape, generator=torch.Generator().manual_seed(1))])
+        for piece in encoder.engine.fragments:
+            found[f"{forwards}/{piece.name}"] = piece.gradient()[: piece.count].clone()
+    return found
+
+
+def gathers(topology: Topology) -> dict[str, torch.Tensor]:
+    """How often a rank asks for weights under ZeRO-3, in the forward and the backward of 2 and of 4 chunks."""
+    found = {}
+    for forwards in (2, 4):
+        config = case_config("2", "zero-3")
+        settings = deepspeed_config(config, ROWS, 1)
+        encoder = Encoder(config, "vision", groups_of_world(topology), settings, torch.device("cpu"))
+        count = 0
+
+        def counting(gather):
+            def gather_and_count(*arguments, **named):
+                nonlocal count
+                count += 1
+                return gather(*arguments, **named)
+
+            return gather_and_count
+
+        for parameter in encoder.engine.module.parameters():
+            parameter.all_gather_coalesced = counting(parameter.all_gather_coalesced)
+        media = [rows(0)[2].media["vision"]] * forwards
+        outputs = encoder.forward(media, forwards, training=True)
+        forward, count = count, 0
+        encoder.backward([torch.ones_like(e_OD) for e_OD in outputs])
+        found |= {f"forward/{forwards}": torch.tensor(forward), f"backward/{forwards}": torch.tensor(count)}
+    return found
+
+
+def disagreements(topology: Topology) -> dict[str, str]:
+    """What each rank is told where the last but one would run something else, and where it would not."""
+    odd, rank = topology.world - 2, topology.rank
+    usual = Signature(step=1, microbatches=4, row_tokens=T, encoders=("vision", "audio"), rows=topology.data_rank)
+    cases: dict[str, dict[str, object]] = {
+        "microbatches": {"microbatches": 3},
+        "encoders": {"encoders": ("vision",)},
+        "rows": {"rows": 77},
+        "nothing": {},
+    }
+    found = {}
+    for name, fields in cases.items():
+        signature = dataclasses.replace(usual, **fields) if rank == odd else usual
+        try:
+            found[name] = str(agree(1.0, 0, signature, topology, torch.device("cpu")))
+        except ValueError as error:
+            found[name] = str(error)
+    problem = "sample x cannot be read" if rank == odd else ""
+    try:
+        agree(1.0, 0, usual, topology, torch.device("cpu"), problem)
+    except ValueError as error:
+        found["problem"] = str(error)
+    return found
+
+
 def main() -> None:
     out, *names = sys.argv[1:]
     quiet_warnings()
@@ -145,15 +232,22 @@ def main() -> None:
     join(device)
     from megatron.core import parallel_state
 
+    ranks = str(torch.distributed.get_world_size())
     for name in names:
-        ranks = str(torch.distributed.get_world_size())
         config = case_config(ranks, name)
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         topology = build_topology(config.parallel, "gloo")
         here = (topology.pipeline_rank, topology.data_rank, topology.context_rank, topology.tensor_rank)
         assert rank_at(topology, *here) == topology.rank
-        save_file(train(config, topology), Path(out) / f"{name}-{topology.rank}.safetensors")
+        stem = Path(out) / f"{name}-{topology.rank}"
+        save_file(train(config, topology), stem.with_suffix(".safetensors"))
+        if ranks == "4":
+            stem.with_suffix(".json").write_text(json.dumps(disagreements(topology)))
+        if ranks == "1":
+            save_file(gradients_with_dummies(ranks, name), f"{stem}-dummies.safetensors")
+    if ranks == "2":
+        save_file(gathers(topology), Path(out) / f"gathers-{topology.rank}.safetensors")
     leave()
 
 

@@ -1,4 +1,4 @@
-"""Dealing items to ranks: each once, the same everywhere, balanced within Graham's bound, at home where that is free."""
+"""Dealing items to ranks: each once, the same everywhere, within Graham's bound, at home where that is free."""
 
 from __future__ import annotations
 

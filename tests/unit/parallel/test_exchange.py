@@ -5,8 +5,6 @@ The oracle knows nothing of routes: it asks `stream_positions` which tokens a ra
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -121,9 +119,5 @@ def test_a_rank_knows_where_a_token_of_another_lies(world):
         home = np.full(tokens, topology.data_rank)
         places = {copy: streams.rank(home, position, copy) for copy in range(streams.copies)}
         for rank in peers(topology, topology.data_rank):
-            there = streams_of(ranks[rank], tokens)
+            there = Streams(ranks[rank], tokens).here(position)
             assert there.tolist() == [any(found[t] == rank for found in places.values()) for t in range(tokens)]
-
-
-def streams_of(topology: Topology, tokens: int) -> np.ndarray:
-    return Streams(dataclasses.replace(topology), tokens).here(np.arange(tokens))
