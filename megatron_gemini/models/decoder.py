@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
         cache: AttentionCache | None,
         run: Pass = PLAIN,
     ) -> torch.Tensor:
-        return self.mlp(run.attention(self.attention, h_TD, turn, plan, cache))
+        return run.mlp(self.mlp, run.attention(self.attention, h_TD, turn, plan, cache))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class OnHost:
     def __init__(self, x: torch.Tensor, before: OnHost | None) -> None:
         """before: the one of the chain that was made before this one."""
         self._x: torch.Tensor | None = x.detach()
-        self._device, self._before = x.device, before
+        self._device, self._before, self._stream = x.device, before, _copy_stream(x.device)
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         self._host: torch.Tensor | None = host
         self._copied = self._copy(host, x)
@@ -49,14 +49,13 @@ class OnHost:
 
     def _copy(self, to: torch.Tensor, of: torch.Tensor) -> Any:
         """Begin to copy, after all that the current stream has been given; returns the event of its end."""
-        if self._device.type != "cuda":
+        if self._stream is None:
             to.copy_(of)
             return None
-        stream = _copy_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             to.copy_(of, non_blocking=True)
-        return stream.record_event()
+        return self._stream.record_event()
 
     def _wait(self) -> None:
         if self._copied is not None:
@@ -65,4 +64,4 @@ class OnHost:
 
 @functools.cache
 def _copy_stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device) if device.type == "cuda" else None

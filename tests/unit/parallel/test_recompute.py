@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 from torch import nn
 
 from megatron_gemini.kernels.attention import plan_attention
-from megatron_gemini.kernels.rope import rotation
+from megatron_gemini.kernels.unread import is_unread
 from megatron_gemini.models.decoder import Decoder
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.host_memory import OnHost
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.recompute import PLAIN, Recompute
+from megatron_gemini.parallel.recompute import PLAIN, Pass, Recompute
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows
 
@@ -81,7 +79,9 @@ def counted(model: Decoder) -> Counter[str]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "attention", "mlp"), [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)], ids=["none", "selective", "full"]
+    ("mode", "attention", "mlp"),
+    [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)],
+    ids=["none", "selective", "full"],
 )
 def test_the_backward_runs_again_what_the_mode_says(mode: str, attention: int, mlp: int) -> None:
     model, rest = decoder(mode)
@@ -135,51 +135,38 @@ def test_weights_get_gradients_although_the_input_wants_none(mode: str) -> None:
 def test_without_gradients_nothing_is_kept_and_the_cache_is_used() -> None:
     model, rest = decoder("full", offload=True)
 
-    class Cache:
-        layers: list[int] = []
+    asked: list[int] = []
 
+    class Cache:
         def attend(self, index: int, q: torch.Tensor, k: Any, v: Any, plan: Any) -> torch.Tensor:
-            self.layers.append(index)
+            asked.append(index)
             return torch.zeros_like(q)
 
     with torch.no_grad():
         assert model.recompute.begin().mode == "none"
         model(hidden(), *rest, Cache())
-    assert Cache.layers == list(range(CONFIG.model.layers))
+    assert asked == list(range(CONFIG.model.layers))
 
 
-def test_a_plain_pass_calls_through() -> None:
-    assert PLAIN.attention(lambda h, x: h + x, torch.ones(1), 2.0) == 3
+def test_only_the_second_run_of_a_region_leaves_out_its_last_product() -> None:
+    """Of a whole layer that is the MLP's, and not the attention's, which the MLP reads."""
+    run, seen = Recompute("full").begin(), []
+
+    def half(h_TD: torch.Tensor) -> torch.Tensor:
+        seen.append(is_unread())
+        return h_TD * 2
+
+    def layer(h_TD: torch.Tensor, run: Pass = PLAIN) -> torch.Tensor:
+        return run.mlp(half, run.attention(half, h_TD))
+
+    out = run.layer(layer, torch.ones(2, 3, requires_grad=True))
+    assert seen == [False, False]
+    out.sum().backward()
+    assert seen == [False, False, False, True]
+    Recompute("selective").begin().layer(layer, torch.ones(2, 3, requires_grad=True)).sum().backward()
+    assert seen[4:] == [False, False, True]  # attention, MLP; attention
 
 
-def chain(count: int) -> tuple[list[torch.Tensor], list[OnHost]]:
-    tensors = [torch.randn(3, 2, generator=torch.Generator().manual_seed(seed)) for seed in range(count)]
-    kept: list[OnHost] = []
-    for tensor in tensors:
-        kept.append(OnHost(tensor, kept[-1] if kept else None))
-    return tensors, kept
-
-
-def test_what_is_kept_comes_back_with_its_values_one_ahead() -> None:
-    tensors, kept = chain(4)
-    assert [item._x is not None for item in kept] == [False, False, False, True]
-    for number in (3, 2, 1, 0):
-        taken = kept[number].take()
-        assert torch.equal(taken, tensors[number])
-        assert [item._x is not None for item in kept[:number]] == [place == number - 1 for place in range(number)]
-
-
-def test_what_is_kept_is_a_copy_that_shares_no_memory() -> None:
-    tensors, kept = chain(2)
-    original = tensors[0].clone()
-    tensors[0].zero_()
-    kept[1].take()
-    assert torch.equal(kept[0].take(), original)
-
-
-def test_what_is_kept_is_given_once_and_forgotten() -> None:
-    _, kept = chain(1)
-    kept[0].take()
-    assert copy.copy(kept[0].__dict__)["_host"] is None
-    with pytest.raises(AssertionError, match="taken twice"):
-        kept[0].take()
+def test_a_setting_that_offloads_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"offload_activations is true but engine\.recompute is none"):
+        dataclasses.replace(CONFIG.engine, offload_activations=True)
