@@ -64,6 +64,11 @@ class EngineConfig:
             raise ValueError(
                 "engine.adam deepspeed is its CPU Adam; set engine.offload_optimizer to cpu, or adam to auto"
             )
+        if self.offload_activations and self.recompute == "none":
+            raise ValueError(
+                "engine.offload_activations is true but engine.recompute is none, which leaves nothing to offload; "
+                "set engine.recompute to selective or full"
+            )
         at_least(self, "engine", 0, "gradient_clipping")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")

@@ -17,6 +17,7 @@ from megatron_gemini.kernels.attention_cpu_calls import attend_slots, attend_slo
 from megatron_gemini.kernels.attention_plan import AttentionPlan
 from megatron_gemini.kernels.attention_slots import to_rows, to_slots, without_repeats
 from megatron_gemini.kernels.rope import Rotation
+from megatron_gemini.kernels.unread import is_unread, no_values
 
 
 def attend_on_cpu(
@@ -87,6 +88,8 @@ class _AttentionOutput(torch.autograd.Function):
         out = out_QNH.flatten(1)
         ctx.save_for_backward(weight, out, *saved)
         ctx.plan, ctx.turn, ctx.shape = plan, turn, out_QNH.shape
+        if is_unread():
+            return no_values(residual)
         return torch.addmm(residual, out, weight.t())
 
     @staticmethod

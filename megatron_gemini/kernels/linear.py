@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from megatron_gemini.kernels.norm import norm_backward, norm_forward
+from megatron_gemini.kernels.unread import is_unread, no_values
 
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 _silu_backward = torch.ops.aten.silu_backward.grad_input
@@ -101,6 +102,8 @@ class _Linear(torch.autograd.Function):
         ctx.group = group
         if residual is None:
             return torch.mm(x, _matrix(weight).t())
+        if is_unread():
+            return no_values(residual)
         return torch.addmm(residual, x if x.dim() == 2 else x.flatten(1), weight.t())
 
     @staticmethod
@@ -199,6 +202,8 @@ class _GatedMLP(torch.autograd.Function):
         inner, saved = gated_forward(normed, gate_up, activation)
         ctx.save_for_backward(h, inverse, scale, normed, gate_up, inner, down, *saved)
         ctx.activation = activation
+        if is_unread():
+            return no_values(h)
         return torch.addmm(h, inner, down.t())
 
     @staticmethod

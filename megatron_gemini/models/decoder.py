@@ -18,6 +18,7 @@ from megatron_gemini.kernels.attention import AttentionPlan
 from megatron_gemini.kernels.rope import Rotation, rotation
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import declare_tied
+from megatron_gemini.parallel.recompute import PLAIN, Pass, Recompute
 
 
 def branch_std(config: ModelConfig) -> float:
@@ -82,9 +83,14 @@ class DecoderLayer(nn.Module):
         )
 
     def forward(
-        self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
+        self,
+        h_TD: torch.Tensor,
+        turn: Rotation,
+        plan: AttentionPlan,
+        cache: AttentionCache | None,
+        run: Pass = PLAIN,
     ) -> torch.Tensor:
-        return self.mlp(self.attention(h_TD, turn, plan, cache))
+        return run.mlp(self.mlp, run.attention(self.attention, h_TD, turn, plan, cache))
 
 
 @dataclass(frozen=True)
@@ -108,9 +114,17 @@ class Decoder(nn.Module):
     Names of parameters are those of the whole decoder.
     """
 
-    def __init__(self, config: ModelConfig, vocabulary: int, layers: Layers, part: Part | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: int,
+        layers: Layers,
+        part: Part | None = None,
+        recompute: Recompute | None = None,
+    ) -> None:
         super().__init__()
         part = part or Part.whole(config.layers)
+        self.recompute = recompute or Recompute()
         self.config = config
         self.part = part
         self.embedding: Any = None
@@ -142,8 +156,9 @@ class Decoder(nn.Module):
         position_T: of the whole row, also where this rank has only some of its tokens.
         """
         turn = rotation(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
+        run = self.recompute.begin()
         for layer in self.layers.values():
-            h_TD = layer(h_TD, turn, plan, cache)
+            h_TD = run.layer(layer, h_TD, turn, plan, cache)
         return h_TD if self.norm is None else self.norm(h_TD)
 
     @property

@@ -20,6 +20,7 @@ from megatron_gemini.kernels.cross_entropy import cross_entropy
 from megatron_gemini.models.decoder import AttentionCache, Decoder, Part
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.recompute import Recompute
 from megatron_gemini.parallel.stages import stage_layers
 
 
@@ -65,7 +66,8 @@ class DecoderStage(nn.Module):
         self.config = config
         self.layout = layout
         self.layers = layers
-        self.decoder = Decoder(config.model, layout.size, layers, part)
+        recompute = Recompute(config.engine.recompute, config.engine.offload_activations)
+        self.decoder = Decoder(config.model, layout.size, layers, part, recompute)
 
     def forward(self, h_SD: torch.Tensor | None = None, *, row: Row) -> LossOutput | tuple[torch.Tensor]:
         """h_SD: what the stage before gave, None on the first. Returns the loss on the last, else (h_SD,)."""

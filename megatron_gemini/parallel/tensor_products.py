@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from megatron_gemini.kernels.linear import gated_backward, gated_forward, gated_weight_gradient
 from megatron_gemini.kernels.norm import norm_backward, norm_forward
+from megatron_gemini.kernels.unread import is_unread, no_values
 from megatron_gemini.parallel.collectives import TensorRanks
 from megatron_gemini.parallel.division import HeadShard
 
@@ -143,6 +144,8 @@ class _ProjectAdd(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ranks = ranks
+        if is_unread():
+            return no_values(residual)
         return ranks.reduce(torch.mm(x.flatten(1), weight.t())).wait().add_(residual)
 
     @staticmethod
@@ -169,6 +172,8 @@ class _GatedMLP(torch.autograd.Function):
         inner, saved = gated_forward(ranks.gather(normed).wait(), gate_up, activation)
         ctx.save_for_backward(h, inverse, scale, normed, gate_up, inner, down, *saved)
         ctx.activation, ctx.ranks = activation, ranks
+        if is_unread():
+            return no_values(h)
         return ranks.reduce(torch.mm(inner, down.t())).wait().add_(h)
 
     @staticmethod

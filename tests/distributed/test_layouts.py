@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 CPU = {"offload_optimizer": "cpu"}
 ALL_CPU = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
 BREADTH = {"schedule": "breadth_first"}
+AGAIN = {"recompute": "full", "offload_activations": True}
 
 LAYOUTS: dict[int, list[dict[str, Any]]] = {
     2: [
@@ -51,6 +52,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"zero_stage": 3},
         {"zero_stage": 3, **CPU},
         {"zero_stage": 3, **ALL_CPU},
+        {"zero_stage": 3, **ALL_CPU, **AGAIN},
         {"tensor": 2, "zero_stage": 0},
         {"tensor": 2, "zero_stage": 1, **CPU},
         {"tensor": 2, "zero_stage": 2, "tied": False},
@@ -65,6 +67,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
     4: [
         {"tensor": 2, "zero_stage": 3, **CPU},
         {"tensor": 2, "sequence": True, "zero_stage": 2, **CPU},
+        {"tensor": 2, "sequence": True, "zero_stage": 2, **CPU, **AGAIN, "recompute": "selective"},
         {"tensor": 4, "sequence": True, "zero_stage": 1, "tied": False},
         {"context": 2, "zero_stage": 3, **CPU},
         {"context": 4, "zero_stage": 0},
@@ -74,6 +77,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"pipeline": 4, "zero_stage": 1, "frozen": "vision audio"},
         {"tensor": 2, "pipeline": 2, "zero_stage": 3, **CPU},
         {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **ALL_CPU},
+        {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **ALL_CPU, **AGAIN},
         {"tensor": 2, "pipeline": 2, "zero_stage": 0, "virtual_stages": 2, "schedule": "interleaved", "tied": False},
         {"context": 2, "pipeline": 2, "zero_stage": 3, "virtual_stages": 2, **BREADTH},
     ],
@@ -180,7 +184,9 @@ def test_the_final_weights_are_those_of_the_plain_loop(world: int, layout: dict,
     assert set(reader.names()) == set(weights)
     for parameter, expected in weights.items():
         found = reader.read(WEIGHT, parameter)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 * CONFIG.optimizer.lr, msg=lambda m, p=parameter: f"{p}: {m}")
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=1e-2 * CONFIG.optimizer.lr, msg=lambda m, p=parameter: f"{p}: {m}"
+        )
 
 
 @pytest.mark.parametrize(("world", "layout"), CASES)
@@ -199,3 +205,9 @@ def test_a_checkpoint_of_another_layout_goes_on_the_same(world: int, layout: dic
     expected = results(2, {"zero_stage": 3, **CPU})["onward"]
     found = results(world, layout)["moved"]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("world", "layout"), [case for case in CASES if "recompute" in case.values[1]])
+def test_recomputation_changes_no_bit(world: int, layout: dict, results: Any) -> None:
+    kept = {key: value for key, value in layout.items() if key not in AGAIN}
+    assert results(world, layout)["curve"] == results(world, kept)["curve"]

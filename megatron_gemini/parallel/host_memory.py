@@ -1,0 +1,67 @@
+"""Activations that wait for their backward in host memory."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+
+class OnHost:
+    """One of a chain of tensors that are made one after another and wanted back in the reverse order.
+
+    Its copy to the host begins at once, and its device memory is free when the next one is made: the newest, which is
+    wanted first, is always there. Each of the others comes back while the work that needed the one after it is under
+    way. On CUDA the copies are between pinned memory and a stream of their own. Device memory is handed out and taken
+    back by the current stream only, which waits for the copies: otherwise torch's allocator would keep it for as long
+    as the CPU is ahead of the GPU, which may be all the layers. On a CPU the same happens by plain copies.
+    """
+
+    def __init__(self, x: torch.Tensor, before: OnHost | None) -> None:
+        """before: the one of the chain that was made before this one."""
+        self._x: torch.Tensor | None = x.detach()
+        self._device, self._before, self._stream = x.device, before, _copy_stream(x.device)
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        self._host: torch.Tensor | None = host
+        self._copied = self._copy(host, x)
+        if before is not None:
+            before._leave()
+
+    def take(self) -> torch.Tensor:
+        """The tensor on its device, once; the one before it begins to come back."""
+        self._come()
+        if self._before is not None:
+            self._before._come()
+        self._wait()
+        x, self._x, self._host, self._before = self._x, None, None, None
+        assert x is not None, "taken twice"
+        return x
+
+    def _leave(self) -> None:
+        self._wait()
+        self._x = None
+
+    def _come(self) -> None:
+        if self._x is None and self._host is not None:
+            self._x = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+            self._copied = self._copy(self._x, self._host)
+
+    def _copy(self, to: torch.Tensor, of: torch.Tensor) -> Any:
+        """Begin to copy, after all that the current stream has been given; returns the event of its end."""
+        if self._stream is None:
+            to.copy_(of)
+            return None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            to.copy_(of, non_blocking=True)
+        return self._stream.record_event()
+
+    def _wait(self) -> None:
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
