@@ -121,7 +121,7 @@ class Encoder:
     @contextlib.contextmanager
     def _held(self, forwards: int) -> Iterator[None]:
         """Under ZeRO-3, weights that several forwards need are gathered once for all of them."""
-        if self.engine.stage != 3 or forwards < 2:
+        if not self.engine.gathers or forwards < 2:
             yield
             return
         gathering.hold(self.engine.deepspeed)

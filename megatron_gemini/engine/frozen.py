@@ -36,8 +36,9 @@ class FrozenEngine:
         self._unit = ModelParallelUnit(groups) if groups.data_group is not None else None
         self.deepspeed: Any = None
         if self.stage == 3:
-            with gathering.within(groups.data_group, self._unit):
-                self.deepspeed = self._divided(build, config, settings, device)
+            self.gathers = self.stage == 3
+        with gathering.within(groups.data_group, self._unit):
+            self.deepspeed = self._divided(build, config, settings, device)
         self.module: nn.Module = self._whole(build, config, device) if self.deepspeed is None else self.deepspeed.module
         piece = _divided_piece if self.stage == 3 else _whole_piece
         self.fragments = [

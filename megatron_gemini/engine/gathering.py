@@ -92,26 +92,54 @@ def _device(group: ProcessGroup) -> torch.device:
 
 
 def hold(engine: Any) -> None:
-    """Gather all weights of a ZeRO-3 engine, in one go, and keep them until `release`."""
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    """Gather all weights of a ZeRO-3 engine, in one go, and keep them until `release`.
 
-    parameters = [p for p in engine.module.parameters() if hasattr(p, "ds_status")]
-    missing = [p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    Meanwhile its modules run without DeepSpeed's hooks, which would find nothing to do. A backward of what was computed
+    now has to be held as well.
+    """
+    parameters = list(engine.module.parameters())
+    missing = [p for p in parameters if p.ds_status == _status().NOT_AVAILABLE]
     for parameter in parameters:
         if not hasattr(parameter, "ds_active_sub_modules"):
             raise changed("parameter.ds_active_sub_modules")
         parameter.ds_active_sub_modules.add(_HOLD)
     if missing:
         missing[0].all_gather_coalesced(missing).wait()
+    engine.held_hooks = [(handle.hooks_dict_ref(), handle.id) for handle in _hooks(engine)]
+    engine.held_hooks = [(hooks, number, hooks.pop(number)) for hooks, number in engine.held_hooks if number in hooks]
 
 
 def release(engine: Any) -> None:
-    """End `hold`: the weights are partitioned again."""
+    """End `hold`: the weights are partitioned again, and the hooks are back."""
+    for hooks, number, hook in engine.held_hooks:
+        hooks[number] = hook
+    for parameter in engine.module.parameters():
+        parameter.ds_active_sub_modules.discard(_HOLD)
+        if parameter.ds_status == _status().AVAILABLE and not parameter.ds_active_sub_modules:
+            parameter.partition()
+
+
+def keep_whole(engine: Any) -> None:
+    """For a ZeRO-3 engine of one data rank, whose part of every weight is the whole: gather and partition nothing.
+
+    A weight and its one partition are then the same memory, which the optimizer updates.
+    """
+    if not hasattr(engine.optimizer, "_partition_all_parameters"):
+        raise changed("DeepSpeedZeroOptimizer_Stage3._partition_all_parameters")
+    hold(engine)
+    engine.optimizer._partition_all_parameters = lambda: None
+
+
+def _status() -> Any:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    for parameter in engine.module.parameters():
-        if _HOLD not in getattr(parameter, "ds_active_sub_modules", ()):
-            continue
-        parameter.ds_active_sub_modules.discard(_HOLD)
-        if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_active_sub_modules:
-            parameter.partition()
+    return ZeroParamStatus
+
+
+def _hooks(engine: Any) -> list[Any]:
+    """Handles of the hooks that gather and release, in the order in which they were registered."""
+    optimizer: Any = engine.optimizer  # of an engine without one, this is the offload itself
+    offload: Any = getattr(optimizer, "parameter_offload", optimizer)
+    if not hasattr(offload, "fwd_pre_hook"):
+        raise changed("DeepSpeedZeRoOffload.fwd_pre_hook")
+    return [offload.fwd_pre_hook, *offload.forward_hooks, *offload.backward_hooks]

@@ -20,7 +20,6 @@ from megatron_gemini.engine.embedders import Embedders
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
-from megatron_gemini.models.encoding_plan import check_media
 from megatron_gemini.models.placement import Embeddings
 from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, Row, parts
 from megatron_gemini.parallel.layers import Layers
@@ -61,11 +60,11 @@ class MultimodalEngine(Engine):
         return 1.0 if part in self.decoder else self.config.embedders.lr_scale
 
     def forward_backward(self, batches: Sequence[Batch], weight: float, collect: Collect) -> None:
-        """As `Engine.forward_backward`; the batches lie on the CPU, and with all peers that share a row.
+        """As `Engine.forward_backward`; the batches lie on the CPU, with all peers that share a row.
 
-        Raises ValueError that names the samples whose media do not fit their placeholders.
+        They have been checked (`encoding_plan.check_media`): an error of one rank alone would leave the others waiting.
         """
-        rows = self._rows(batches, self._embed(batches, training=True))
+        rows = self._rows(batches, self.embedders.forward(batches, training=True))
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         self._through(rows, collect, scale)
         self.embedders.backward()
@@ -74,12 +73,7 @@ class MultimodalEngine(Engine):
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluating())
-            self._through(self._rows(batches, self._embed(batches, training=False)), collect, None)
-
-    def _embed(self, batches: Sequence[Batch], training: bool) -> list[Embeddings | None]:
-        for batch in batches:
-            check_media(batch, self.layout, self.config)
-        return self.embedders.forward(batches, training)
+            self._through(self._rows(batches, self.embedders.forward(batches, training=False)), collect, None)
 
     def _rows(self, batches: Sequence[Batch], embeddings: list[Embeddings | None]) -> list[Row]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)

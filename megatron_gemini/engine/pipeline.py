@@ -40,7 +40,7 @@ class _Stage(pipelining.PipelineStage):
         self, engine: ZeroEngine, index: int, stages: int, like: torch.Tensor, topology: Topology, hold: bool
     ) -> None:
         super().__init__(engine.module, index, stages, like.device, like, like, group=topology.pipeline_group)
-        self.engine, self.hold = engine, hold and engine.stage == 3
+        self.engine, self.hold = engine, hold and engine.gathers
         self.collect: Collect = lambda output: None
         self.microbatches = self.forwards = self.backwards = 0
 

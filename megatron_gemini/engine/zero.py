@@ -55,6 +55,11 @@ class ZeroEngine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, model_parameters=parameters, config=settings, mpu=unit
             )
+        one_piece = groups.data_size == 1 and config.engine.offload_parameters == "none"
+        self.gathers = self.stage == 3 and not one_piece
+        """Whether weights are gathered before use: one rank alone has them whole, unless they lie elsewhere."""
+        if self.stage == 3 and one_piece:
+            gathering.keep_whole(self.deepspeed)
         internals.silence_own_clipping(self.deepspeed)
         internals.set_step_count(self.deepspeed, 0)
         self.fragments = internals.fragments(self.deepspeed)

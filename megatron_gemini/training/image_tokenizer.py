@@ -16,6 +16,7 @@ from megatron_gemini.data.images import ImageLoader
 from megatron_gemini.engine.engine import WholeModelEngine
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
 from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.agreement import Signature, config_digest
 from megatron_gemini.training.loop import Task, mean
 
 PARTS = ("loss", "l2", "logit_laplace", "quantization", "perplexity")
@@ -30,6 +31,7 @@ class ImageTokenizerTraining(Task):
             raise ValueError(
                 f"parallel.tensor is {topology.tensor_size}; the image tokenizer is trained data parallel, set it to 1"
             )
+        self.digest = config_digest(config)
         self.loader = ImageLoader(config, topology.data_rank, topology.data_size)
         self.engine = WholeModelEngine(
             lambda: SummedLoss(ImageTokenizer(config.image_tokenizer)), config, topology, device, topology.data_size
@@ -40,6 +42,9 @@ class ImageTokenizerTraining(Task):
 
     def weight(self, batches: list[torch.Tensor]) -> float:
         return float(sum(len(images) for images in batches))
+
+    def signature(self, step: int, batches: list[torch.Tensor]) -> Signature:
+        return Signature(step, len(batches), config=self.digest)
 
     def to_device(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         return [images.to(self.device, self.engine.dtype, non_blocking=True) for images in batches]

@@ -21,6 +21,7 @@ from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.engine import Engine, StepResult
 from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.agreement import Signature, agree
 from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress
@@ -45,6 +46,14 @@ class Task(ABC):
     @abstractmethod
     def weight(self, batches: list[Any]) -> float:
         """Sum of the loss weights of this rank's microbatches."""
+
+    @abstractmethod
+    def signature(self, step: int, batches: list[Any]) -> Signature:
+        """What this rank is about to do, which must fit what the others are about to do."""
+
+    def problem(self, batches: list[Any]) -> str:
+        """Why these batches cannot be trained on; empty if they can."""
+        return ""
 
     @abstractmethod
     def to_device(self, batches: list[Any]) -> list[Any]: ...
@@ -145,9 +154,9 @@ class Loop:
     def one_step(self, writer: MetricsWriter, progress: Progress) -> int:
         """Read, agree, train, record. Returns 0, or without training what the ranks agree to stop for."""
         step, started = self.state.step, time.perf_counter()
-        batches = self.task.next_batches()
+        batches, problem = self.read()
         waited = time.perf_counter() - started
-        weight, number = self.agree(self.task.weight(batches))
+        weight, number = self.agree(batches, problem)
         if number:
             # The step's rows have been handed out but not trained on: the state before them is what is saved.
             return number
@@ -169,6 +178,13 @@ class Loop:
         progress.update(step, record)
         return 0
 
+    def read(self) -> tuple[list[Any], str]:
+        """(this rank's batches of the next step, why there are none): who cannot go on tells the others first."""
+        try:
+            return self.task.next_batches(), ""
+        except ValueError as error:
+            return [], str(error)
+
     def step(self, batches: list[Any], weight: float) -> dict[str, float]:
         """One global step. weight: the sum of its loss weights over all data-parallel ranks."""
         outputs: list[Any] = []
@@ -187,21 +203,13 @@ class Loop:
         self.state.optimizer_steps += not result.skipped
         return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
 
-    def agree(self, weight: float) -> tuple[float, int]:
-        """(sum of the weights over the data-parallel ranks, signal number to stop for or 0), the same everywhere."""
-        share = torch.zeros(2, dtype=torch.float64, device=self.task.device)
-        share[0] = weight if self.task.topology.speaks_for_row else 0.0  # its peers hold the same rows
-        share[1] = self.stop.requested()
-        gathered = [torch.zeros_like(share) for _ in range(self.task.topology.world)]
-        if len(gathered) > 1:
-            dist.all_gather(gathered, share)
-        else:
-            gathered[0] = share
-        every = torch.stack(gathered)
-        total, number = float(every[:, 0].sum()), int(every[:, 1].max())
-        if total <= 0:
-            raise ValueError("no token of this step has a loss weight; check the loss section and the data's tasks")
-        return total, number
+    def agree(self, batches: list[Any], problem: str) -> tuple[float, int]:
+        """(sum of the step's loss weights, signal number to stop for or 0), the same on every rank; see `agreement`."""
+        problem = problem or self.task.problem(batches)
+        signature = Signature(self.state.step, 0) if problem else self.task.signature(self.state.step, batches)
+        weight = 0.0 if problem else self.task.weight(batches)
+        stop = self.stop.requested()
+        return agree(weight, stop, signature, self.task.topology, self.task.device, problem)
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, self.engine.total(list(sums.values())), strict=True))

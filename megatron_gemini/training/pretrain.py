@@ -17,8 +17,10 @@ from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.kernels.attention import attention_backend
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
+from megatron_gemini.models.encoding_plan import check_media
 from megatron_gemini.models.stage import LossOutput
 from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.agreement import Signature, config_digest, sign
 from megatron_gemini.training.loop import Task, mean
 from megatron_gemini.training.metrics import TOKEN_KINDS, count_tokens, token_shares
 from megatron_gemini.training.throughput import model_flops_per_token, utilisation
@@ -27,11 +29,14 @@ from megatron_gemini.training.throughput import model_flops_per_token, utilisati
 class Pretraining(Task):
     """The decoder and its encoders, trained jointly."""
 
+    engine: MultimodalEngine
+
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
         self.tokenizer = TextTokenizer(config.data.text_model)
         self.layout = TokenLayout(self.tokenizer.size, config.image_tokenizer.codes)
         self.image_tokenizer = self._load_image_tokenizer()
+        self.digest = config_digest(config)
         self.loader = Loader(config, topology.data_rank, topology.data_size, self.layout, self.tokenizer)
         self.engine = MultimodalEngine(config, self.layout, topology, device)
 
@@ -53,6 +58,17 @@ class Pretraining(Task):
 
     def weight(self, batches: list[Batch]) -> float:
         return sum(float(batch.weight_T.sum()) for batch in batches)
+
+    def signature(self, step: int, batches: list[Batch]) -> Signature:
+        return sign(step, batches, self.config, self.digest)
+
+    def problem(self, batches: list[Batch]) -> str:
+        try:
+            for batch in batches:
+                check_media(batch, self.layout, self.config)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def to_device(self, batches: list[Batch]) -> list[Batch]:
         return batches  # the engine takes to the device what this rank needs of them
@@ -82,7 +98,7 @@ class Pretraining(Task):
     def record(self, sums: dict[str, float]) -> dict[str, float]:
         weights = [sums[f"weight_{name}"] for name in MODALITIES]
         losses = [sums[f"nll_{name}"] for name in MODALITIES]
-        record = {"loss": mean(sum(losses), sum(weights))}
+        record = {"loss": mean(sum(losses), sum(weights)), "encoder_balance": self.engine.embedders.balance}
         for name, loss, weight in zip(MODALITIES, losses, weights, strict=True):
             record[f"loss_{name}"] = mean(loss, weight)
         record |= token_shares(torch.tensor([int(sums[kind]) for kind in TOKEN_KINDS]))

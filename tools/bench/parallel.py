@@ -3,14 +3,14 @@
     python tools/bench/parallel.py                   # all three, JSON lines; some minutes
     python tools/bench/parallel.py --only zero
 
-Starts its own gloo ranks, one thread each. Both sides of a ratio run in turn in the same processes, so that a noisy machine
-disturbs both.
+Starts its own gloo ranks, one thread each. Both sides of a ratio run in turn in the same processes, so that a noisy
+machine disturbs both.
 
 tensor     CPU time of two tensor-parallel ranks together, over that of one process; forward, loss and backward
-pipeline   throughput of two pipeline ranks with 8 microbatches, over that of two one-rank runs at the same time, as a share
-           of the most that a pipeline can have, m / (m + p - 1); wall-clock time, so the machine must be idle
-zero       CPU time of a whole step (clipping and AdamW too) of this trainer's ZeRO-3 on one rank, over plain torch, over
-           DeepSpeed as its documentation has it (ZeRO-3 with a leaf module a layer), and FSDP2 beside them
+pipeline   throughput of two pipeline ranks with 8 microbatches, over that of two one-rank runs at the same time, as a
+           share of the most that a pipeline can have, m / (m + p - 1); wall-clock time, so the machine must be idle
+zero       CPU time of a whole step (clipping and AdamW too) of this trainer's ZeRO-3 on one rank, over plain torch,
+           over DeepSpeed's own ZeRO-3 with a leaf module a layer, and over FSDP2
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 
-ZERO_CASES = (
+ZERO_CASES: tuple[dict[str, Any], ...] = (
     {"layers": 4, "width": 256, "tokens": 256, "plain_bound": 1.5},
     {"layers": 32, "width": 64, "tokens": 16, "deepspeed_bound": 0.7},
 )
