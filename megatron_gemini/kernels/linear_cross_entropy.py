@@ -132,7 +132,6 @@ class _LossNow(torch.autograd.Function):
             ctx.save_for_backward(*gradients.finish())
         nll = chunks.leave_out(join(nlls))
         ctx.mark_non_differentiable(nll)
-        ctx.set_materialize_grads(False)
         return torch.dot(token_weight, chunks.leave_out(join(terms)) if z_loss else nll), nll
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""The sigmoid loss of image-text pairs (Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training", section 3).
+"""Sigmoid loss of image-text pairs (Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training", section 3).
 
-A pair of the batch is right or wrong by itself, without a softmax over the batch, so the loss is a sum over tiles of the
-similarity matrix and no rank ever needs more than one tile. Texts travel round the ring of ranks while each rank
+A pair of the batch is right or wrong by itself, without a softmax over the batch, so the loss is a sum over tiles of
+the similarity matrix and no rank ever needs more than one tile. Texts travel round the ring of ranks while each rank
 computes with those that it has; their gradients follow them and arrive at home after one full turn.
 
 Shape suffixes: B pairs of this rank, D embedding width, C texts that are with this rank, I and J sides of a tile.
@@ -59,8 +59,8 @@ def _check(
 ) -> None:
     if image.dim() != 2 or image.shape != text.shape:
         raise ValueError(
-            f"image_BD is {tuple(image.shape)} and text_BD {tuple(text.shape)}; both must be [pairs, width], row i of each "
-            "is one pair"
+            f"image_BD is {tuple(image.shape)} and text_BD {tuple(text.shape)}; both must be [pairs, width], row i of "
+            "each is one pair"
         )
     if image.dtype != text.dtype or image.dtype not in DTYPES:
         raise ValueError(f"image_BD is {image.dtype} and text_BD {text.dtype}; both must be the same of {DTYPES}")
