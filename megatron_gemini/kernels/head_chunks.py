@@ -103,8 +103,10 @@ class HeadChunks:
         self.columns = 1 if self.padding_only else min(len(weight), size - first)
         self.matrix = weight if self.columns == len(weight) else weight[: self.columns]
         self.labels, self.counted = _labels(target, first, self.columns, size, group)
-        wide = self.columns * (h.itemsize if h.itemsize >= 4 or self.backend.name == "triton" else h.itemsize + 4)
-        tokens = max(1, CHUNK_BYTES.get(h.device.type, CHUNK_BYTES["cuda"]) // wide)
+        # Ranks exchange something in every chunk: its length must not depend on how many of a rank's rows are padding.
+        share = size if group is None else -(-size // group.size())
+        itemsize = h.itemsize if h.itemsize >= 4 or self.backend.name == "triton" else h.itemsize + 4
+        tokens = max(1, CHUNK_BYTES.get(h.device.type, CHUNK_BYTES["cuda"]) // (share * itemsize))
         self.rows = [slice(i, min(i + tokens, len(h))) for i in range(0, max(1, len(h)), tokens)]
         self.buffer = None if len(self.rows) == 1 else h.new_empty(tokens, self.columns)
 
