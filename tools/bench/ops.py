@@ -18,7 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,19 +54,6 @@ def plain_rope(q: torch.Tensor, k: torch.Tensor, turn: Rotation) -> tuple[torch.
     return turned(q), turned(k)
 
 
-class OurRope(torch.autograd.Function):
-    """RoPE as the attention's autograd node has it: turned back, the gradient needs nothing saved."""
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, turn: Rotation) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.turn = turn
-        return rotate_both(q, k, turn)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *rotate_both(grads[0], grads[1], ctx.turn, -1), None
-
-
 def plain_mlp(h: torch.Tensor, norm: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     gate, up = F.linear(plain_norm(h, norm), gate_up.flatten(0, 1)).chunk(2, -1)
     return h + F.linear(F.gelu(gate, approximate="tanh") * up, down)
@@ -95,7 +82,7 @@ def cases(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> 
         ),
         "RoPE": Case(
             lambda q, k: plain_rope(q, k, turn),
-            lambda q, k: OurRope.apply(q, k, turn),
+            lambda q, k: rotate_both(q, k, turn),
             [draw(tokens, heads, head_width), draw(tokens, 1, head_width)],
         ),
         "gated MLP": Case(plain_mlp, lambda h, n, g, d: gated_mlp(h, n, EPS, g, d, "gelu"), [stream, norm, *inner]),
