@@ -29,8 +29,11 @@ def relative(found, wanted):
 
 
 @pytest.fixture(autouse=True)
-def exact_float32_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_float32_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
