@@ -5,9 +5,13 @@ Shape suffixes: T tokens, N heads, H head width.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+LARGE = 1 << 17
+"""Elements from which a tensor is turned half by half, in one piece of new memory instead of three (on one CPU core at
+T=1024, N=4, H=64: 0.22 instead of 2.8 ms, most of it page faults); below, what counts is the number of calls."""
 
 
 class Rotation(NamedTuple):
@@ -27,14 +31,41 @@ def rotation(position_T: torch.Tensor, head_width: int, theta: float, dtype: tor
 
 def rotate(x_TNH: torch.Tensor, turn: Rotation, direction: int = 1) -> torch.Tensor:
     """Queries or keys, turned by their positions; direction -1 turns back, which is also the gradient's way."""
-    cos, sin = turn
-    return torch.addcmul(x_TNH * cos, x_TNH.roll(x_TNH.shape[-1] // 2, -1), sin, value=direction)
+    if x_TNH.requires_grad and torch.is_grad_enabled():
+        return _Rotate.apply(x_TNH, turn, direction)
+    return _turned(x_TNH, turn, direction)
 
 
 def rotate_both(
     q_TNH: torch.Tensor, k_TKH: torch.Tensor, turn: Rotation, direction: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`rotate` of queries and keys at once; for small tensors one copy takes less time than three more calls."""
+    if q_TNH.numel() > LARGE:
+        return rotate(q_TNH, turn, direction), rotate(k_TKH, turn, direction)
     both = rotate(torch.cat((q_TNH, k_TKH), 1), turn, direction)
     queries = q_TNH.shape[1]
     return both[:, :queries], both[:, queries:]
+
+
+def _turned(x_TNH: torch.Tensor, turn: Rotation, direction: int) -> torch.Tensor:
+    cos, sin = turn
+    half = x_TNH.shape[-1] // 2
+    if x_TNH.numel() <= LARGE:
+        return torch.addcmul(x_TNH * cos, x_TNH.roll(half, -1), sin, value=direction)
+    turned = x_TNH * cos
+    turned[..., :half].addcmul_(x_TNH[..., half:], sin[..., :half], value=direction)
+    turned[..., half:].addcmul_(x_TNH[..., :half], sin[..., half:], value=direction)
+    return turned
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps nothing of x: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, turn: Rotation, direction: int) -> torch.Tensor:
+        ctx.turn, ctx.direction = turn, direction
+        return _turned(x, turn, direction)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _turned(grads[0], ctx.turn, -ctx.direction), None, None

@@ -16,7 +16,7 @@ from torch import nn
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
 from megatron_gemini.kernels.attention import AttentionPlan, plan_attention
-from megatron_gemini.kernels.cross_entropy import cross_entropy
+from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_gemini.models.decoder import AttentionCache, Decoder, Part
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.layers import Layers
@@ -90,16 +90,14 @@ class DecoderStage(nn.Module):
         weighted = weight.nonzero().squeeze(1)
         if len(weighted) < len(weight):
             h_CD, target, weight, modality = (x.index_select(0, weighted) for x in (h_CD, target, weight, modality))
-        shard = self.decoder.output_embedding.shard
-        loss, nll = cross_entropy(
-            self.decoder.logits(h_CD),
-            target,
-            weight,
+        loss_of = functools.partial(
+            linear_cross_entropy,
+            target_T=target,
+            weight_T=weight,
             z_loss=self.config.loss.z_loss,
-            first=shard.first,
-            size=shard.size,
-            group=shard.group,
+            deferred=self.config.parallel.schedule == "breadth_first",  # many rows then wait for their backward
         )
+        loss, nll = self.decoder.output_embedding(h_CD, fused=loss_of)
         sums = torch.zeros(2, len(MODALITIES), dtype=torch.float32, device=weight.device)
         sums.index_add_(1, modality.int(), torch.stack((weight * nll, weight)))
         return LossOutput(loss, sums[0], sums[1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -15,6 +16,10 @@ from megatron_gemini.kernels.attention import AttentionPlan
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], torch.Tensor]
 """Rotated q_TNH and k_TKH, v_TKH and the row's plan -> [T, N, H]."""
+
+FusedHead = Callable[..., Any]
+"""Hidden states [T, D], a vocabulary's weight [V, D], and first, size and group of its `VocabularyShard` by name -> the
+operation's result: `linear_cross_entropy` or `token_log_probabilities` with their other arguments bound."""
 
 
 @dataclass(frozen=True)

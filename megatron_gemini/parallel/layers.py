@@ -1,7 +1,7 @@
 """The decoder's layers, whatever the number of tensor-parallel ranks: one interface, one set of parameter names.
 
 A model asks `Layers` for a layer and never learns whether it is divided. Serial layers are plain torch; divided ones
-are megatron-core's (`tensor_layers.py`, imported only then). Every layer's forward returns a tensor.
+are megatron-core's (`tensor_layers.py`, imported only then).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import Rotation, rotate
 from megatron_gemini.parallel.collectives import TensorRanks, gather_stream
 from megatron_gemini.parallel.context import ContextRanks
-from megatron_gemini.parallel.division import Attend, HeadShard, VocabularyShard
+from megatron_gemini.parallel.division import Attend, FusedHead, HeadShard, VocabularyShard
 from megatron_gemini.parallel.parameters import Init, Placement, new_parameter, normal, zeros
 from megatron_gemini.parallel.stream import context_positions, stream_positions
 from megatron_gemini.parallel.topology import Topology
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
 class Vocabulary(nn.Module):
     """One row a token id: an embedding, a head, or both when tied.
 
-    Both uses go through forward so that ZeRO-3's hooks gather the weight whichever it is.
+    All uses go through forward so that ZeRO-3's hooks gather the weight whichever it is.
     """
 
     def __init__(self, size: int, width: int, *, init: Init) -> None:
@@ -105,8 +105,13 @@ class Vocabulary(nn.Module):
         self.weight = new_parameter(size, width, init=init)
         self.shard = VocabularyShard(0, size, size, None)
 
-    def forward(self, x: torch.Tensor, as_head: bool = False) -> torch.Tensor:
-        """int64 ids [...] -> embeddings [..., D]; as_head: hidden [..., D] -> logits [..., rows of this rank]."""
+    def forward(self, x: torch.Tensor, as_head: bool = False, fused: FusedHead | None = None) -> Any:
+        """int64 ids [...] -> embeddings [..., D]; as_head: hidden [..., D] -> logits [..., rows of this rank].
+
+        fused: hidden [T, D] -> what it makes of them and the weight, such as `kernels.linear_cross_entropy`.
+        """
+        if fused is not None:
+            return fused(x, self.weight, first=0, size=self.shard.size, group=None)
         return linear(x, self.weight) if as_head else nn.functional.embedding(x, self.weight)
 
     def gather_logits(self, logits: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ parallelism), D model width, N query heads of this rank, K key/value heads that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
@@ -20,7 +22,7 @@ from megatron_gemini.kernels.attention import AttentionPlan, attention
 from megatron_gemini.kernels.linear import linear
 from megatron_gemini.kernels.rope import Rotation, rotate
 from megatron_gemini.parallel.collectives import TensorRanks
-from megatron_gemini.parallel.division import Attend, HeadShard, VocabularyShard
+from megatron_gemini.parallel.division import Attend, FusedHead, HeadShard, VocabularyShard
 from megatron_gemini.parallel.parameters import Init, Placement, declare, new_parameter, zeros
 from megatron_gemini.parallel.tensor_products import embed_stream, gated_mlp, norm_query_key_value, project_add
 from megatron_gemini.parallel.topology import Topology
@@ -144,8 +146,11 @@ class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
         self.ranks = TensorRanks.of(topology)
         self.input_group = None if topology.sequence else topology.tensor_group
 
-    def forward(self, x: torch.Tensor, as_head: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, as_head: bool = False, fused: FusedHead | None = None) -> Any:
         """As `layers.Vocabulary`; embeddings of the row's ids [C] are this rank's stream of them, [S, D]."""
+        if fused is not None:
+            place = {"first": self.shard.first, "size": self.shard.size, "group": self.tp_group}
+            return fused(x, self.weight, reduce_input_gradient=self.input_group is not None, **place)
         if as_head:
             return linear(x, self.weight, self.input_group)
         if self.ranks.sequence:  # megatron-core's own form of this wants [S, B, D] and a CUDA device

@@ -9,6 +9,7 @@ all ranks and what every parameter declares. It knows nothing of the serial resu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -22,7 +23,7 @@ from torch import nn
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.kernels.attention import plan_attention
-from megatron_gemini.kernels.cross_entropy import cross_entropy
+from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_gemini.kernels.rope import rotation
 from megatron_gemini.models.decoder import DecoderLayer
 from megatron_gemini.parallel.layers import Layers
@@ -66,12 +67,10 @@ class Stack(nn.Module):
         h_TD = self.make.gather_stream(self.norm(h_SD))
         head = self.embedding if self.head is None else self.head
         weighted = ROW.weight_T.nonzero().squeeze(1)
-        logits = head(h_TD.index_select(0, weighted), as_head=True)
-        shard = head.shard
-        target, weight = ROW.target_T[weighted], ROW.weight_T[weighted]
-        place = {"first": shard.first, "size": shard.size, "group": shard.group}
-        loss, _ = cross_entropy(logits, target, weight, z_loss=1e-3, **place)
-        return loss, head.gather_logits(logits.detach())
+        h_TD = h_TD.index_select(0, weighted)
+        targets = {"target_T": ROW.target_T[weighted], "weight_T": ROW.weight_T[weighted]}
+        loss, _ = head(h_TD, fused=functools.partial(linear_cross_entropy, z_loss=1e-3, **targets))
+        return loss, head.gather_logits(head(h_TD, as_head=True).detach())
 
 
 def media_positions() -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""What the loss does to one chunk of logits, in place: first the softmax's statistics, then the loss's gradient.
+
+The two are apart because tensor-parallel ranks exchange the statistics in between. Two backends do the same:
+
+torch    everywhere. It keeps the exponentials of the first half for the second, so that each is taken once.
+triton   on CUDA: each half is one kernel that reads a logit once and computes in float32 whatever the logits are, where
+         torch takes five passes and, for bfloat16, a float32 copy. `tools/bench/loss.py` compares them.
+
+Shape suffixes: C tokens of the chunk, V vocabulary rows of this rank that are not padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Labels(NamedTuple):
+    """column_C: int64, where this rank has each target, 0 if it does not. held_C: whether it does; None: always."""
+
+    column_C: torch.Tensor
+    held_C: torch.Tensor | None
+
+    def chunk(self, rows: slice) -> Labels:
+        return Labels(self.column_C[rows], None if self.held_C is None else self.held_C[rows])
+
+
+class Normaliser(NamedTuple):
+    """Of every token's softmax: its largest logit and the sum of exp(logit - largest), [C], float32 or float64."""
+
+    largest_C: torch.Tensor
+    sum_C: torch.Tensor
+
+
+class Kept(NamedTuple):
+    """exp(logits - largest), [C, V] in the normaliser's dtype, and that largest."""
+
+    exponential_CV: torch.Tensor
+    largest_C: torch.Tensor
+
+
+Statistics = tuple[Normaliser, torch.Tensor, Kept | None]
+"""Of a rank's logits: the normaliser, the targets' logits (-inf where it does not hold them), what is kept of them."""
+
+
+class Backend(NamedTuple):
+    """statistics(logits_CV, labels) -> `Statistics`.
+
+    gradient(logits_CV, kept, normaliser, of_softmax_C, of_target_C, labels) -> [C, V] in the logits' dtype and memory:
+    of_softmax * softmax - of_target * onehot(target). The normaliser is that of all ranks. kept is what `statistics`
+    gave, or None in a recomputation: the logits are then as they were before `statistics`.
+    """
+
+    name: str
+    statistics: Callable[[torch.Tensor, Labels], Statistics]
+    gradient: Callable[[torch.Tensor, Kept | None, Normaliser, torch.Tensor, torch.Tensor, Labels], torch.Tensor]
+
+
+def _wide(logits_CV: torch.Tensor) -> torch.Tensor:
+    return logits_CV if logits_CV.itemsize >= 4 else logits_CV.float()
+
+
+def _statistics(logits_CV: torch.Tensor, labels: Labels) -> Statistics:
+    values = _wide(logits_CV)
+    largest_C1 = values.amax(-1, keepdim=True)
+    target_C = values.gather(1, labels.column_C.unsqueeze(1)).squeeze(1)
+    if labels.held_C is not None:
+        target_C = target_C.masked_fill_(~labels.held_C, -torch.inf)
+    exponential = values.sub_(largest_C1).exp_()
+    largest_C = largest_C1.squeeze(1)
+    return Normaliser(largest_C, exponential.sum(-1)), target_C, Kept(exponential, largest_C)
+
+
+def _gradient(
+    logits_CV: torch.Tensor,
+    kept: Kept | None,
+    normaliser: Normaliser,
+    of_softmax_C: torch.Tensor,
+    of_target_C: torch.Tensor,
+    labels: Labels,
+) -> torch.Tensor:
+    factor_C = of_softmax_C / normaliser.sum_C
+    if kept is None:
+        exponential = _wide(logits_CV).sub_(normaliser.largest_C.unsqueeze(1)).exp_()
+    else:
+        exponential = kept.exponential_CV
+        if kept.largest_C is not normaliser.largest_C:
+            factor_C *= (kept.largest_C - normaliser.largest_C).exp_()
+    if labels.held_C is not None:
+        of_target_C = of_target_C * labels.held_C
+    exponential.mul_(factor_C.unsqueeze(1)).scatter_add_(1, labels.column_C.unsqueeze(1), -of_target_C.unsqueeze(1))
+    return exponential if exponential.dtype == logits_CV.dtype else logits_CV.copy_(exponential)
+
+
+TORCH = Backend("torch", _statistics, _gradient)
+
+
+@functools.cache
+def _triton() -> Backend:
+    from megatron_gemini.kernels import softmax_chunk_triton as triton  # imports Triton, which CPUs need not have
+
+    return Backend("triton", triton.statistics, triton.gradient)
+
+
+def loss_backend(device: torch.device) -> tuple[str, str]:
+    """(the backend that the loss takes on `device`, why), for the run's first log lines."""
+    if device.type != "cuda":
+        return "torch", f"in place, chunk by chunk, on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "torch", "in place, chunk by chunk; Triton is not installed"
+    return "triton", "one kernel for a chunk's statistics, one for its gradient"
+
+
+@functools.cache
+def choose_backend(device: torch.device, dtype: torch.dtype, forced: str | None = None) -> Backend:
+    """That of `loss_backend`, or `forced`; float64, which is there for tests, is torch's.
+
+    Raises ValueError for a name that is not a backend's.
+    """
+    name = forced or ("torch" if dtype == torch.float64 else loss_backend(device)[0])
+    if name not in ("torch", "triton"):
+        raise ValueError(f"the loss has no backend {name!r}; take 'torch' or 'triton'")
+    return TORCH if name == "torch" else _triton()
