@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_gemini.kernels.attention_cpu_calls import attend_slots, attend_slots_backward, lse_gradients
+from megatron_gemini.kernels.attention_cpu_calls import attend_slots, attend_slots_backward, lse_gradients, saved_lse
 from megatron_gemini.kernels.attention_plan import AttentionPlan
 from megatron_gemini.kernels.attention_slots import to_rows, to_slots, without_repeats
 from megatron_gemini.kernels.rope import Rotation
@@ -63,7 +63,7 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not with_lse:
             return (out_QNH,)
-        return out_QNH, to_rows(saved[-1], plan.documents.queries, float("-inf"))
+        return out_QNH, to_rows(saved_lse(saved, plan.cpu_calls), plan.documents.queries, float("-inf"))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -106,13 +106,13 @@ def _forward(
     scale: float | None,
     turn: Rotation | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(out_QNH, and for the backward q, k, v, out and its log-sum-exp in slots)."""
+    """(out_QNH, and what the backward needs)."""
     documents = plan.documents
     if turn is not None:
         q, k = plan.rotate(q, k, turn)
     inputs = (to_slots(q, documents.queries), to_slots(k, documents.keys), to_slots(v, documents.keys))
-    out_SNH, lse_SN = attend_slots(*inputs, plan.cpu_calls, scale)
-    return to_rows(out_SNH, documents.queries), [*inputs, out_SNH, lse_SN]
+    out_SNH, saved = attend_slots(*inputs, plan.cpu_calls, scale)
+    return to_rows(out_SNH, documents.queries), saved
 
 
 def _backward(

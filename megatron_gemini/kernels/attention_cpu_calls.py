@@ -26,7 +26,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class Call(NamedTuple):
     """Documents whose queries are slots [query, query_end) and whose keys are [key, key_end).
 
-    every_query, every_key: these are all slots. again: the queries are those of the call before.
+    key_slots: of all calls together. every_query: the call has all slots of queries. again: the queries are those of
+    the call before.
     """
 
     documents: int
@@ -35,7 +36,7 @@ class Call(NamedTuple):
     every_query: bool
     key: int
     key_end: int
-    every_key: bool
+    key_slots: int
     causal: bool
     mask: torch.Tensor | None
     again: bool
@@ -44,6 +45,10 @@ class Call(NamedTuple):
         """[S, N, ...] -> [B, N, queries, ...]."""
         x_S = x_S if self.every_query else x_S[self.query : self.query_end]
         return x_S.view(self.documents, -1, *x_S.shape[1:]).transpose(1, 2)
+
+    @property
+    def every_key(self) -> bool:
+        return self.key_end - self.key == self.key_slots
 
     def of_keys(self, x_S: torch.Tensor) -> torch.Tensor:
         """[S, K, H] -> [B, K, keys, H]."""
@@ -70,53 +75,55 @@ def cpu_calls(documents: DocumentCalls) -> tuple[Call, ...]:
             pieces.append((1, query, query_end, key, before if causal else key_end, False, None, causal))
     queries, keys = max(piece[2] for piece in pieces), documents.key_slots
     return tuple(
-        Call(b, q, q_end, q_end - q == queries, k, k_end, k_end - k == keys, *how)
-        for b, q, q_end, k, k_end, *how in pieces
+        Call(b, q, q_end, q_end - q == queries, k, k_end, keys, *how) for b, q, q_end, k, k_end, *how in pieces
     )
 
 
 def attend_slots(
     q_SNH: torch.Tensor, k_SKH: torch.Tensor, v_SKH: torch.Tensor, calls: Sequence[Call], scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out_SNH, float32 log-sum-exp of the scores, [S, N])."""
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(out_SNH, and for the backward of every call its queries, keys, values, output and log-sum-exp, [B, N, ...])."""
+    inputs = [(call.of_queries(q_SNH), call.of_keys(k_SKH), call.of_keys(v_SKH)) for call in calls]
+    parts = [
+        _flash(*qkv, 0.0, call.causal, attn_mask=call.biased(q_SNH.dtype), scale=scale)
+        for call, qkv in zip(calls, inputs, strict=True)
+    ]
+    if len(calls) == 1:
+        return _to_slots(parts[0][0]), [*inputs[0], *parts[0]]
     outs: list[torch.Tensor] = []
     sums: list[torch.Tensor] = []
-    for call in calls:
-        queries, keys, values = call.of_queries(q_SNH), call.of_keys(k_SKH), call.of_keys(v_SKH)
-        mask = call.biased(q_SNH.dtype)
-        pair = _flash(queries, keys, values, 0.0, call.causal, attn_mask=mask, scale=scale)
-        out, lse = (x.transpose(1, 2).flatten(0, 1) for x in pair)
+    for call, part in zip(calls, parts, strict=True):
+        out, lse = map(_to_slots, part)
         if call.again:
             outs[-1], sums[-1] = merge_two(outs[-1], sums[-1], out, lse)
         else:
             outs.append(out)
             sums.append(lse)
-    return _join(outs), _join(sums)
+    out_SNH, lse_SN = torch.cat(outs), torch.cat(sums)
+    saved: list[torch.Tensor] = []
+    for call, qkv in zip(calls, inputs, strict=True):
+        saved += (*qkv, call.of_queries(out_SNH), call.of_queries(lse_SN))
+    return out_SNH, saved
 
 
 def attend_slots_backward(
     grad_SNH: torch.Tensor, saved: Sequence[torch.Tensor], calls: Sequence[Call], scale: float | None
 ) -> tuple[torch.Tensor, ...]:
-    """Gradients of q_SNH, k_SKH and v_SKH. saved: these three, out_SNH and its log-sum-exp."""
-    q, k, v, out, lse = saved
-    q_grads: list[torch.Tensor] = []
-    key_grads = _KeyGradients(k, calls)
-    for call in calls:
-        q_grad, *parts = _flash_backward(
-            call.of_queries(grad_SNH),
-            call.of_queries(q),
-            call.of_keys(k),
-            call.of_keys(v),
-            call.of_queries(out),
-            call.of_queries(lse),
-            0.0,
-            call.causal,
-            attn_mask=call.biased(q.dtype),
-            scale=scale,
-        )
-        _append(q_grads, q_grad.transpose(1, 2).flatten(0, 1), call.again)
-        key_grads.add(call, parts)
-    return _join(q_grads), *key_grads.result()
+    """Gradients of q_SNH, k_SKH and v_SKH."""
+    grads = []
+    for i, call in enumerate(calls):
+        inputs = (call.of_queries(grad_SNH), *saved[5 * i : 5 * i + 5])
+        mask = call.biased(grad_SNH.dtype)
+        grads.append(_flash_backward(*inputs, 0.0, call.causal, attn_mask=mask, scale=scale))
+    if len(calls) == 1 and calls[0].every_key:
+        return tuple(map(_to_slots, grads[0]))
+    q_grads, k_grads, v_grads = zip(*grads, strict=True)
+    return _sum_of_queries(q_grads, calls), _sum_of_keys(k_grads, calls), _sum_of_keys(v_grads, calls)
+
+
+def saved_lse(saved: Sequence[torch.Tensor], calls: Sequence[Call]) -> torch.Tensor:
+    """Log-sum-exp of the scores, float32 [S, N], out of what `attend_slots` saves."""
+    return _join([_to_slots(lse) for call, lse in zip(calls, saved[4::5], strict=True) if not call.again])
 
 
 def lse_gradients(
@@ -127,64 +134,47 @@ def lse_gradients(
     d lse / d q is scale * (P k), which is attention with the keys as values; d lse / d k, weighted by the gradient g,
     is scale * P^T (g q), which is the values' gradient of attention whose output has the gradient g q.
     """
-    q, k, _, _, lse = saved
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weighted = grad_SN.unsqueeze(-1).to(q.dtype) * q
-    q_grads: list[torch.Tensor] = []
-    key_grads = _KeyGradients(k, calls)
-    for call in calls:
-        queries, keys = call.of_queries(q), call.of_keys(k)
-        mean, part = _flash(queries, keys, keys, 0.0, call.causal, attn_mask=call.biased(q.dtype), scale=scale)
-        mean = mean * (part - call.of_queries(lse)).exp().unsqueeze(-1).to(mean.dtype)
-        _append(q_grads, mean.transpose(1, 2).flatten(0, 1), call.again)
-        k_grad = _flash_backward(
-            call.of_queries(weighted),
-            queries,
-            keys,
-            keys,
-            mean,
-            call.of_queries(lse),
-            0.0,
-            call.causal,
-            attn_mask=call.biased(q.dtype),
-            scale=scale,
-        )[2]
-        key_grads.add(call, (k_grad,))
-    q_grad = _join(q_grads) * grad_SN.unsqueeze(-1).to(q.dtype)
-    return q_grad.mul_(scale), key_grads.result()[0].mul_(scale)
+    q_grads, k_grads = [], []
+    for i, call in enumerate(calls):
+        q, k, _, _, lse = saved[5 * i : 5 * i + 5]
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        weight = scale * call.of_queries(grad_SN).unsqueeze(-1).to(q.dtype)
+        mask = call.biased(q.dtype)
+        mean, part = _flash(q, k, k, 0.0, call.causal, attn_mask=mask, scale=scale)
+        mean = mean * (part - lse).exp().unsqueeze(-1).to(mean.dtype)  # a part of the keys has a part of the weight
+        q_grads.append(weight * mean)
+        inputs = (weight * q, q, k, k, mean, lse)
+        k_grads.append(_flash_backward(*inputs, 0.0, call.causal, attn_mask=mask, scale=scale)[2])
+    return _sum_of_queries(q_grads, calls), _sum_of_keys(k_grads, calls)
 
 
-class _KeyGradients:
-    """Gradients of keys and values of all calls; where several runs see a key, summed in float32."""
-
-    def __init__(self, like: torch.Tensor, calls: Sequence[Call]) -> None:
-        self.like = like
-        covered = sum(call.key_end - call.key for call in calls)
-        self.shared = covered != len(like) or any(a.key_end > b.key for a, b in pairwise(calls))
-        self.parts: list[list[torch.Tensor]] = []  # of each of the two: every call's, or the one sum
-
-    def add(self, call: Call, grads: Sequence[torch.Tensor]) -> None:
-        if not self.parts:
-            self.parts = [[self._zeros()] if self.shared else [] for _ in grads]
-        for parts, grad in zip(self.parts, grads, strict=True):
-            rows = grad.transpose(1, 2).flatten(0, 1)
-            if self.shared:
-                parts[0][call.key : call.key_end] += rows
-            else:
-                parts.append(rows)
-
-    def _zeros(self) -> torch.Tensor:
-        return torch.zeros_like(self.like, dtype=torch.promote_types(self.like.dtype, torch.float32))
-
-    def result(self) -> tuple[torch.Tensor, ...]:
-        return tuple(_join(parts).to(self.like.dtype) for parts in self.parts)
+def _to_slots(x: torch.Tensor) -> torch.Tensor:
+    """[B, N, queries, ...] -> [S, N, ...]."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
-def _append(pieces: list[torch.Tensor], piece: torch.Tensor, again: bool) -> None:
-    if again:
-        pieces[-1] = pieces[-1] + piece
-    else:
-        pieces.append(piece)
+def _sum_of_queries(grads: Sequence[torch.Tensor], calls: Sequence[Call]) -> torch.Tensor:
+    pieces: list[torch.Tensor] = []
+    for call, grad in zip(calls, grads, strict=True):
+        if call.again:
+            pieces[-1] = pieces[-1] + _to_slots(grad)
+        else:
+            pieces.append(_to_slots(grad))
+    return _join(pieces)
+
+
+def _sum_of_keys(grads: Sequence[torch.Tensor], calls: Sequence[Call]) -> torch.Tensor:
+    """[S, K, H]; where several calls see a key, summed in float32 at least."""
+    slots = calls[0].key_slots
+    in_order = all(a.key_end == b.key for a, b in pairwise(calls))
+    if in_order and calls[0].key == 0 and calls[-1].key_end == slots:
+        return _join([_to_slots(grad) for grad in grads])
+    first = _to_slots(grads[0])
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    total = first.new_zeros(slots, *first.shape[1:], dtype=dtype)
+    for call, grad in zip(calls, grads, strict=True):
+        total[call.key : call.key_end] += _to_slots(grad)
+    return total.to(first.dtype)
 
 
 def _join(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
