@@ -58,12 +58,15 @@ class _Attention(torch.autograd.Function):
         with_lse: bool,
     ) -> tuple[torch.Tensor, ...]:
         out_QNH, saved = _forward(q, k, v, plan, scale, turn)
+        documents = plan.documents
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.turn = plan, scale, turn
         ctx.set_materialize_grads(False)
         if not with_lse:
             return (out_QNH,)
-        return out_QNH, to_rows(saved_lse(saved, plan.cpu_calls), plan.documents.queries, float("-inf"))
+        return out_QNH, to_rows(
+            saved_lse(saved, plan.cpu_calls, documents.query_slots), documents.queries, float("-inf")
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -128,10 +131,10 @@ def _backward(
     grads: list[torch.Tensor | None] = [None, None, None]
     if out_grad is not None:
         grad_SNH = without_repeats(to_slots(out_grad, documents.queries), documents.queries)
-        grads = list(attend_slots_backward(grad_SNH, saved, plan.cpu_calls, scale))
+        grads = list(attend_slots_backward(grad_SNH, documents.key_slots, saved, plan.cpu_calls, scale))
     if lse_grad is not None:
         grad_SN = without_repeats(to_slots(lse_grad, documents.queries), documents.queries)
-        more = lse_gradients(grad_SN, saved, plan.cpu_calls, scale)
+        more = lse_gradients(grad_SN, documents.key_slots, saved, plan.cpu_calls, scale)
         grads[:2] = (new if old is None else old + new for old, new in zip(grads, more, strict=False))
     q_grad, k_grad, v_grad = (
         None if grad is None else to_rows(grad, slots)
