@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from megatron_gemini.kernels.attention_bounds import Bounds, read_bounds
 from megatron_gemini.kernels.attention_cpu_calls import Call, cpu_calls
 from megatron_gemini.kernels.attention_documents import DocumentCalls, group_documents
 from megatron_gemini.kernels.rope import Rotation, rotate, rotate_both
@@ -26,6 +27,7 @@ class AttentionPlan:
     segment_T: torch.Tensor
     span_T: torch.Tensor
     query_Q: torch.Tensor | None
+    _row: tuple[np.ndarray, np.ndarray, np.ndarray | None]  # the three on the CPU
 
     @property
     def tokens(self) -> int:
@@ -38,8 +40,12 @@ class AttentionPlan:
     @cached_property
     def documents(self) -> DocumentCalls:
         """For the backends that work document by document."""
-        query = None if self.query_Q is None else self.query_Q.cpu().numpy()
-        return group_documents(self.segment_T.cpu().numpy(), self.span_T.cpu().numpy(), query, self.segment_T.device)
+        return group_documents(*self._row, self.segment_T.device)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """For the backends that work tile by tile."""
+        return read_bounds(*self._row, self.segment_T.device)
 
     @cached_property
     def cpu_calls(self) -> tuple[Call, ...]:
@@ -66,10 +72,12 @@ def plan_attention(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch
     Raises ValueError for anything else.
     """
     _check_metadata(segment_T, span_T, query_Q)
-    _check_row(segment_T.cpu().numpy(), span_T.cpu().numpy())
-    if query_Q is not None:
-        _check_queries(query_Q.cpu().numpy(), len(segment_T))
-    return AttentionPlan(segment_T, span_T, query_Q)
+    segment, span = segment_T.cpu().numpy(), span_T.cpu().numpy()
+    query = None if query_Q is None else query_Q.cpu().numpy()
+    _check_row(segment, span)
+    if query is not None:
+        _check_queries(query, len(segment))
+    return AttentionPlan(segment_T, span_T, query_Q, (segment, span, query))
 
 
 def _check_metadata(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None) -> None:
