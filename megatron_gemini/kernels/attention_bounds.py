@@ -9,6 +9,7 @@ Shape suffixes: T packed tokens, which are the keys; Q queries.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +40,29 @@ class Bounds:
             tiles = _tile_order(self._work[kind], bounds.shape[1] * group, ORDER_TOKENS * group, block)
             self._orders[kind, group, block] = _to_device(tiles, bounds.device)
         return self._orders[kind, group, block]
+
+
+class Sequences(NamedTuple):
+    """Documents back to back that are all causal, or all seen whole.
+
+    edges: int32[documents + 1], where each begins, and the end. real: tokens that are no padding.
+    """
+
+    edges: torch.Tensor
+    longest: int
+    causal: bool
+    real: int
+
+
+def read_sequences(segment: np.ndarray, span: np.ndarray, device: torch.device) -> Sequences | None:
+    """None if the row's documents are not alike, or there is none."""
+    real = int(np.count_nonzero(segment))
+    edges = _edges(segment[:real])
+    causal = not span[:real].any()
+    whole = len(edges) == len(_edges(span[:real])) and bool((span[edges[:-1]] != 0).all()) if real else False
+    if not real or not (causal or whole):
+        return None
+    return Sequences(_to_device(edges, device), int(np.diff(edges).max()), causal, real)
 
 
 def read_bounds(segment: np.ndarray, span: np.ndarray, query: np.ndarray | None, device: torch.device) -> Bounds:

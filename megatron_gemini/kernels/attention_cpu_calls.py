@@ -102,7 +102,7 @@ def attend_slots(
         inputs, (out, lse) = _attend(calls[0], q_SNH, k_SKH, v_SKH, scale)
         return _to_slots(out), [*inputs, out, lse]
     out_SNH = q_SNH.new_empty(q_SNH.shape)
-    lse_SN = q_SNH.new_empty(q_SNH.shape[:2], dtype=torch.float32)
+    lse_SN = q_SNH.new_empty(q_SNH.shape[:2], dtype=torch.promote_types(q_SNH.dtype, torch.float32))
     saved: list[torch.Tensor] = []
     for call in calls:
         inputs, part = _attend(call, q_SNH, k_SKH, v_SKH, scale)

@@ -64,11 +64,6 @@ class DocumentCalls:
     key_slots: int
 
     @property
-    def empty(self) -> bool:
-        """No query sees a key."""
-        return not self.buckets and not self.runs
-
-    @property
     def bucket_slots(self) -> list[int]:
         return [bucket.documents * bucket.length for bucket in self.buckets]
 

@@ -5,16 +5,20 @@ Shape suffixes: T packed tokens of the row, which are the keys; Q queries, all t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from megatron_gemini.kernels.attention_bounds import Bounds, read_bounds
+from megatron_gemini.kernels.attention_bounds import Bounds, Sequences, read_bounds, read_sequences
 from megatron_gemini.kernels.attention_cpu_calls import Call, cpu_calls
 from megatron_gemini.kernels.attention_documents import DocumentCalls, group_documents
 from megatron_gemini.kernels.rope import Rotation, rotate, rotate_both
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class AttentionPlan:
     span_T: torch.Tensor
     query_Q: torch.Tensor | None
     _row: tuple[np.ndarray, np.ndarray, np.ndarray | None]  # the three on the CPU
+    _made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -38,6 +43,12 @@ class AttentionPlan:
         return self.tokens if self.query_Q is None else len(self.query_Q)
 
     @cached_property
+    def empty(self) -> bool:
+        """No query sees a key."""
+        segment, _, query = self._row
+        return not (segment if query is None else segment[query]).any()
+
+    @cached_property
     def documents(self) -> DocumentCalls:
         """For the backends that work document by document."""
         return group_documents(*self._row, self.segment_T.device)
@@ -46,6 +57,17 @@ class AttentionPlan:
     def bounds(self) -> Bounds:
         """For the backends that work tile by tile."""
         return read_bounds(*self._row, self.segment_T.device)
+
+    @cached_property
+    def sequences(self) -> Sequences | None:
+        """For backends with one mask for all documents; None if the row is not so, or some queries are elsewhere."""
+        return None if self.query_Q is not None else read_sequences(*self._row[:2], self.segment_T.device)
+
+    def remember(self, name: str, make: Callable[[AttentionPlan], Made]) -> Made:
+        """What a backend makes of the plan, made once."""
+        if name not in self._made:
+            self._made[name] = make(self)
+        return self._made[name]
 
     @cached_property
     def cpu_calls(self) -> tuple[Call, ...]:

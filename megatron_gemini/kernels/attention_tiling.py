@@ -1,7 +1,7 @@
 """Block sizes of the attention kernels, and how many programs run them.
 
 They come from a table and not from a search when a run begins: another block size rounds otherwise, and a run that is
-resumed, or that finds another card busy, has to give the same bits. `tools/bench/attention.py --tune` times the choices.
+resumed, or that finds another card busy, has to give the same bits. `tools/bench/attention.py --tune` times others.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def short_or_long(request, monkeypatch):
 
 
 def sdpa(q, k, v, plan, scale=None):
-    if plan.documents.empty:
+    if plan.empty:
         return attention(q, k, v, plan, scale)
     return attend_by_sdpa(q, k, v, plan, scale, None)
 
@@ -300,5 +300,4 @@ def test_bfloat16_stays_near_the_reference():
 
 def test_the_backend_says_what_it_is_and_why():
     name, reason = attention_backend(torch.device("cpu"))
-    assert "CPU" in name and reason
-    assert attention_backend(torch.device("cuda"))[0] != name
+    assert name == "cpu" and "CPU" in reason
