@@ -95,7 +95,7 @@ def _sdpa_unable(ask: Ask) -> str:
 
 
 def _by_cpu(*inputs: Any, with_lse: bool) -> Result:
-    out, *lse = attend_on_cpu(*inputs, with_lse)
+    out, *lse = attend_on_cpu(*inputs, with_lse=with_lse)
     return out, lse[0] if lse else None
 
 

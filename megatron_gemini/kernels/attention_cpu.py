@@ -26,6 +26,7 @@ def attend_on_cpu(
     plan: AttentionPlan,
     scale: float | None,
     turn: Rotation | None,
+    *,
     with_lse: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """(out_QNH, and if asked for its log-sum-exp [Q, N]): see `attention.attention`. Some query must see a key."""
