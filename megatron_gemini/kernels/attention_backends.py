@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from megatron_gemini.kernels.attention_sdpa import attend_by_sdpa
 
 HALF = (torch.float16, torch.bfloat16)
 TRITON_WIDTHS = (64, 80, 96, 128, 256)  # what the block sizes are made for; the interpreter takes any
+SHARED_MEMORY = 163 * 1024  # bytes of a multiprocessor that a program can have: an A100's
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -56,8 +58,17 @@ def _triton_unable(ask: Ask) -> str:
         return f"it is for CUDA, not {ask.device.type}; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"
     if ask.head_width not in TRITON_WIDTHS:
         return f"it takes heads of {', '.join(map(str, TRITON_WIDTHS))}, not {ask.head_width}"
-    if torch.cuda.get_device_capability(ask.device) < (8, 0):
-        return "the card is older than Ampere"
+    return card_runs_triton(ask.device)
+
+
+@lru_cache(maxsize=64)
+def card_runs_triton(device: torch.device) -> str:
+    """ "", or why our blocks do not fit the card: A100 and H100 are what they are made for."""
+    card = torch.cuda.get_device_properties(device)
+    if (card.major, card.minor) < (8, 0):
+        return f"{card.name} is older than Ampere"
+    if card.shared_memory_per_block_optin < SHARED_MEMORY:
+        return f"{card.name} has {card.shared_memory_per_block_optin} bytes of shared memory, not {SHARED_MEMORY}"
     return ""
 
 
@@ -84,7 +95,7 @@ def _newest_flash_unable(ask: Ask) -> str:
 
 def _flex_unable(ask: Ask) -> str:
     if ask.device.type == "cpu":
-        return ""
+        return "it has no backward on the CPU" if torch.is_grad_enabled() else ""
     if ask.device.type != "cuda":
         return f"it is compiled for CUDA, not {ask.device.type}"
     return "" if importlib.util.find_spec("triton") else "it is compiled by triton, which is not installed"

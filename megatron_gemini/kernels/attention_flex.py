@@ -27,6 +27,8 @@ def attend_by_flex(
     if turn is not None:
         q_QNH, k_TKH = plan.rotate(q_QNH, k_TKH, turn)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QNH, k_TKH, v_TKH))
+    if not torch.is_grad_enabled():  # on the CPU it refuses inputs that could need a gradient
+        q, k, v = q.detach(), k.detach(), v.detach()
     out, aux = _attend(q.device.type)(
         q,
         k,

@@ -14,7 +14,7 @@ from megatron_gemini.kernels.attention import attention, attention_with_lse, pla
 from megatron_gemini.kernels.attention_reference import attend_densely
 from megatron_gemini.kernels.attention_tiling import Tiling, Tilings
 from megatron_gemini.kernels.attention_triton import flash_attention, flash_attention_backward
-from tests.attention_rows import heads, row, rows_and_queries
+from tests.attention_rows import heads, only_backend, row, rows_and_queries
 
 SMALL = Tilings(Tiling(32, 16, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 16, 4, 1))
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # of the norm; measured ones are half
@@ -65,7 +65,7 @@ def assert_equals_reference(plan, query, key, width, dtype=torch.float32, seed=0
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows_and_queries(longest=20, documents=3), st.sampled_from([(4, 1), (6, 2), (2, 2)]), st.integers(0, 1000))
 def test_any_row_and_any_part_of_its_queries_equals_the_reference(given_row, counts, seed):
     assert_equals_reference(plan_attention(*given_row), *counts, 16, seed=seed)
@@ -93,6 +93,7 @@ def test_every_head_width_with_the_blocks_of_the_table(width, dtype, query, key)
     assert_equals_reference(plan_attention(*row([30, 9], [(4, 12)], 2)), query, key, width, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_blocks_by_pointer_and_by_descriptor_equal_the_reference(monkeypatch, descriptors):
@@ -100,6 +101,7 @@ def test_blocks_by_pointer_and_by_descriptor_equal_the_reference(monkeypatch, de
     assert_equals_reference(plan_attention(*row([40, 13], [(5, 30)], 2)), 8, 1, 16)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("splits", [2, 4])
 def test_heads_split_into_groups_sum_to_the_reference(monkeypatch, splits):
@@ -114,6 +116,7 @@ def test_heads_are_split_until_the_chip_is_full_and_no_further(monkeypatch):
     assert split(8, 1, torch.device("cpu")) == 1 and split(8, 6, torch.device("cpu")) == 2
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_blocks")
 def test_the_backward_gives_the_same_bits_twice():
     plan = plan_attention(*row([40, 13], [(5, 30)], 2))
@@ -136,6 +139,7 @@ def test_strided_inputs_are_read_where_they_lie():
     torch.testing.assert_close(by_triton(turned, k, v, plan)[0], wanted.float(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_blocks")
 def test_the_operators_keep_torch_librarys_rules():
     plan = plan_attention(*row([20, 3], [(2, 9)], 1))
@@ -151,6 +155,7 @@ def test_the_operators_keep_torch_librarys_rules():
         torch.library.opcheck(flash_attention_backward, (*detached, 0.25))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("way", ["compiled", "checkpointed"])
 def test_compiled_and_checkpointed_it_gives_the_same(way):
@@ -171,3 +176,10 @@ def test_compiled_and_checkpointed_it_gives_the_same(way):
         torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(wanted.sum(), twins), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_named_it_runs_and_no_other_backend_does(monkeypatch):
+    only_backend(monkeypatch, "triton")
+    inputs, plan = heads(4, 2, 1, 16), plan_attention(*row([4], [], 0))
+    torch.testing.assert_close(attention(*inputs, plan, backend="triton"), attend_densely(*inputs, plan)[0])
