@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from hypothesis import strategies as st
 
+from megatron_gemini.kernels import attention_backends
+
 
 def row(lengths, spans, padding):
     """segment_T and span_T of documents of `lengths`, with (begin, end) spans, and padding at the end."""
@@ -45,3 +47,16 @@ def rows_and_queries(draw, **sizes):
     edges = sorted(draw(st.sets(st.integers(0, len(segment)), max_size=4)) | {0, len(segment)})
     kept = [torch.arange(first, last) for first, last in pairwise(edges) if draw(st.booleans())]
     return segment, span, torch.cat([torch.arange(0), *kept])
+
+
+def only_backend(monkeypatch, name):
+    """Every other backend of attention fails when it runs."""
+
+    def refuse(other):
+        def attend(*_, **__):
+            raise AssertionError(f"{other} ran, not {name}")
+
+        return attend
+
+    kept = [b if b.name == name else b._replace(attend=refuse(b.name)) for b in attention_backends.BACKENDS]
+    monkeypatch.setattr(attention_backends, "BACKENDS", tuple(kept))

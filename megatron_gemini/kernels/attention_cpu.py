@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_gemini.kernels.attention_cpu_calls import attend_slots, attend_slots_backward, lse_gradients
+from megatron_gemini.kernels.attention_cpu_calls import attend_slots, attend_slots_backward, lse_gradients, saved_lse
 from megatron_gemini.kernels.attention_plan import AttentionPlan
 from megatron_gemini.kernels.attention_slots import to_rows, to_slots, without_repeats
 from megatron_gemini.kernels.rope import Rotation
@@ -27,6 +27,7 @@ def attend_on_cpu(
     plan: AttentionPlan,
     scale: float | None,
     turn: Rotation | None,
+    *,
     with_lse: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """(out_QNH, and if asked for its log-sum-exp [Q, N]): see `attention.attention`. Some query must see a key."""
@@ -59,12 +60,15 @@ class _Attention(torch.autograd.Function):
         with_lse: bool,
     ) -> tuple[torch.Tensor, ...]:
         out_QNH, saved = _forward(q, k, v, plan, scale, turn)
+        documents = plan.documents
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.turn = plan, scale, turn
         ctx.set_materialize_grads(False)
         if not with_lse:
             return (out_QNH,)
-        return out_QNH, to_rows(saved[-1], plan.documents.queries, float("-inf"))
+        return out_QNH, to_rows(
+            saved_lse(saved, plan.cpu_calls, documents.query_slots), documents.queries, float("-inf")
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -109,13 +113,13 @@ def _forward(
     scale: float | None,
     turn: Rotation | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(out_QNH, and for the backward q, k, v, out and its log-sum-exp in slots)."""
+    """(out_QNH, and what the backward needs)."""
     documents = plan.documents
     if turn is not None:
         q, k = plan.rotate(q, k, turn)
     inputs = (to_slots(q, documents.queries), to_slots(k, documents.keys), to_slots(v, documents.keys))
-    out_SNH, lse_SN = attend_slots(*inputs, plan.cpu_calls, scale)
-    return to_rows(out_SNH, documents.queries), [*inputs, out_SNH, lse_SN]
+    out_SNH, saved = attend_slots(*inputs, plan.cpu_calls, scale)
+    return to_rows(out_SNH, documents.queries), saved
 
 
 def _backward(
@@ -131,10 +135,10 @@ def _backward(
     grads: list[torch.Tensor | None] = [None, None, None]
     if out_grad is not None:
         grad_SNH = without_repeats(to_slots(out_grad, documents.queries), documents.queries)
-        grads = list(attend_slots_backward(grad_SNH, saved, plan.cpu_calls, scale))
+        grads = list(attend_slots_backward(grad_SNH, documents.key_slots, saved, plan.cpu_calls, scale))
     if lse_grad is not None:
         grad_SN = without_repeats(to_slots(lse_grad, documents.queries), documents.queries)
-        more = lse_gradients(grad_SN, saved, plan.cpu_calls, scale)
+        more = lse_gradients(grad_SN, documents.key_slots, saved, plan.cpu_calls, scale)
         grads[:2] = (new if old is None else old + new for old, new in zip(grads, more, strict=False))
     q_grad, k_grad, v_grad = (
         None if grad is None else to_rows(grad, slots)

@@ -60,12 +60,8 @@ class DocumentCalls:
     keys: Slots
     buckets: tuple[Bucket, ...]
     runs: tuple[Run, ...]
+    query_slots: int
     key_slots: int
-
-    @property
-    def empty(self) -> bool:
-        """No query sees a key."""
-        return not self.buckets and not self.runs
 
     @property
     def bucket_slots(self) -> list[int]:
@@ -97,13 +93,14 @@ def group_documents(
     nothing = np.empty(0, np.int64)
     together = [_slot_positions(group) for group in groups]
     key_S = np.concatenate([nothing, *together, *(np.arange(d.start, d.start + d.length) for d in cut)])
-    keys = queries = slots_of(key_S, len(segment), device)
+    query_S, keys = key_S, slots_of(key_S, len(segment), device)
+    queries = keys
     if query is not None:
         bucketed = np.searchsorted(query, np.concatenate([nothing, *together]))
         query_S = np.concatenate([bucketed, *(np.arange(d.query, d.query_end) for d in cut)])
         queries = slots_of(query_S, len(query), device)
     buckets = tuple(_bucket(group, span, device) for group in groups)
-    return DocumentCalls(queries, keys, buckets, _placed(cut, runs, sum(map(len, together))), len(key_S))
+    return DocumentCalls(queries, keys, buckets, _placed(cut, runs, sum(map(len, together))), len(query_S), len(key_S))
 
 
 def _documents(segment: np.ndarray, span: np.ndarray, query: np.ndarray | None) -> list[_Document]:

@@ -5,15 +5,20 @@ Shape suffixes: T packed tokens of the row, which are the keys; Q queries, all t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
+from megatron_gemini.kernels.attention_bounds import Bounds, Sequences, read_bounds, read_sequences
 from megatron_gemini.kernels.attention_cpu_calls import Call, cpu_calls
 from megatron_gemini.kernels.attention_documents import DocumentCalls, group_documents
 from megatron_gemini.kernels.rope import Rotation, rotate, rotate_both
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class AttentionPlan:
     segment_T: torch.Tensor
     span_T: torch.Tensor
     query_Q: torch.Tensor | None
+    _row: tuple[np.ndarray, np.ndarray, np.ndarray | None]  # the three on the CPU
+    _made: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -36,10 +43,31 @@ class AttentionPlan:
         return self.tokens if self.query_Q is None else len(self.query_Q)
 
     @cached_property
+    def empty(self) -> bool:
+        """No query sees a key."""
+        segment, _, query = self._row
+        return not (segment if query is None else segment[query]).any()
+
+    @cached_property
     def documents(self) -> DocumentCalls:
         """For the backends that work document by document."""
-        query = None if self.query_Q is None else self.query_Q.cpu().numpy()
-        return group_documents(self.segment_T.cpu().numpy(), self.span_T.cpu().numpy(), query, self.segment_T.device)
+        return group_documents(*self._row, self.segment_T.device)
+
+    @cached_property
+    def bounds(self) -> Bounds:
+        """For the backends that work tile by tile."""
+        return read_bounds(*self._row, self.segment_T.device)
+
+    @cached_property
+    def sequences(self) -> Sequences | None:
+        """For backends with one mask for all documents; None if the row is not so, or some queries are elsewhere."""
+        return None if self.query_Q is not None else read_sequences(*self._row[:2], self.segment_T.device)
+
+    def remember(self, name: str, make: Callable[[AttentionPlan], Made]) -> Made:
+        """What a backend makes of the plan, made once."""
+        if name not in self._made:
+            self._made[name] = make(self)
+        return self._made[name]
 
     @cached_property
     def cpu_calls(self) -> tuple[Call, ...]:
@@ -66,10 +94,12 @@ def plan_attention(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch
     Raises ValueError for anything else.
     """
     _check_metadata(segment_T, span_T, query_Q)
-    _check_row(segment_T.cpu().numpy(), span_T.cpu().numpy())
-    if query_Q is not None:
-        _check_queries(query_Q.cpu().numpy(), len(segment_T))
-    return AttentionPlan(segment_T, span_T, query_Q)
+    segment, span = segment_T.cpu().numpy(), span_T.cpu().numpy()
+    query = None if query_Q is None else query_Q.cpu().numpy()
+    _check_row(segment, span)
+    if query is not None:
+        _check_queries(query, len(segment))
+    return AttentionPlan(segment_T, span_T, query_Q, (segment, span, query))
 
 
 def _check_metadata(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None) -> None:

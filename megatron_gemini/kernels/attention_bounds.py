@@ -1,0 +1,119 @@
+"""Which keys each query sees and which queries see each key, two numbers a token: all that tiled kernels need of a row.
+
+The keys that a query sees are one interval, from its document's start to itself or its span's end. The queries that see
+a key are one as well, from the key or its span's start to its document's end.
+
+Shape suffixes: T packed tokens, which are the keys; Q queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ORDER_TOKENS = 128  # tiles are put in order by blocks of so many tokens
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """int32, on the plan's device.
+
+    query_2Q: query i sees the keys [query_2Q[0, i], query_2Q[1, i]). A query that sees none has (T, 0).
+    key_2T: key t is seen by the queries [key_2T[0, t], key_2T[1, t]), numbered as rows of q.
+    """
+
+    query_2Q: torch.Tensor
+    key_2T: torch.Tensor
+    _work: dict[str, np.ndarray]  # "query", "key": the longest interval in each block of ORDER_TOKENS
+    _orders: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
+
+    def order(self, kind: str, group: int, block: int) -> torch.Tensor:
+        """int32[tiles]: tiles of `block` rows, `group` rows a token, of "query" or "key" tokens, the longest first.
+
+        Programs that begin with the long ones end at about the same time.
+        """
+        if (kind, group, block) not in self._orders:
+            bounds = self.query_2Q if kind == "query" else self.key_2T
+            tiles = _tile_order(self._work[kind], bounds.shape[1] * group, ORDER_TOKENS * group, block)
+            self._orders[kind, group, block] = _to_device(tiles, bounds.device)
+        return self._orders[kind, group, block]
+
+
+class Sequences(NamedTuple):
+    """Documents back to back that are all causal, or all seen whole.
+
+    edges: int32[documents + 1], where each begins, and the end. real: tokens that are no padding.
+    """
+
+    edges: torch.Tensor
+    longest: int
+    causal: bool
+    real: int
+
+
+def read_sequences(segment: np.ndarray, span: np.ndarray, device: torch.device) -> Sequences | None:
+    """None if the row's documents are not alike, or there is none."""
+    real = int(np.count_nonzero(segment))
+    edges = _edges(segment[:real])
+    causal = not span[:real].any()
+    whole = len(edges) == len(_edges(span[:real])) and bool((span[edges[:-1]] != 0).all()) if real else False
+    if not real or not (causal or whole):
+        return None
+    return Sequences(_to_device(edges, device), int(np.diff(edges).max()), causal, real)
+
+
+def read_bounds(segment: np.ndarray, span: np.ndarray, query: np.ndarray | None, device: torch.device) -> Bounds:
+    """segment, span: a checked row (`plan_attention`). query: positions of the queries; None for all."""
+    query_2Q, key_2T = _intervals(segment, span)
+    if query is not None:
+        query_2Q = query_2Q[:, query]
+        key_2T = np.searchsorted(query, key_2T).astype(np.int32)
+    work = {"query": _longest(query_2Q), "key": _longest(key_2T)}
+    return Bounds(_to_device(query_2Q, device), _to_device(key_2T, device), work)
+
+
+def _intervals(segment: np.ndarray, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(query_2Q, key_2T) of all tokens."""
+    tokens = len(segment)
+    query, key = np.empty((2, tokens), np.int32), np.empty((2, tokens), np.int32)
+    edges = _edges(segment)
+    lengths = np.diff(edges)
+    query[0], key[1] = np.repeat(edges[:-1], lengths), np.repeat(edges[1:], lengths)
+    key[0] = np.arange(tokens, dtype=np.int32)
+    np.add(key[0], 1, out=query[1])
+    edges = _edges(span)
+    spans = np.flatnonzero(span[edges[:-1]]) if tokens else edges[:0]
+    for start, end in zip(edges[spans].tolist(), edges[spans + 1].tolist(), strict=True):
+        query[1, start:end], key[0, start:end] = end, start
+    real = int(np.count_nonzero(segment))
+    query[:, real:], key[:, real:] = [[tokens], [0]], [[tokens], [0]]
+    return query, key
+
+
+def _edges(x: np.ndarray) -> np.ndarray:
+    """int32: where runs of one value begin, and the end."""
+    inner = np.flatnonzero(x[1:] != x[:-1]) + 1
+    return np.concatenate(([0], inner, [len(x)])).astype(np.int32)
+
+
+def _longest(interval: np.ndarray) -> np.ndarray:
+    length = interval[1] - interval[0]
+    return np.maximum.reduceat(length, np.arange(0, len(length), ORDER_TOKENS)) if len(length) else length
+
+
+def _tile_order(work: np.ndarray, rows: int, rows_of_block: int, tile_rows: int) -> np.ndarray:
+    """Tiles that begin in a block of tokens stay together; the blocks go by falling work."""
+    tiles = -(-rows // tile_rows)
+    begin = np.minimum(-(-np.arange(len(work) + 1) * rows_of_block // tile_rows), tiles)
+    order = np.argsort(-work, kind="stable")
+    count = np.diff(begin)[order]
+    offset = np.repeat(begin[order] - (np.cumsum(count) - count), count)
+    return (offset + np.arange(tiles)).astype(np.int32)
+
+
+def _to_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(x))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

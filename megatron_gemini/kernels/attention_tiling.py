@@ -1,0 +1,114 @@
+"""Block sizes of the attention kernels, and how many programs run them.
+
+They come from a table and not from a search when a run begins: another block size rounds otherwise, and a run that is
+resumed, or that finds another card busy, has to give the same bits. `tools/bench/attention.py --tune` times others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+MAX_SPLITS = 8
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """block_m: rows, a query head of a token each. block_n: keys. resident: programs that fit a multiprocessor."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    resident: int = 1
+
+
+@dataclass(frozen=True)
+class Tilings:
+    forward: Tiling
+    query_gradient: Tiling
+    key_gradient: Tiling
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+# By head width, rounded up to a power of two. Those of 16-bit inputs compile for Hopper without spilled registers.
+TILINGS = {
+    64: Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    128: Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+    256: Tilings(Tiling(128, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)),
+}
+# float32 needs twice the memory, and ieee products keep operands in registers.
+TILINGS_32_BIT = {
+    64: Tilings(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), Tiling(32, 64, 4, 1)),
+    128: Tilings(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1)),
+    256: Tilings(Tiling(32, 16, 8, 1), Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1)),
+}
+
+
+def choose_tilings(q: torch.Tensor) -> Tilings:
+    return (TILINGS_32_BIT if q.dtype == torch.float32 else TILINGS)[max(64, padded_width(q.shape[2]))]
+
+
+def padded_width(head_width: int) -> int:
+    """A block's columns: a power of two, and as many as a matrix product takes at least."""
+    return max(16, triton.next_power_of_2(head_width))
+
+
+def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+    """What the three attention kernels are compiled for."""
+    kv_heads, width = k.shape[1:]
+    return {
+        "K": kv_heads,
+        "G": q.shape[1] // kv_heads,
+        "H": width,
+        "WIDTH": padded_width(width),
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": tiling.block_n,
+        "PRECISION": "ieee" if q.dtype == torch.float32 or interpreted() else "tf32",
+        "TMA": takes_descriptors(q, k, v),
+    }
+
+
+def takes_descriptors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether blocks come by the tensor memory accelerator, which wants everything at multiples of 16 bytes."""
+    group = q.shape[1] // k.shape[1]
+    if group & (group - 1) or not (interpreted() or torch.cuda.get_device_capability(q.device) >= (9, 0)):
+        return False
+    places = [place for x in (q, k, v) for place in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:2]))]
+    return all(place % 16 == 0 for place in places) and q.shape[2] * q.element_size() % 16 == 0
+
+
+def split_heads(programs: int, group: int, device: torch.device) -> int:
+    """Into how many groups, a power of two, to split the heads of `programs` programs so that the chip is full."""
+    splits = 1
+    while splits < MAX_SPLITS and group % (2 * splits) == 0 and programs * splits < multiprocessors(device):
+        splits *= 2
+    return splits
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(kernel: Any, tiling: Tiling, works: int, *arguments: Any, **constant: Any) -> None:
+    """Run `works` tiles on as many programs as fit the chip at once; each takes every so-manieth tile."""
+    if works == 0:
+        return
+    if constant["TMA"]:
+        triton.set_allocator(_descriptor_memory)
+    grid = (min(works, multiprocessors(arguments[0].device) * tiling.resident),)
+    kernel[grid](*arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
+
+
+def _descriptor_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Triton keeps the descriptors that kernels make in memory that it asks for; torch's blocks are aligned enough."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

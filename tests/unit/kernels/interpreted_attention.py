@@ -1,0 +1,185 @@
+"""Our Triton attention under Triton's interpreter, on CPU tensors. `test_attention_triton.py` starts it with
+TRITON_INTERPRET=1, which has to be set before Triton is imported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from megatron_gemini.kernels import attention_tiling
+from megatron_gemini.kernels.attention import attention, attention_with_lse, plan_attention
+from megatron_gemini.kernels.attention_reference import attend_densely
+from megatron_gemini.kernels.attention_tiling import Tiling, Tilings
+from megatron_gemini.kernels.attention_triton import flash_attention, flash_attention_backward
+from tests.attention_rows import heads, only_backend, row, rows_and_queries
+
+SMALL = Tilings(Tiling(32, 16, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 16, 4, 1))
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # of the norm; measured ones are half
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that a kernel should have written and did not is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that short rows have empty, full and partial ones."""
+    for table in ("TILINGS", "TILINGS_32_BIT"):
+        monkeypatch.setattr(attention_tiling, table, {64: SMALL})
+
+
+def gradients(attend, inputs, plan, seeing, seed=1):
+    """(out, lse, gradients) of a loss that weighs both."""
+    out, lse = attend(*inputs, plan)
+    generator = torch.Generator().manual_seed(seed)
+    out_weight = torch.randn(out.shape, generator=generator)
+    lse_weight = torch.randn(lse.shape, generator=generator)
+    loss = (out * out_weight.to(out.dtype)).sum() + (lse * lse_weight)[seeing].sum()
+    return out, lse, torch.autograd.grad(loss, inputs)
+
+
+def by_triton(*inputs):
+    return attention_with_lse(*inputs, backend="triton")
+
+
+def assert_equals_reference(plan, query, key, width, dtype=torch.float32, seed=0):
+    inputs = [x.detach().requires_grad_() for x in heads(plan.tokens, query, key, width, seed, plan.queries, dtype)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    seeing = attend_densely(*exact, plan)[1].isfinite()
+    wanted, wanted_lse, wanted_grads = gradients(attend_densely, exact, plan, seeing)
+    out, lse, grads = gradients(by_triton, inputs, plan, seeing)
+    assert (out[~seeing] == 0).all() and (lse[~seeing] == float("-inf")).all()
+    torch.testing.assert_close(lse[seeing].double(), wanted_lse[seeing], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip((out, *grads), (wanted, *wanted_grads), strict=True):
+        assert ours.dtype == dtype and ours.isfinite().all()
+        error = (ours.double() - theirs).norm()
+        assert error <= ROUNDING[dtype] * max(theirs.norm(), 1e-3), f"{error / theirs.norm():.2e}"
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows_and_queries(longest=20, documents=3), st.sampled_from([(4, 1), (6, 2), (2, 2)]), st.integers(0, 1000))
+def test_any_row_and_any_part_of_its_queries_equals_the_reference(given_row, counts, seed):
+    assert_equals_reference(plan_attention(*given_row), *counts, 16, seed=seed)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_documents_with_images_equal_the_reference_in_half_precision(dtype):
+    plan = plan_attention(*row([60, 1, 30], [(3, 25), (25, 33), (61, 91)], 3))
+    assert_equals_reference(plan, 4, 1, 32, dtype)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "query", "key"),
+    [
+        (64, torch.float16, 4, 1),
+        (80, torch.bfloat16, 4, 2),
+        (96, torch.float32, 3, 3),
+        (128, torch.bfloat16, 16, 1),
+        (256, torch.bfloat16, 6, 1),
+        (256, torch.float32, 2, 1),
+    ],
+)
+def test_every_head_width_with_the_blocks_of_the_table(width, dtype, query, key):
+    assert_equals_reference(plan_attention(*row([30, 9], [(4, 12)], 2)), query, key, width, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_blocks_by_pointer_and_by_descriptor_equal_the_reference(monkeypatch, descriptors):
+    monkeypatch.setattr(attention_tiling, "takes_descriptors", lambda *_: descriptors)
+    assert_equals_reference(plan_attention(*row([40, 13], [(5, 30)], 2)), 8, 1, 16)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("splits", [2, 4])
+def test_heads_split_into_groups_sum_to_the_reference(monkeypatch, splits):
+    monkeypatch.setattr("megatron_gemini.kernels.attention_triton.split_heads", lambda *_: splits)
+    assert_equals_reference(plan_attention(*row([40, 13], [(5, 30)], 2)), 8, 2, 16)
+
+
+def test_heads_are_split_until_the_chip_is_full_and_no_further(monkeypatch):
+    monkeypatch.setattr(attention_tiling, "multiprocessors", lambda _: 132)
+    split = attention_tiling.split_heads
+    assert [split(p, 16, torch.device("cpu")) for p in (200, 132, 64, 8, 1)] == [1, 1, 4, 8, 8]
+    assert split(8, 1, torch.device("cpu")) == 1 and split(8, 6, torch.device("cpu")) == 2
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("small_blocks")
+def test_the_backward_gives_the_same_bits_twice():
+    plan = plan_attention(*row([40, 13], [(5, 30)], 2))
+    results = []
+    for _ in range(2):
+        inputs = heads(plan.tokens, 8, 1, 16, dtype=torch.bfloat16)
+        results.append(gradients(by_triton, [x.detach().requires_grad_() for x in inputs], plan, slice(0, 53))[2])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_strided_inputs_are_read_where_they_lie():
+    """Queries, keys and values as slices of one product, and with the width not innermost."""
+    plan = plan_attention(*row([20], [], 1))
+    both = torch.randn(21, 6, 16)
+    q, k, v = both[:, :4], both[:, 4:5], both[:, 5:]
+    wanted, _ = attend_densely(*(x.double() for x in (q, k, v)), plan)
+    torch.testing.assert_close(by_triton(q, k, v, plan)[0], wanted.float(), rtol=1e-5, atol=1e-5)
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(by_triton(turned, k, v, plan)[0], wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("small_blocks")
+def test_the_operators_keep_torch_librarys_rules():
+    plan = plan_attention(*row([20, 3], [(2, 9)], 1))
+    inputs = [x.detach().requires_grad_() for x in heads(24, 4, 1, 16)]
+    bounds = plan.bounds
+    orders = [bounds.order("query", 4, 32), bounds.order("query", 4, 16), bounds.order("key", 1, 16)]
+    torch.library.opcheck(flash_attention, (*inputs, bounds.query_2Q, bounds.key_2T, *orders, 0.25))
+    with torch.no_grad():
+        results = flash_attention(*inputs, bounds.query_2Q, bounds.key_2T, *orders, 0.25)
+        tensors = (*results, *inputs, *results, bounds.query_2Q, bounds.key_2T, *orders[1:])
+        detached = [x.detach() for x in tensors]
+        detached[1] = torch.zeros_like(results[1])  # the gradient of a log-sum-exp that may be -inf
+        torch.library.opcheck(flash_attention_backward, (*detached, 0.25))
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("way", ["compiled", "checkpointed"])
+def test_compiled_and_checkpointed_it_gives_the_same(way):
+    plan = plan_attention(*row([20, 3], [(2, 9)], 1))
+    assert plan.bounds is not None  # made once a microbatch, before the layers
+
+    def attend(q, k, v):
+        return attention(q * 1.5, k, v, plan, backend="triton").square()
+
+    inputs, twins = ([x.detach().requires_grad_() for x in heads(24, 4, 1, 16)] for _ in range(2))
+    if way == "compiled":
+        out = torch.compile(attend, backend="aot_eager")(*inputs)
+    else:
+        out = checkpoint(attend, *inputs, use_reentrant=False)
+    wanted = attend(*twins)
+    torch.testing.assert_close(out, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(wanted.sum(), twins), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_named_it_runs_and_no_other_backend_does(monkeypatch):
+    only_backend(monkeypatch, "triton")
+    inputs, plan = heads(4, 2, 1, 16), plan_attention(*row([4], [], 0))
+    torch.testing.assert_close(attention(*inputs, plan, backend="triton"), attend_densely(*inputs, plan)[0])
