@@ -5,6 +5,7 @@ Shape letters of the formulas: D model width, N query heads, K key/value heads, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
@@ -31,13 +32,18 @@ class Stage:
 
 def stages(config: RunConfig, vocabulary: int) -> list[Stage]:
     """The stages of the decoder in order; stage s lies on pipeline rank s mod parallel.pipeline."""
-    parallel, model = config.parallel, config.model
-    tensor, count = parallel.tensor, parallel.pipeline * parallel.virtual_stages
+    parallel = config.parallel
+    count = parallel.pipeline * parallel.virtual_stages
+    return _stages(config.model, vocabulary, config.data.row_tokens, parallel.tensor, count)
+
+
+@functools.lru_cache(maxsize=4096)  # a search asks for the same ones again and again
+def _stages(model: ModelConfig, vocabulary: int, row_tokens: int, tensor: int, count: int) -> list[Stage]:
     layer, rows = layer_parameters(model, tensor), vocabulary_parameters(model, vocabulary, tensor)
     keys = 2 * key_heads(model, tensor) * model.head_width
     inner = max(2 * model.mlp_width // tensor, model.heads * model.head_width // tensor, keys) * model.width
     found = []
-    for number, span in enumerate(stage_layers(model, vocabulary, config.data.row_tokens, count)):
+    for number, span in enumerate(stage_layers(model, vocabulary, row_tokens, count)):
         first, last = number == 0, number == count - 1
         tables = first + (last and not (first and model.tie_embeddings))  # a tied head elsewhere is a second copy
         total = len(span) * layer + tables * rows + last * model.width
@@ -65,8 +71,7 @@ def vocabulary_parameters(model: ModelConfig, vocabulary: int, tensor: int) -> i
 
 def encoder_parameters(config: RunConfig) -> dict[str, int]:
     """Parameters of each enabled encoder, undivided, by its name in `contracts.ENCODERS`."""
-    out = config.model.width
-    counts = {}
+    out, counts = config.model.width, {}
     if config.vision.enabled:
         counts[VISION] = _vision(config.vision, out)
     if config.audio.enabled:
@@ -88,6 +93,7 @@ def _attention(width: int) -> int:
     return 2 * width + _linear(width, 3 * width) + _linear(width, width)
 
 
+@functools.lru_cache
 def _vision(vision: VisionConfig, out: int) -> int:
     width = vision.width
     blocks = vision.layers * (_attention(width) + _feed_forward(width, vision.mlp_width)) + 2 * width
@@ -95,6 +101,7 @@ def _vision(vision: VisionConfig, out: int) -> int:
     return blocks + ends
 
 
+@functools.lru_cache
 def _audio(audio: AudioConfig, out: int) -> int:
     width = audio.width
     subsample = _linear(3 * audio.mels, width) + _linear(3 * width, width)
