@@ -133,11 +133,12 @@ def candidates(config: RunConfig, world: int) -> Iterator[RunConfig]:
                 yield candidate
 
 
+_NAMES = ("zero_stage", "offload_optimizer", "offload_parameters", "recompute")
+
+
 def _engines(engine: EngineConfig) -> list[EngineConfig]:
     choices: list[dict[str, Any]] = [
-        {"zero_stage": stage, "offload_optimizer": optimizer, "offload_parameters": weights, "recompute": recompute}
-        for stage, optimizer, weights in STATES
-        for recompute in RECOMPUTE
+        dict(zip(_NAMES, (*state, recompute), strict=True)) for state in STATES for recompute in RECOMPUTE
     ]
     return [dataclasses.replace(engine, adam="auto", **choice) for choice in choices]
 
@@ -149,3 +150,16 @@ def judge(job: Job, machine: Machine) -> Plan:
     ranks = min(job.world, machine.gpus_per_node)
     host = ranks * max(footprint.host.total for footprint in found.values())
     return Plan(job, machine, worst, found[worst], host)
+
+
+def alternatives(plan: Plan) -> list[tuple[str, Plan]]:
+    """The same layout with one of its choices made the other way, and what was changed in words."""
+    chosen = plan.job.config.engine
+    found = []
+    for engine in _engines(chosen):
+        changed = [name for name in _NAMES if getattr(engine, name) != getattr(chosen, name)]
+        config = dataclasses.replace(plan.job.config, engine=engine)
+        if len(changed) == 1 and why_not(config, plan.job.world) is None:
+            words = f"{changed[0]} {getattr(engine, changed[0])}"
+            found.append((words, judge(dataclasses.replace(plan.job, config=config), plan.machine)))
+    return found
