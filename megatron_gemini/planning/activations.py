@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.planning.parameters import key_heads
+from megatron_gemini.planning.parameters import key_heads_read
 
 FP32 = 4
 
@@ -58,7 +58,7 @@ def layer_again(model: ModelConfig, share: RowShare, recompute: str) -> float:
 
 def attention_saved(model: ModelConfig, share: RowShare) -> float:
     """The branch with norm, projections, attention and the output projection."""
-    keys = key_heads(model, share.tensor) * model.head_width
+    keys = key_heads_read(model, share.tensor) * model.head_width
     queries = model.heads * model.head_width // share.tensor
     seen = share.row if share.row > share.context else share.context  # keys gathered over the context ranks
     rotated = share.context * queries + seen * keys
@@ -76,7 +76,7 @@ def branch_saved(model: ModelConfig, share: RowShare) -> float:
 
 def projections_saved(model: ModelConfig, share: RowShare) -> float:
     """Queries as projected, which only the norm of the heads wants, and keys with values."""
-    keys, heads = key_heads(model, share.tensor), model.heads // share.tensor
+    keys, heads = key_heads_read(model, share.tensor), model.heads // share.tensor
     kept = share.context * 2 * keys * model.head_width * share.element
     if model.qk_norm:
         kept += share.context * (heads * model.head_width * share.element + (heads + keys) * FP32)

@@ -12,8 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.modalities.audio.encoder import AudioEncoder
-from megatron_gemini.modalities.image.encoder import VisionEncoder
+from megatron_gemini.models.encoders import build_encoder, enabled
 from megatron_gemini.models.stage import DecoderStage, parts
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
@@ -41,11 +40,10 @@ def build(config: RunConfig, layout: TokenLayout, topology: Topology) -> tuple[l
     """(this rank's stages of the decoder, the encoders), without memory."""
     split = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
     with torch.device("meta"):
-        layers, width = Layers(topology), config.model.width
+        layers = Layers(topology)
         mine = split[topology.pipeline_rank :: topology.pipeline_size]
         stages = [DecoderStage(config, layout, layers, part) for part in mine]
-        encoders: list[nn.Module] = [VisionEncoder(config.vision, width)] if config.vision.enabled else []
-        encoders += [AudioEncoder(config.audio, width)] if config.audio.enabled else []
+        encoders = [build_encoder(config, name) for name in enabled(config)]
     return stages, encoders
 
 
@@ -92,7 +90,7 @@ def _stages(stages: list[DecoderStage], encoders: list[nn.Module], job: Job, top
         index = topology.pipeline_rank + number * topology.pipeline_size
         lines.append(f"stage {index}: {what}; {_checked(_count([stage]), plan.parameters, f'stage {index}')}")
     if encoders:
-        wanted = job.encoders(frozen=False) + job.encoders(frozen=True)
+        wanted = sum(job.trained) + sum(job.frozen)
         lines.append(f"encoders: {_checked(_count(encoders), wanted, 'the encoders')}, shared by all ranks")
     return lines
 

@@ -54,7 +54,7 @@ class Job:
 
     @cached_property
     def embedders_zero(self) -> ZeroPlan:
-        """Of the encoders' engine, which has every rank."""
+        """Of every encoder's engine, which has every rank."""
         stage = self.config.embedders.zero_stage
         return self._zero(self.config.engine.zero_stage if stage < 0 else stage, self.world)
 
@@ -63,8 +63,17 @@ class Job:
         optimizer, weights = engine.offload_optimizer != "none", engine.offload_parameters != "none"
         return ZeroPlan(stage, ranks, engine.precision == "bf16", optimizer and stage > 0, weights and stage == 3)
 
-    def encoders(self, frozen: bool) -> int:
-        """Parameters of the encoders that are trained, or that are not."""
+    @cached_property
+    def trained(self) -> list[int]:
+        """Parameters of each encoder that is trained; each has an engine."""
+        return self._encoders(frozen=False)
+
+    @cached_property
+    def frozen(self) -> list[int]:
+        """Parameters of each encoder that is not trained."""
+        return self._encoders(frozen=True)
+
+    def _encoders(self, frozen: bool) -> list[int]:
         config = self.config
         is_frozen = {VISION: config.vision.frozen, AUDIO: config.audio.frozen}
-        return sum(count for name, count in encoder_parameters(config).items() if is_frozen[name] == frozen)
+        return [count for name, count in encoder_parameters(config).items() if is_frozen[name] == frozen]

@@ -54,9 +54,11 @@ def rank_footprint(job: Job, pipeline_rank: int) -> Footprint:
 
 
 def _encoder_state(job: Job) -> Footprint:
-    zero, trained, frozen = job.embedders_zero, job.encoders(frozen=False), job.encoders(frozen=True)
-    state = Footprint(Bytes(weights=frozen * zero.element / (zero.ranks if zero.stage == 3 else 1)))
-    return state + zero_state(trained, 0, zero) if trained else state
+    zero = job.embedders_zero
+    state = Footprint(Bytes(weights=sum(job.frozen) * zero.element / (zero.ranks if zero.stage == 3 else 1)))
+    for parameters in job.trained:
+        state += zero_state(parameters, 0, zero)
+    return state
 
 
 def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
@@ -76,7 +78,7 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
         kept += alive * loss_saved(model, rows, share)
     encoder, kept_over_the_step = _encoder_activations(job)
     kept = kept + encoder if kept_over_the_step else max(kept, encoder)
-    if stages[0].first and job.encoders(False) + job.encoders(True):  # embeddings of the step, and their gradients
+    if stages[0].first and (job.trained or job.frozen):  # embeddings of the step, and their gradients
         kept += 2 * MEDIA * job.microbatches * share.stream * model.width * share.element
     return Footprint(Bytes(activations=kept), Bytes(activations=host))
 
@@ -101,7 +103,7 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
     breadth_first = job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
     held = max(stage.parameters for stage in stages) if zero.stage == 3 and breadth_first else None
     decoder = [zero_buffers(stage.parameters, stage.largest, zero, held) for stage in stages]
-    encoders = zero_buffers(job.encoders(frozen=False), 0, job.embedders_zero)
+    encoders = sum(zero_buffers(parameters, 0, job.embedders_zero) for parameters in job.trained)
     if zero.stage < 3:
         return max(decoder) + encoders
     if held is not None:  # one stage is gathered at a time; every engine has its own bucket

@@ -56,6 +56,11 @@ def key_heads(model: ModelConfig, tensor: int) -> int:
     return model.kv_heads // tensor if model.kv_heads % tensor == 0 else model.kv_heads
 
 
+def key_heads_read(model: ModelConfig, tensor: int) -> int:
+    """Key/value heads that the query heads of a rank read."""
+    return max(1, model.kv_heads // tensor)
+
+
 def layer_parameters(model: ModelConfig, tensor: int) -> int:
     """Parameters of a decoder layer on one of `tensor` ranks."""
     queries = model.heads * model.head_width // tensor

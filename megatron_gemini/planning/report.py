@@ -17,7 +17,8 @@ _HEADER = (
     *("GPU", "host", "bubble", "sent", "MFU", "rows/s", ""),
 )
 _NOTE = (
-    "GPU and host: bytes of the fullest one. sent: by a GPU in a step. rows: microbatches of a data-parallel rank.\n"
+    "rows: microbatches of a data-parallel rank. zero: stage of the decoder / of the encoders, where it is another.\n"
+    "GPU and host: bytes of the fullest one. sent: by a GPU in a step.\n"
     "MFU and rows/s are estimates that rank layouts; the encoders' arithmetic is not in them. Before ZeRO-3 in a\n"
     f"pipeline stands what is at most {ZERO3_PIPELINE - 1:.0%} slower without."
 )
@@ -52,6 +53,7 @@ def layout_options(plan: Plan) -> str:
     config = plan.job.config
     chosen = [("parallel", field.name) for field in dataclasses.fields(config.parallel)]
     chosen += [("engine", n) for n in ("zero_stage", "offload_optimizer", "offload_parameters", "recompute")]
+    chosen += [("embedders", "zero_stage")] if config.embedders.zero_stage >= 0 else []
     words = []
     for section, name in chosen:
         value = getattr(getattr(config, section), name)
@@ -63,7 +65,7 @@ def _machine(plan: Plan) -> str:
     job, machine = plan.job, plan.machine
     undivided = dataclasses.replace(job.config, parallel=ParallelConfig())
     decoder = sum(stage.parameters for stage in stages(undivided, job.vocabulary))
-    encoders = job.encoders(frozen=False) + job.encoders(frozen=True)
+    encoders = sum(job.trained) + sum(job.frozen)
     return (
         f"{job.world} {machine.gpu.name} of {show_size(machine.gpu_memory)} ({USABLE:.0%} of it usable), "
         f"{machine.gpus_per_node} a host of {show_size(machine.host_memory)}\n"
@@ -95,7 +97,7 @@ def _row(plan: Plan) -> tuple[str, ...]:
         parallel.schedule if parallel.pipeline > 1 else "-",
         str(job.data),
         str(job.microbatches),
-        str(engine.zero_stage),
+        _stages(plan),
         "+".join(offload) or "-",
         engine.recompute,
         show_size(plan.footprint.gpu.total),
@@ -106,6 +108,11 @@ def _row(plan: Plan) -> tuple[str, ...]:
         f"{plan.rows_per_second:.2f}",
         shortage(plan),
     )
+
+
+def _stages(plan: Plan) -> str:
+    decoder, encoders = plan.job.zero.stage, plan.job.embedders_zero.stage
+    return str(decoder) if decoder == encoders else f"{decoder}/{encoders}"
 
 
 def _more(count: int) -> str:
@@ -139,9 +146,12 @@ def _reasons(plan: Plan) -> list[str]:
     """What the same layout would need and take with one choice made the other way."""
     reasons = []
     for change, other in alternatives(plan):
-        slower = other.time.total / plan.time.total - 1
-        verdict = shortage(other) or (
-            f"{slower:.1%} slower" if slower > 0 else f"{-slower:.1%} faster, but less simple"
-        )
+        verdict = shortage(other) or _compared(other.time.total / plan.time.total - 1)
         reasons.append(f"with {change}: {verdict}")
     return reasons
+
+
+def _compared(slower: float) -> str:
+    if abs(slower) < 0.0005:
+        return "as fast, and less simple"
+    return f"{slower:.1%} slower" if slower > 0 else f"{-slower:.1%} faster, but ZeRO-3 in a pipeline"

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Literal
 
-from megatron_gemini.config.engine import EngineConfig
 from megatron_gemini.config.layout import layouts, why_not
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.footprint import Footprint
@@ -18,7 +17,8 @@ from megatron_gemini.planning.memory import USABLE, rank_footprint
 from megatron_gemini.planning.step_time import StepTime, model_flops, step_time
 from megatron_gemini.planning.traffic import traffic
 
-STATES = (
+Offload = Literal["none", "cpu"]
+STATES: tuple[tuple[int, Offload, Offload], ...] = (
     (0, "none", "none"),
     (1, "none", "none"),
     (1, "cpu", "none"),
@@ -29,7 +29,11 @@ STATES = (
     (3, "cpu", "cpu"),
 )
 """ZeRO stage, where the optimizer lies, where the weights lie."""
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+_SEARCHED = (
+    *("engine.zero_stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.recompute"),
+    "embedders.zero_stage",
+)
 LONG_ROW = 16_384
 """Tokens of a row from which context parallelism is worth a look without being asked for."""
 ZERO3_PIPELINE = 1.05
@@ -123,24 +127,36 @@ def candidates(config: RunConfig, world: int) -> Iterator[RunConfig]:
     """Every legal configuration that differs from `config` in what is searched."""
     any_context = config.parallel.context > 1 or config.data.row_tokens >= LONG_ROW
     plain = dataclasses.replace(config.engine, zero_stage=1, offload_optimizer="none", offload_parameters="none")
+    states = list(_states(config))
     for layout in layouts(dataclasses.replace(config, engine=plain), world):
-        parallel = layout.parallel
-        if parallel.context > 1 and not any_context:
+        if layout.parallel.context > 1 and not any_context:
             continue
-        for engine in _engines(config.engine):
-            candidate = dataclasses.replace(config, parallel=parallel, engine=engine)
-            if engine.zero_stage != 2 or why_not(candidate, world) is None:
+        for state in states:
+            candidate = dataclasses.replace(state, parallel=layout.parallel)
+            if state.engine.zero_stage != 2 or why_not(candidate, world) is None:
                 yield candidate
 
 
-_NAMES = ("zero_stage", "offload_optimizer", "offload_parameters", "recompute")
+def _states(config: RunConfig) -> Iterator[RunConfig]:
+    """`config` with every way to keep its state and its activations.
 
-
-def _engines(engine: EngineConfig) -> list[EngineConfig]:
-    choices: list[dict[str, Any]] = [
-        dict(zip(_NAMES, (*state, recompute), strict=True)) for state in STATES for recompute in RECOMPUTE
-    ]
-    return [dataclasses.replace(engine, adam="auto", **choice) for choice in choices]
+    The encoders have the decoder's ZeRO stage, or stage 3 beside a lower one, unless the configuration says which.
+    """
+    free = config.embedders.zero_stage < 0 and (config.vision.enabled or config.audio.enabled)
+    for stage, optimizer, weights in STATES:
+        for recompute in RECOMPUTE:
+            engine = dataclasses.replace(
+                config.engine,
+                zero_stage=stage,
+                offload_optimizer=optimizer,
+                offload_parameters=weights,
+                recompute=recompute,
+                adam="auto",
+            )
+            yield dataclasses.replace(config, engine=engine)
+            if free and 0 < stage < 3:
+                embedders = dataclasses.replace(config.embedders, zero_stage=3)
+                yield dataclasses.replace(config, engine=engine, embedders=embedders)
 
 
 def judge(job: Job, machine: Machine) -> Plan:
@@ -154,12 +170,16 @@ def judge(job: Job, machine: Machine) -> Plan:
 
 def alternatives(plan: Plan) -> list[tuple[str, Plan]]:
     """The same layout with one of its choices made the other way, and what was changed in words."""
-    chosen = plan.job.config.engine
-    found = []
-    for engine in _engines(chosen):
-        changed = [name for name in _NAMES if getattr(engine, name) != getattr(chosen, name)]
-        config = dataclasses.replace(plan.job.config, engine=engine)
+    chosen, found = plan.job.config, []
+    undecided = dataclasses.replace(chosen, embedders=dataclasses.replace(chosen.embedders, zero_stage=-1))
+    for config in _states(undecided):
+        changed = [name for name in _SEARCHED if _setting(config, name) != _setting(chosen, name)]
         if len(changed) == 1 and why_not(config, plan.job.world) is None:
-            words = f"{changed[0]} {getattr(engine, changed[0])}"
+            words = f"{changed[0]} {_setting(config, changed[0])}"
             found.append((words, judge(dataclasses.replace(plan.job, config=config), plan.machine)))
     return found
+
+
+def _setting(config: RunConfig, name: str) -> object:
+    section, _, field = name.partition(".")
+    return getattr(getattr(config, section), field)

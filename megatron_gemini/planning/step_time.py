@@ -117,7 +117,7 @@ def _update(job: Job, rank: int, gpu: Gpu, links: Links) -> float:
     if job.config.engine.offload_optimizer == "none":
         return 0.0
     parameters = sum(stage.parameters for stage in job.stages_of(rank)) / job.zero.ranks
-    parameters += job.encoders(frozen=False) / job.world
+    parameters += sum(job.trained) / job.world
     # ZeRO-3 sums gradients on the host: they come back to the GPU and go again with every further microbatch.
     moves = 1 + (2 * (job.microbatches - 1) if job.zero.stage == 3 else 0)
     copied = parameters * (4 * moves + job.zero.element)

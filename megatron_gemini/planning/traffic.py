@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_gemini.planning.activations import RowShare
 from megatron_gemini.planning.job import Job
-from megatron_gemini.planning.parameters import Stage, key_heads
+from megatron_gemini.planning.parameters import Stage, key_heads_read
 from megatron_gemini.planning.zero_state import ZeroPlan
 
 
@@ -36,14 +36,18 @@ def traffic(job: Job, pipeline_rank: int) -> Traffic:
     model, again = job.config.model, job.config.engine.recompute == "full"
     layers = sum(len(stage.layers) for stage in stages)
     stream = share.context * model.width * share.element
-    tensor = ring(parallel.tensor) * stream * _tensor_passes(layers, stages, parallel.sequence, again)
-    keys = 2 * share.row * key_heads(model, parallel.tensor) * model.head_width * share.element
-    context = ring(parallel.context) * keys * layers * (3 if again else 2)
+    passes = 3 if again else 2
+    tensor = float(stream * _tensor_passes(layers, stages, parallel.sequence, again))
+    if parallel.sequence and model.kv_heads % parallel.tensor:  # keys that all ranks need are made by tokens
+        tensor += passes * layers * 2 * share.context * model.kv_heads * model.head_width * share.element
+    tensor *= ring(parallel.tensor)
+    keys = 2 * share.row * key_heads_read(model, parallel.tensor) * model.head_width * share.element
+    context = ring(parallel.context) * keys * layers * passes
     numbers = [pipeline_rank + parallel.pipeline * number for number in range(len(stages))]
     sent = sum((number < last) + (number > 0) for number in numbers) if last else 0
     parameters = sum(stage.parameters for stage in stages)
     each, once = _zero(parameters, job.zero, _held(job))
-    encoders = sum(_zero(job.encoders(frozen=False), job.embedders_zero, held=True))
+    encoders = sum(sum(_zero(count, job.embedders_zero, held=True)) for count in job.trained)
     return Traffic(tensor, context, sent * share.stream * model.width * share.element, each, once + encoders)
 
 
