@@ -60,12 +60,13 @@ def attention_saved(model: ModelConfig, share: RowShare) -> float:
     """The branch with norm, projections, attention and the output projection."""
     keys = key_heads_read(model, share.tensor) * model.head_width
     queries = model.heads * model.head_width // share.tensor
-    seen = share.row if share.row > share.context else share.context  # keys gathered over the context ranks
-    rotated = share.context * queries + seen * keys
-    gathered_values = seen * keys if share.row > share.context or share.packed else 0
+    rotated = share.context * queries + share.row * keys
+    values = share.row * keys if share.packed else 0  # otherwise views of what was projected
+    if share.row > share.context and not share.packed:  # or of what was gathered over the context ranks, with the keys
+        values = 2 * share.row * keys
     out = share.context * queries * (2 if share.packed else 1)
     normaliser = share.context * model.heads // share.tensor * FP32
-    kept = (rotated + gathered_values + out) * share.element + normaliser
+    kept = (rotated + values + out) * share.element + normaliser
     return kept + branch_saved(model, share) + projections_saved(model, share)
 
 

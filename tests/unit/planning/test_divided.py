@@ -1,7 +1,7 @@
 """Tensor- and context-parallel layers: bytes kept and bytes sent by formula against what really is saved and sent.
 
-The collectives are those of a process group that does nothing, so that one process is one rank of several: what is saved
-and sent does not depend on the values.
+The collectives are those of a process group that does nothing, so that one process is one rank of several: what is
+saved and sent does not depend on the values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.models.stage import DecoderStage, Row
+from megatron_gemini.models.stage import DecoderStage, LossOutput, Row
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.topology import Topology
@@ -81,21 +81,30 @@ def built(config: RunConfig, groups: dict[int, dist.ProcessGroup]) -> DecoderSta
     return stage
 
 
+def through(stage: DecoderStage) -> LossOutput:
+    """The loss of this rank's tokens of a row of four documents, or where the row is divided of one.
+
+    A context rank keeps the keys of the documents that it has queries of, at most those of the whole row, as planned.
+    """
+    lengths = (100, 30, 90, 36) if stage.config.parallel.context == 1 else (T,)
+    return stage(row=Row(row(lengths), own_C=stage.layers.context_positions(T)))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rank_keeps_what_the_formula_says(name, layout, groups):
     config = run_of(MODELS[name], LAYOUTS[layout])
     stage = built(config, groups)
     assert sum(parameter.numel() for parameter in stage.parameters()) == stages(config, LAYOUT.size)[0].parameters
-    found = saved_bytes(stage, lambda: stage(row=Row(row((100, 30, 90, 36)))))
-    share = RowShare.of(config)
+    found = saved_bytes(stage, lambda: through(stage))
+    share = RowShare.of(config, packed=config.parallel.context == 1)
     rows = vocabulary_parameters(config.model, LAYOUT.size, share.tensor) // config.model.width
     predicted = config.model.layers * layer_saved(config.model, share, "none") + loss_saved(config.model, rows, share)
     assert predicted == pytest.approx(found, rel=0.05)
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that a rank sends as a ring does: of an all-reduce twice, of the rest once, its share of the whole tensor."""
+    """Bytes that a rank sends as a ring does: its share of the whole tensor, of an all-reduce twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +130,7 @@ def test_a_microbatch_sends_what_the_formula_says(name, layout, groups):
     config = run_of(MODELS[name], LAYOUTS[layout])
     stage = built(config, groups)
     with Sent() as sent:
-        stage(row=Row(row((100, 30, 90, 36)))).loss.backward()
+        through(stage).loss.backward()
     planned = traffic(Job(config, RANKS, LAYOUT.size), 0)
     assert planned.tensor + planned.context == pytest.approx(sent.bytes, rel=0.05)
     alone = dataclasses.replace(config, parallel=ParallelConfig())
