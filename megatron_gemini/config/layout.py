@@ -58,16 +58,8 @@ def layouts(config: RunConfig, world: int) -> Iterator[RunConfig]:
 
 
 def nearest_layouts(config: RunConfig, world: int) -> list[RunConfig]:
-    """Legal configurations on `world` ranks, those first that change least of `config`.
-
-    They differ from it in `parallel` only, and in engine.zero_stage where its stage is what a pipeline refuses.
-    """
-    found = list(layouts(config, world))
-    if config.engine.zero_stage == 2:
-        for stage in (1, 3):
-            changed = dataclasses.replace(config.engine, zero_stage=stage)
-            found += layouts(dataclasses.replace(config, engine=changed), world)
-    return sorted(found, key=lambda other: _distance(config, other))
+    """Legal configurations on `world` ranks, those first that change least of `config`'s parallel section."""
+    return sorted(layouts(config, world), key=lambda other: _distance(config, other))
 
 
 def _variants(config: RunConfig, tensor: int, context: int, pipeline: int) -> Iterator[ParallelConfig]:
@@ -146,11 +138,6 @@ def _check_pipeline(config: RunConfig, world: int) -> None:
             f"parallel.pipeline x virtual_stages is {pipeline * virtual}, but model.layers is {layers}; "
             "every stage needs a layer"
         )
-    if pipeline > 1 and config.engine.zero_stage == 2:
-        raise ValueError(
-            f"engine.zero_stage is 2 and parallel.pipeline {pipeline}; ZeRO-2 reduces and drops gradients at every "
-            "backward and loses count when forwards of other microbatches come between them; use stage 1 or 3"
-        )
     _check_schedule(config, world)
 
 
@@ -185,14 +172,9 @@ _AXES = ("tensor", "context", "pipeline", "virtual_stages")
 
 
 def _changes(config: RunConfig, other: RunConfig) -> dict[str, object]:
-    """Settings of `other` that differ, by their dotted names."""
-    sections = (("parallel", (*_AXES, "sequence", "schedule")), ("engine", ("zero_stage",)))
-    return {
-        f"{section}.{name}": value
-        for section, names in sections
-        for name in names
-        if (value := getattr(getattr(other, section), name)) != getattr(getattr(config, section), name)
-    }
+    """Settings of `other`'s parallel section that differ."""
+    names = (*_AXES, "sequence", "schedule")
+    return {n: new for n in names if (new := getattr(other.parallel, n)) != getattr(config.parallel, n)}
 
 
 def _distance(config: RunConfig, other: RunConfig) -> tuple[bool, int, float]:
@@ -204,10 +186,8 @@ def _distance(config: RunConfig, other: RunConfig) -> tuple[bool, int, float]:
 
 
 def _as_options(config: RunConfig, other: RunConfig, world: int) -> str:
-    words = []
-    for name, value in _changes(config, other).items():
-        section, _, field = name.partition(".")
-        words.append(
-            f"--{section}.no_{field}" if value is False else f"--{name}" if value is True else f"--{name} {value}"
-        )
+    words = [
+        f"--parallel.no_{name}" if value is False else f"--parallel.{name}" + ("" if value is True else f" {value}")
+        for name, value in _changes(config, other).items()
+    ]
     return f"{' '.join(words)} ({data_size(other, world)} data parallel)"

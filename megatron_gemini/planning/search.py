@@ -126,15 +126,11 @@ def search(config: RunConfig, world: int, vocabulary: int, machine: Machine) -> 
 def candidates(config: RunConfig, world: int) -> Iterator[RunConfig]:
     """Every legal configuration that differs from `config` in what is searched."""
     any_context = config.parallel.context > 1 or config.data.row_tokens >= LONG_ROW
-    plain = dataclasses.replace(config.engine, zero_stage=1, offload_optimizer="none", offload_parameters="none")
     states = list(_states(config))
-    for layout in layouts(dataclasses.replace(config, engine=plain), world):
-        if layout.parallel.context > 1 and not any_context:
-            continue
-        for state in states:
-            candidate = dataclasses.replace(state, parallel=layout.parallel)
-            if state.engine.zero_stage != 2 or why_not(candidate, world) is None:
-                yield candidate
+    for layout in layouts(config, world):
+        if layout.parallel.context == 1 or any_context:
+            for state in states:
+                yield dataclasses.replace(state, parallel=layout.parallel)
 
 
 def _states(config: RunConfig) -> Iterator[RunConfig]:
@@ -174,7 +170,7 @@ def alternatives(plan: Plan) -> list[tuple[str, Plan]]:
     undecided = dataclasses.replace(chosen, embedders=dataclasses.replace(chosen.embedders, zero_stage=-1))
     for config in _states(undecided):
         changed = [name for name in _SEARCHED if _setting(config, name) != _setting(chosen, name)]
-        if len(changed) == 1 and why_not(config, plan.job.world) is None:
+        if len(changed) == 1:
             words = f"{changed[0]} {_setting(config, changed[0])}"
             found.append((words, judge(dataclasses.replace(plan.job, config=config), plan.machine)))
     return found
