@@ -125,12 +125,13 @@ def search(config: RunConfig, world: int, vocabulary: int, machine: Machine) -> 
 
 def candidates(config: RunConfig, world: int) -> Iterator[RunConfig]:
     """Every legal configuration that differs from `config` in what is searched."""
-    any_context = config.parallel.context > 1 or config.data.row_tokens >= LONG_ROW
+    legal = [layout.parallel for layout in layouts(config, world)]
+    if config.parallel.context == 1 and config.data.row_tokens < LONG_ROW:
+        legal = [parallel for parallel in legal if parallel.context == 1] or legal
     states = list(_states(config))
-    for layout in layouts(config, world):
-        if layout.parallel.context == 1 or any_context:
-            for state in states:
-                yield dataclasses.replace(state, parallel=layout.parallel)
+    for parallel in legal:
+        for state in states:
+            yield dataclasses.replace(state, parallel=parallel)
 
 
 def _states(config: RunConfig) -> Iterator[RunConfig]:
