@@ -43,12 +43,11 @@ class RowShare:
 
 
 def layer_saved(model: ModelConfig, share: RowShare, recompute: str) -> float:
-    """Bytes that one decoder layer keeps until its backward."""
+    """Bytes that one decoder layer keeps until its backward; what is computed again has kept its input alone."""
+    again = share.stream * model.width * share.element
     if recompute == "full":
-        return share.stream * model.width * share.element
-    if recompute == "selective":
-        return branch_saved(model, share) + mlp_saved(model, share) + projections_saved(model, share)
-    return attention_saved(model, share) + mlp_saved(model, share)
+        return again
+    return mlp_saved(model, share) + (again if recompute == "selective" else attention_saved(model, share))
 
 
 def layer_again(model: ModelConfig, share: RowShare, recompute: str) -> float:

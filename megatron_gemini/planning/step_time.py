@@ -62,13 +62,19 @@ def rank_flops(job: Job, pipeline_rank: int) -> float:
     config, stages = job.config, job.stages_of(pipeline_rank)
     model = config.model
     layer = model_flops_per_token(dataclasses.replace(model, layers=1), 0, visible_keys(job))
-    if config.engine.recompute == "full":
-        layer *= 4 / 3
-    elif config.engine.recompute == "selective":
-        layer += 4 * model.heads * model.head_width * visible_keys(job)
+    layer += _again(job)
     head = 6 * model.width * job.vocabulary if stages[-1].last else 0
     tokens = config.data.row_tokens / config.parallel.context / config.parallel.tensor
     return tokens * (sum(len(stage.layers) for stage in stages) * layer + head)
+
+
+def _again(job: Job) -> float:
+    """FLOPs a token that recomputing a layer adds: its forward without the last product, or its attention's."""
+    model, queries = job.config.model, job.config.model.heads * job.config.model.head_width
+    attention = 2 * model.width * (queries + 2 * model.kv_heads * model.head_width) + 4 * queries * visible_keys(job)
+    if job.config.engine.recompute == "full":
+        return attention + 2 * model.width * (queries + 2 * model.mlp_width)
+    return attention if job.config.engine.recompute == "selective" else 0.0
 
 
 class Links:

@@ -33,11 +33,11 @@ def traffic(job: Job, pipeline_rank: int) -> Traffic:
     """Of the ranks at one place of the pipeline."""
     stages, share = job.stages_of(pipeline_rank), RowShare.of(job.config)
     parallel, last = job.config.parallel, len(job.stages) - 1
-    model, again = job.config.model, job.config.engine.recompute == "full"
+    model, recompute = job.config.model, job.config.engine.recompute
     layers = sum(len(stage.layers) for stage in stages)
     stream = share.context * model.width * share.element
-    passes = 3 if again else 2
-    tensor = float(stream * _tensor_passes(layers, stages, parallel.sequence, again))
+    passes = 2 if recompute == "none" else 3  # of keys and values, which either recomputation needs again
+    tensor = float(stream * _tensor_passes(layers, stages, parallel.sequence, recompute))
     if parallel.sequence and model.kv_heads % parallel.tensor:  # keys that all ranks need are made by tokens
         tensor += passes * layers * 2 * share.context * model.kv_heads * model.head_width * share.element
     tensor *= ring(parallel.tensor)
@@ -56,11 +56,15 @@ def ring(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _tensor_passes(layers: int, stages: list[Stage], sequence: bool, again: bool) -> int:
-    """How often a stream of all tokens goes round: two branches a layer, there and back."""
-    forward, backward = (4, 6) if sequence else (4, 4)  # of an all-reduce both halves; the stream is gathered again
-    ends = 2 * stages[0].first + 2 * stages[-1].last
-    return layers * (forward + backward + (forward if again else 0)) + ends
+def _tensor_passes(layers: int, stages: list[Stage], sequence: bool, recompute: str) -> int:
+    """How often a stream of all tokens goes round: two branches a layer, there and back.
+
+    An all-reduce goes twice. With sequence parallelism the backward gathers the stream of both branches once more. What
+    runs again leaves out the sum at its end.
+    """
+    layer = 10 if sequence else 8
+    layer += {"none": 0, "selective": int(sequence), "full": 3 if sequence else 2}[recompute]
+    return layers * layer + 2 * stages[0].first + 2 * stages[-1].last
 
 
 def _held(job: Job) -> bool:
