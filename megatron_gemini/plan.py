@@ -66,6 +66,8 @@ def _plan(config: RunConfig, layout: TokenLayout, options: argparse.Namespace) -
         options.gpus_per_node,
     )
     plans = search(config, options.gpus, layout.size, machine)
+    if options.text_pieces is None and not Path(config.data.text_model).is_file():
+        print(f"data.text_model does not exist here: {layout.text_size:,} text pieces assumed (--text_pieces)")
     print(report(plans, options.top))
     best = plans[0]
     if not best.fits:

@@ -1,6 +1,6 @@
 """What a GPU and its node can do. Peaks and links from NVIDIA's data sheets; what of them is reached is assumed.
 
-Nothing here has been measured by this project: estimates rank layouts, they do not promise throughput.
+Only `HOOK` has been measured by this project: estimates rank layouts, they do not promise throughput.
 """
 
 from __future__ import annotations
@@ -44,5 +44,8 @@ ARITHMETIC = 0.5
 """Share of the peak that matrix products and attention reach in eager torch."""
 LINKS = 0.7
 """Share of a link's rate that collectives and copies reach."""
+HOOK = 3e-4
+"""Seconds of the host that ZeRO-3's hooks take of each module with parameters in each pass. Measured on a CPU by
+tools/bench/zero_hooks.py; on a GPU arithmetic may hide it."""
 HOST = 0.5
 """Share of the host memory's rate that the CPU's Adam reaches."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.activations import (
     RowShare,
     audio_saved,
@@ -86,15 +87,28 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
 def _encoder_activations(job: Job) -> tuple[float, bool]:
     """(bytes of the encoders, whether they live as long as the decoder's)."""
     config, element = job.config, job.zero.element
-    inputs = max(config.embedders.chunk_tokens, config.data.row_tokens)  # an item of more than a chunk is alone
+    inputs = config.embedders.chunk_tokens
     if not config.embedders.recompute:
         inputs = max(inputs, int(MEDIA * config.train.rows_per_step * config.data.row_tokens / job.world))
     kept = [0.0]
     if config.vision.enabled and not config.vision.frozen:
-        kept.append(vision_saved(config.vision, inputs, element))
+        image = (config.vision.max_side // config.vision.patch) ** 2  # an item of more than a chunk is alone
+        kept.append(vision_saved(config.vision, max(inputs, min(image, config.data.row_tokens)), element))
     if config.audio.enabled and not config.audio.frozen:
         kept.append(audio_saved(config.audio, inputs, element))
     return max(kept), not config.embedders.recompute
+
+
+def longest_clip(config: RunConfig) -> tuple[int, float]:
+    """(patches of the longest clip that a row can hold, bytes that the vision encoder keeps of it in its backward).
+
+    `rank_footprint` counts chunks and images. A clip of many large frames is more, and only the data know whether there
+    is one.
+    """
+    vision, element = config.vision, 2 if config.engine.precision == "bf16" else 4
+    patches = min(config.data.row_tokens, vision.max_frames * (vision.max_side // vision.patch) ** 2)
+    trained = vision.enabled and not vision.frozen
+    return patches, vision_saved(vision, patches, element) if trained else 0.0
 
 
 def _zero_buffers(job: Job, stages: list[Stage]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.planning.footprint import PARTS, Bytes
-from megatron_gemini.planning.memory import USABLE
+from megatron_gemini.planning.memory import USABLE, longest_clip
 from megatron_gemini.planning.parameters import stages
 from megatron_gemini.planning.search import ZERO3_PIPELINE, Plan, alternatives
 from megatron_gemini.planning.sizes import show_size
@@ -133,8 +133,21 @@ def _best(plan: Plan) -> str:
         f"  a step of {time.total:.3g} s: {told}",
         f"  what binds: {causes[0][0]} takes most of the time, {fullest} most of the GPU",
         *(f"  {line}" for line in _reasons(plan)),
+        *_warning(plan),
     ]
     return "\n".join(lines)
+
+
+def _warning(plan: Plan) -> list[str]:
+    """Where the longest clip that the configuration allows would not fit beside what is there during its backward."""
+    patches, kept = longest_clip(plan.job.config)
+    gpu, usable = plan.footprint.gpu, USABLE * plan.machine.gpu_memory
+    if gpu.total - gpu.activations + kept <= usable:
+        return []
+    return [
+        f"  mind: a clip of {patches:,} patches, which vision.max_frames and max_side allow, would keep "
+        f"{show_size(kept)} in its encoder alone; lower them if the data have such clips"
+    ]
 
 
 def _parts(held: Bytes) -> str:

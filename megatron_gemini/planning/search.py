@@ -28,7 +28,7 @@ STATES: tuple[tuple[int, Offload, Offload], ...] = (
     (3, "cpu", "none"),
     (3, "cpu", "cpu"),
 )
-"""ZeRO stage, where the optimizer lies, where the weights lie."""
+"""ZeRO stage, where the optimizer lies, where the weights lie. Stage 0 is the first."""
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 _SEARCHED = (
     *("engine.zero_stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.recompute"),
@@ -138,9 +138,10 @@ def _states(config: RunConfig) -> Iterator[RunConfig]:
     """`config` with every way to keep its state and its activations.
 
     The encoders have the decoder's ZeRO stage, or stage 3 beside a lower one, unless the configuration says which.
+    ZeRO-0 is left out in bf16, where it alone sums the gradients of microbatches in bf16.
     """
     free = config.embedders.zero_stage < 0 and (config.vision.enabled or config.audio.enabled)
-    for stage, optimizer, weights in STATES:
+    for stage, optimizer, weights in STATES[config.engine.precision == "bf16" :]:
         for recompute in RECOMPUTE:
             engine = dataclasses.replace(
                 config.engine,

@@ -1,7 +1,8 @@
 """How long a step may take: arithmetic, what the links add to it, the pipeline's bubble, and the update.
 
-An estimate that ranks layouts. Collectives of tensor and context parallelism count as if nothing hid them, ZeRO-3's as
-if the same microbatch's arithmetic hid them as far as it goes. The encoders' arithmetic is not in it: the data decides.
+An estimate that ranks layouts. Collectives of tensor and context parallelism count as if nothing hid them; what ZeRO-3
+gathers and what its hooks take of the host, as if the same microbatch's arithmetic hid it as far as it goes. The
+encoders' arithmetic is not in it: the data decides.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_gemini.models.flops import model_flops_per_token
-from megatron_gemini.planning.hardware import ARITHMETIC, HOST, LINKS, Gpu
+from megatron_gemini.planning.hardware import ARITHMETIC, HOOK, HOST, LINKS, Gpu
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.traffic import traffic
 
@@ -103,7 +104,7 @@ def _of_rank(job: Job, rank: int, gpu: Gpu, links: Links) -> StepTime:
     tensor, context = sent.tensor / links.tensor, sent.context / links.context
     pipeline = sent.pipeline / links.pipeline
     each = sent.data / links.data
-    exposed = max(0.0, each - arithmetic) if job.zero.stage == 3 else each
+    exposed = max(0.0, each - arithmetic, _hooks(job, rank) - arithmetic) if job.zero.stage == 3 else each
     steps = rows * (arithmetic + tensor + context + pipeline + exposed)
     bubble = steps / rows * (parallel.pipeline - 1) / parallel.virtual_stages
     return StepTime(
@@ -116,6 +117,14 @@ def _of_rank(job: Job, rank: int, gpu: Gpu, links: Links) -> StepTime:
         _update(job, rank, gpu, links),
         bubble / (steps + bubble),
     )
+
+
+def _hooks(job: Job, rank: int) -> float:
+    """Seconds of the host for one microbatch under ZeRO-3."""
+    config, stages = job.config, job.stages_of(rank)
+    modules = (5 if config.model.qk_norm else 3) * sum(len(stage.layers) for stage in stages)
+    passes = 2 if config.engine.recompute == "none" else 3
+    return passes * (modules + stages[0].first + 2 * stages[-1].last) * HOOK
 
 
 def _update(job: Job, rank: int, gpu: Gpu, links: Links) -> float:

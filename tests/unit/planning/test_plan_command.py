@@ -53,6 +53,16 @@ def test_no_torch_is_imported_for_a_plan_or_for_help():
     assert "--gpu_memory SIZE" in result.stdout
 
 
+def test_a_clip_that_would_not_fit_is_warned_of(capsys):
+    """The longest one that a row can hold: 131,072 patches at once in a ViT-g."""
+    long_rows = ["plan", "--preset", "8b", "--data.row_tokens", "131072", "--train.rows_per_step", "8", "--gpus", "32"]
+    arguments = [*long_rows, "--data.lanes", "8", "--engine.precision", "bf16"]
+    assert cli.main(arguments) == 0
+    assert "mind: a clip of 131,072 patches" in capsys.readouterr().out
+    assert cli.main([*arguments, "--vision.max_frames", "4"]) == 0
+    assert "mind:" not in capsys.readouterr().out
+
+
 def test_where_nothing_fits_the_table_says_by_how_much_and_the_status_is_2(capsys):
     assert cli.main([*SMALL, "--gpus", "1", "--gpu_memory", "8GB"]) == 2
     told = capsys.readouterr()

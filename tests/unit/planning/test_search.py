@@ -121,6 +121,19 @@ def test_a_users_zero_stage_of_the_encoders_is_kept():
     assert {c.embedders.zero_stage for c in candidates(large(), 8)} == {-1, 3}
 
 
+def test_zero0_is_no_choice_in_bf16_where_it_sums_gradients_in_bf16():
+    assert {c.engine.zero_stage for c in candidates(large(rows=4), 4)} == {1, 2, 3}
+    single = large(rows=4, engine={"precision": "fp32"})
+    assert {c.engine.zero_stage for c in candidates(single, 4)} == {0, 1, 2, 3}
+
+
+def test_zero3_pays_its_hooks_where_a_microbatch_is_too_small_to_hide_them():
+    small, sharded = judge(job(2), machine()), judge(job(2, engine={"zero_stage": 3}), machine())
+    assert sharded.time.zero > 2 * small.time.zero
+    wide = Job(large(rows=8, engine={"precision": "bf16", "zero_stage": 3}), 8, 72_208)
+    assert judge(wide, machine()).time.zero < 0.02 * judge(wide, machine()).time.total
+
+
 def test_the_time_is_bounded_by_the_arithmetic_at_the_assumed_share_of_the_peak():
     for plan in search(large(rows=4), 4, 72_208, machine())[:20]:
         assert plan.mfu <= 0.5 + 1e-9
