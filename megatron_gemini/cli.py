@@ -23,6 +23,7 @@ from collections.abc import Callable
 from megatron_gemini import __version__
 
 COMMANDS = {
+    "plan": "find a layout of ranks for machines that are not there yet",
     "train": "train a model, or go on with a run that was stopped",
     "generate": "ask a trained model, in text, images, audio and video",
     "evaluate": "score a trained model on held-out data",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_gemini.cli import run_command
+from megatron_gemini.config.layout import check_layout
 from megatron_gemini.config.load import load_config
 from megatron_gemini.training.schedule import check_schedule
 
@@ -15,6 +17,7 @@ def main(argv: list[str]) -> int:
     """Read the settings, check what can be checked without torch, and train. Returns the exit status."""
     config = load_config(argv, presets=_preset)
     check_schedule(config.schedule, config.train.steps)
+    check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
 
     # Imported here so that --help and a mistyped option answer at once; quiet before DeepSpeed is imported.
     from megatron_gemini.training.quiet import quiet_warnings

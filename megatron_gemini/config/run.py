@@ -1,4 +1,4 @@
-"""The whole of one run's configuration, and the rules between its sections."""
+"""The whole of one run's configuration. `layout` has the rules between its sections and the ranks of a job."""
 
 from __future__ import annotations
 
@@ -33,14 +33,3 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
-    def __post_init__(self) -> None:
-        tensor = self.parallel.tensor
-        for name in ("heads", "mlp_width"):
-            value = getattr(self.model, name)
-            if value % tensor:
-                raise ValueError(f"parallel.tensor is {tensor}, which does not divide model.{name} ({value})")
-        if tensor > 1 and self.model.kv_heads > 1 and self.model.kv_heads % tensor and tensor % self.model.kv_heads:
-            raise ValueError(
-                f"parallel.tensor is {tensor} and model.kv_heads is {self.model.kv_heads}; one must divide the other"
-            )

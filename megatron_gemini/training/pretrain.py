@@ -18,12 +18,13 @@ from megatron_gemini.kernels.attention import attention_backend
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.encoding_plan import check_media
+from megatron_gemini.models.flops import model_flops_per_token
 from megatron_gemini.models.stage import LossOutput
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.agreement import Signature, config_digest, sign
 from megatron_gemini.training.loop import Task, mean
 from megatron_gemini.training.metrics import TOKEN_KINDS, count_tokens, token_shares
-from megatron_gemini.training.throughput import model_flops_per_token, utilisation
+from megatron_gemini.training.throughput import utilisation
 
 
 class Pretraining(Task):

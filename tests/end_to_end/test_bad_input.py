@@ -130,6 +130,8 @@ def test_two_ranks_tell_a_mistake_once(start: Start, config: Path) -> None:
     launch = start("deepspeed", "--config", config, "--train.rows_per_step", 3)
     assert launch.wait() == 2, launch.output
     assert told(launch.output) == [
-        "train.rows_per_step is 3, which 2 data-parallel ranks does not divide; the nearest that fit: 2 or 4"
+        "train.rows_per_step is 3, which 2 data-parallel ranks does not divide; the nearest that fit: 2 or 4; "
+        "nearest that 2 ranks can run: --parallel.tensor 2 (1 data parallel); --parallel.pipeline 2 (1 data parallel); "
+        "--parallel.context 2 (1 data parallel)"
     ]
     assert "Traceback" not in launch.output

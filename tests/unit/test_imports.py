@@ -14,7 +14,7 @@ PACKAGE = "megatron_gemini"
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # A package may import those of its own level that are named, and everything on the levels below.
 LEVELS = (
-    {"training": {"generation"}, "generation": set()},
+    {"training": {"generation"}, "generation": set(), "planning": set()},
     {"engine": {"checkpoint"}, "checkpoint": {"engine"}},
     {"models": set()},
     {"modalities": set()},

@@ -50,10 +50,10 @@ def test_a_preset_that_cannot_be_had_is_an_error(write, text):
 
 
 def test_a_check_between_two_settings_sees_only_the_merged_whole(write):
-    path = write("parallel: {tensor: 3}\n")  # does not divide the default 4 heads
-    with pytest.raises(ValueError, match=r"parallel\.tensor is 3"):
+    path = write("model: {kv_heads: 3}\n")  # does not divide the default 4 heads
+    with pytest.raises(ValueError, match=r"model\.heads is 4, which model\.kv_heads \(3\) does not divide"):
         load_config(["--config", path])
-    assert load_config(["--config", path, "--parallel.tensor", "2"]).parallel.tensor == 2
+    assert load_config(["--config", path, "--model.heads", "6"]).model.kv_heads == 3
 
 
 @pytest.mark.parametrize(

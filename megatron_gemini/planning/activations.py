@@ -1,0 +1,122 @@
+"""Bytes that autograd keeps of one microbatch, from what the nodes of `kernels` and the encoders save.
+
+Not saved are parameters (a node keeps the parameter itself) and what all layers share (RoPE's angles, the attention
+plan): less than a hundredth of a layer.
+
+Shape suffixes of what is counted: T tokens of the row, C those of this context rank, S those of this rank's stream
+between layers, D width, N query heads, K key/value heads, H head width, F MLP width, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_gemini.config.engine import ParallelConfig
+from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.planning.parameters import key_heads_read
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """A rank's share of a row. row, context, stream: T, C and S; tensor: tensor-parallel ranks; element: bytes.
+
+    packed: the row holds documents of several lengths, as training rows do, so that attention works on copies.
+    """
+
+    row: int
+    context: int
+    stream: int
+    tensor: int
+    element: int
+    packed: bool = True
+
+    @staticmethod
+    def of(config: RunConfig, packed: bool = True) -> RowShare:
+        parallel: ParallelConfig = config.parallel
+        row, element = config.data.row_tokens, 2 if config.engine.precision == "bf16" else FP32
+        context = row // parallel.context
+        stream = context // parallel.tensor if parallel.sequence else context
+        return RowShare(row, context, stream, parallel.tensor, element, packed)
+
+
+def layer_saved(model: ModelConfig, share: RowShare, recompute: str) -> float:
+    """Bytes that one decoder layer keeps until its backward; what is computed again has kept its input alone."""
+    again = share.stream * model.width * share.element
+    if recompute == "full":
+        return again
+    return mlp_saved(model, share) + (again if recompute == "selective" else attention_saved(model, share))
+
+
+def layer_again(model: ModelConfig, share: RowShare, recompute: str) -> float:
+    """Bytes that recomputing one layer adds while its backward runs; one layer at a time."""
+    return 0.0 if recompute == "none" else layer_saved(model, share, "none") - layer_saved(model, share, recompute)
+
+
+def attention_saved(model: ModelConfig, share: RowShare) -> float:
+    """The branch with norm, projections, attention and the output projection."""
+    keys = key_heads_read(model, share.tensor) * model.head_width
+    queries = model.heads * model.head_width // share.tensor
+    rotated = share.context * queries + share.row * keys
+    values = share.row * keys if share.packed else 0  # otherwise views of what was projected
+    if share.row > share.context and not share.packed:  # or of what was gathered over the context ranks, with the keys
+        values = 2 * share.row * keys
+    out = share.context * queries * (2 if share.packed else 1)
+    normaliser = share.context * model.heads // share.tensor * FP32
+    kept = (rotated + values + out) * share.element + normaliser
+    return kept + branch_saved(model, share) + projections_saved(model, share)
+
+
+def branch_saved(model: ModelConfig, share: RowShare) -> float:
+    """The beginning of a residual branch: its input, the norm's factor and its output."""
+    return share.stream * (2 * model.width * share.element + FP32) + model.width * FP32
+
+
+def projections_saved(model: ModelConfig, share: RowShare) -> float:
+    """Queries as projected, which only the norm of the heads wants, and keys with values."""
+    keys, heads = key_heads_read(model, share.tensor), model.heads // share.tensor
+    kept = share.context * 2 * keys * model.head_width * share.element
+    if model.qk_norm:
+        kept += share.context * (heads * model.head_width * share.element + (heads + keys) * FP32)
+        kept += 2 * model.head_width * FP32
+    return kept
+
+
+def mlp_saved(model: ModelConfig, share: RowShare) -> float:
+    """The gated MLP: gate, up, the activated gate, and their product."""
+    return branch_saved(model, share) + 4 * share.context * model.mlp_width // share.tensor * share.element
+
+
+def loss_saved(model: ModelConfig, rows: int, share: RowShare) -> float:
+    """The final norm, and the head with its loss over `rows` ids: the gradient of the logits is made in the forward.
+
+    Every token counts as one with a target.
+    """
+    norm = share.stream * (model.width * share.element + FP32) + model.width * FP32
+    return norm + share.context * (model.width + rows) * share.element
+
+
+def loss_buffers(rows: int, share: RowShare) -> float:
+    """What the loss needs for a moment beside what it keeps: logits, and their exponentials in float32."""
+    return share.context * rows * (share.element + FP32)
+
+
+def vision_saved(vision: VisionConfig, patches: int, element: int) -> float:
+    """Bytes that the vision encoder keeps of `patches` in one forward with a graph."""
+    width = vision.width
+    block = 8 * width + 2 * vision.mlp_width
+    ends = vision.patch**2 * 3 + 3 * width
+    statistics = vision.layers * (4 + vision.heads) + 2
+    return patches * ((vision.layers * block + ends) * element + statistics * FP32)
+
+
+def audio_saved(audio: AudioConfig, frames: int, element: int) -> float:
+    """Bytes that the audio encoder keeps of `frames` log-mel frames (100 a second) in one forward with a graph."""
+    width = audio.width
+    block = 20 * width + 4 * audio.mlp_width
+    outputs = audio.layers * block + width
+    statistics = audio.layers * (12 + audio.heads)
+    subsample = 4 * audio.mels + 5 * width
+    return frames / 4 * ((outputs + subsample) * element + statistics * FP32)

@@ -1,0 +1,79 @@
+"""What is planned: a configuration on a number of ranks, and the machine that they run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_gemini.config.layout import data_size
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import AUDIO, VISION
+from megatron_gemini.planning.parameters import Stage, encoder_parameters, stages
+from megatron_gemini.planning.zero_state import ZeroPlan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A legal layout: `config` on `world` ranks. vocabulary: ids of the model, text, control and image codes."""
+
+    config: RunConfig
+    world: int
+    vocabulary: int
+
+    @cached_property
+    def data(self) -> int:
+        """Data-parallel ranks."""
+        return data_size(self.config, self.world)
+
+    @cached_property
+    def microbatches(self) -> int:
+        """Rows of a data-parallel rank in a step."""
+        return self.config.train.rows_per_step // self.data
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        return stages(self.config, self.vocabulary)
+
+    def stages_of(self, pipeline_rank: int) -> list[Stage]:
+        """The virtual stages of a pipeline rank, in order."""
+        return self.stages[pipeline_rank :: self.config.parallel.pipeline]
+
+    @cached_property
+    def places(self) -> list[int]:
+        """Pipeline ranks of which every other one is a copy that keeps fewer microbatches in flight."""
+        seen: dict[tuple[tuple[int, bool, bool], ...], int] = {}
+        for rank in range(self.config.parallel.pipeline):
+            kind = tuple((len(stage.layers), stage.first, stage.last) for stage in self.stages_of(rank))
+            seen.setdefault(kind, rank)
+        return list(seen.values())
+
+    @cached_property
+    def zero(self) -> ZeroPlan:
+        """Of every decoder stage's engine."""
+        return self._zero(self.config.engine.zero_stage, self.data * self.config.parallel.context)
+
+    @cached_property
+    def embedders_zero(self) -> ZeroPlan:
+        """Of every encoder's engine, which has every rank."""
+        stage = self.config.embedders.zero_stage
+        return self._zero(self.config.engine.zero_stage if stage < 0 else stage, self.world)
+
+    def _zero(self, stage: int, ranks: int) -> ZeroPlan:
+        engine = self.config.engine
+        optimizer, weights = engine.offload_optimizer != "none", engine.offload_parameters != "none"
+        return ZeroPlan(stage, ranks, engine.precision == "bf16", optimizer and stage > 0, weights and stage == 3)
+
+    @cached_property
+    def trained(self) -> list[int]:
+        """Parameters of each encoder that is trained; each has an engine."""
+        return self._encoders(frozen=False)
+
+    @cached_property
+    def frozen(self) -> list[int]:
+        """Parameters of each encoder that is not trained."""
+        return self._encoders(frozen=True)
+
+    def _encoders(self, frozen: bool) -> list[int]:
+        config = self.config
+        is_frozen = {VISION: config.vision.frozen, AUDIO: config.audio.frozen}
+        return [count for name, count in encoder_parameters(config).items() if is_frozen[name] == frozen]

@@ -1,0 +1,137 @@
+"""The most that a rank holds at once, on its GPU and on its host, at every place of the pipeline."""
+
+from __future__ import annotations
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.planning.activations import (
+    RowShare,
+    audio_saved,
+    layer_again,
+    layer_saved,
+    loss_buffers,
+    loss_saved,
+    vision_saved,
+)
+from megatron_gemini.planning.footprint import Bytes, Footprint
+from megatron_gemini.planning.job import Job
+from megatron_gemini.planning.parameters import Stage, vocabulary_parameters
+from megatron_gemini.planning.zero_state import update_buffers, zero_buffers, zero_state
+
+LIBRARIES = 2.0e9
+"""Bytes of a GPU that CUDA's context, NCCL's channels and cuBLAS's workspaces take. Assumed, not measured."""
+PROCESS = 4.0e9
+"""Bytes of host memory of a rank's process: Python, torch, CUDA's host side, pinned staging. Assumed, not measured."""
+USABLE = 0.94
+"""Share of a GPU's memory that tensors can fill before fragmentation ends it. Assumed, not measured."""
+MEDIA = 0.5
+"""Share of a row's tokens that are embeddings of images, frames or audio. Assumed: the data decides."""
+
+
+def in_flight(job: Job, pipeline_rank: int) -> int:
+    """Forwards of a rank's stages, a microbatch and stage each, that wait for their backward at the worst moment."""
+    parallel, rows = job.config.parallel, job.microbatches
+    ranks, virtual = parallel.pipeline, parallel.virtual_stages
+    if ranks == 1:
+        return 1
+    if parallel.schedule == "breadth_first":
+        return rows * virtual
+    if parallel.schedule == "1f1b":
+        return min(rows, ranks - pipeline_rank)
+    return min(rows * virtual, (virtual - 1) * ranks + 2 * (ranks - 1 - pipeline_rank) + 1)
+
+
+def rank_footprint(job: Job, pipeline_rank: int) -> Footprint:
+    """Of the ranks at one place of the pipeline."""
+    stages = job.stages_of(pipeline_rank)
+    state = Footprint(host=Bytes(buffers=PROCESS + job.config.data.cache_bytes))
+    for stage in stages:
+        state += zero_state(stage.parameters, stage.largest, job.zero)
+    state += _encoder_state(job)
+    working = _activations(job, stages, in_flight(job, pipeline_rank))
+    passes = _zero_buffers(job, stages) + _backward_buffers(job, stages)
+    update = max(update_buffers(stage.parameters, stage.largest, job.zero) for stage in stages)
+    # The update comes when the activations are gone: only what it takes beyond them adds to the peak.
+    return (state + working).with_gpu(buffers=LIBRARIES + max(passes, update - working.gpu.activations))
+
+
+def _encoder_state(job: Job) -> Footprint:
+    zero = job.embedders_zero
+    state = Footprint(Bytes(weights=sum(job.frozen) * zero.element / (zero.ranks if zero.stage == 3 else 1)))
+    for parameters in job.trained:
+        state += zero_state(parameters, 0, zero)
+    return state
+
+
+def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
+    """What autograd keeps: of the decoder during its passes, of a chunk of the encoders after them."""
+    config, share = job.config, RowShare.of(job.config)
+    mode, model = config.engine.recompute, config.model
+    layers = sum(len(stage.layers) for stage in stages) * waiting / len(stages)
+    kept = layers * layer_saved(model, share, mode) + layer_again(model, share, mode)
+    host = 0.0
+    if config.engine.offload_activations and mode != "none":
+        inputs = layer_saved(model, share, "full")
+        host = layers * inputs
+        kept -= max(0.0, layers - 2) * inputs  # the one in use, and the one that is fetched ahead
+    if stages[-1].last:
+        rows = vocabulary_parameters(model, job.vocabulary, share.tensor) // model.width
+        alive = job.microbatches if waiting == job.microbatches * len(stages) else 1
+        kept += alive * loss_saved(model, rows, share)
+    encoder, kept_over_the_step = _encoder_activations(job)
+    kept = kept + encoder if kept_over_the_step else max(kept, encoder)
+    if stages[0].first and (job.trained or job.frozen):  # embeddings of the step, and their gradients
+        kept += 2 * MEDIA * job.microbatches * share.stream * model.width * share.element
+    return Footprint(Bytes(activations=kept), Bytes(activations=host))
+
+
+def _encoder_activations(job: Job) -> tuple[float, bool]:
+    """(bytes of the encoders, whether they live as long as the decoder's)."""
+    config, element = job.config, job.zero.element
+    inputs = config.embedders.chunk_tokens
+    if not config.embedders.recompute:
+        inputs = max(inputs, int(MEDIA * config.train.rows_per_step * config.data.row_tokens / job.world))
+    kept = [0.0]
+    if config.vision.enabled and not config.vision.frozen:
+        image = (config.vision.max_side // config.vision.patch) ** 2  # an item of more than a chunk is alone
+        kept.append(vision_saved(config.vision, max(inputs, min(image, config.data.row_tokens)), element))
+    if config.audio.enabled and not config.audio.frozen:
+        kept.append(audio_saved(config.audio, inputs, element))
+    return max(kept), not config.embedders.recompute
+
+
+def longest_clip(config: RunConfig) -> tuple[int, float]:
+    """(patches of the longest clip that a row can hold, bytes that the vision encoder keeps of it in its backward).
+
+    `rank_footprint` counts chunks and images. A clip of many large frames is more, and only the data know whether there
+    is one.
+    """
+    vision, element = config.vision, 2 if config.engine.precision == "bf16" else 4
+    patches = min(config.data.row_tokens, vision.max_frames * (vision.max_side // vision.patch) ** 2)
+    trained = vision.enabled and not vision.frozen
+    return patches, vision_saved(vision, patches, element) if trained else 0.0
+
+
+def _zero_buffers(job: Job, stages: list[Stage]) -> float:
+    """Of ZeRO's own during the passes."""
+    zero = job.zero
+    breadth_first = job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
+    held = max(stage.parameters for stage in stages) if zero.stage == 3 and breadth_first else None
+    decoder = [zero_buffers(stage.parameters, stage.largest, zero, held) for stage in stages]
+    encoders = sum(zero_buffers(parameters, 0, job.embedders_zero) for parameters in job.trained)
+    if zero.stage < 3:
+        return max(decoder) + encoders
+    if held is not None:  # one stage is gathered at a time; every engine has its own bucket
+        return sum(decoder) - (len(stages) - 1) * held * zero.element + encoders
+    return sum(decoder) + encoders
+
+
+def _backward_buffers(job: Job, stages: list[Stage]) -> float:
+    """Gradients of a layer while it runs, of the stream at both ends of a stage, and of the logits."""
+    model, share = job.config.model, RowShare.of(job.config)
+    inner = 3 * share.context * model.mlp_width / share.tensor + 4 * share.context * model.width
+    weight = max(stage.largest for stage in stages)
+    found = (inner + weight) * share.element
+    if stages[-1].last:
+        rows = vocabulary_parameters(model, job.vocabulary, share.tensor) // model.width
+        found = max(found, loss_buffers(rows, share) + weight * share.element)
+    return found

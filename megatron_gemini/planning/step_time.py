@@ -1,0 +1,139 @@
+"""How long a step may take: arithmetic, what the links add to it, the pipeline's bubble, and the update.
+
+An estimate that ranks layouts. Collectives of tensor and context parallelism count as if nothing hid them; what ZeRO-3
+gathers and what its hooks take of the host, as if the same microbatch's arithmetic hid it as far as it goes. The
+encoders' arithmetic is not in it: the data decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_gemini.models.flops import model_flops_per_token
+from megatron_gemini.planning.hardware import ARITHMETIC, HOOK, HOST, LINKS, Gpu
+from megatron_gemini.planning.job import Job
+from megatron_gemini.planning.traffic import traffic
+
+UPDATE = 30
+"""Bytes that Adam moves a parameter: reads of weight, two moments and gradient, writes of the first three and bf16."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step by cause, on the slowest rank. bubble_share: idle share of the pipeline's time."""
+
+    arithmetic: float
+    tensor: float
+    context: float
+    pipeline: float
+    zero: float
+    bubble: float
+    update: float
+    bubble_share: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.causes().values())
+
+    def causes(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "bubble_share"}
+
+
+def step_time(job: Job, gpu: Gpu, gpus_per_node: int) -> StepTime:
+    """Of the rank whose microbatches take longest; the others wait for it."""
+    links = Links(job, gpu, gpus_per_node)
+    found = [_of_rank(job, rank, gpu, links) for rank in job.places]
+    return max(found, key=lambda step: step.total)
+
+
+def visible_keys(job: Job) -> float:
+    """Keys that a token attends to on average: causal documents of a quarter of a row, as the stages are split for."""
+    return job.config.data.row_tokens / 8
+
+
+def model_flops(job: Job) -> float:
+    """FLOPs that the model needs for a step, without recomputation and encoders."""
+    tokens = job.config.train.rows_per_step * job.config.data.row_tokens
+    return tokens * model_flops_per_token(job.config.model, job.vocabulary, visible_keys(job))
+
+
+def rank_flops(job: Job, pipeline_rank: int) -> float:
+    """FLOPs of one microbatch on a rank, with what is recomputed."""
+    config, stages = job.config, job.stages_of(pipeline_rank)
+    model = config.model
+    layer = model_flops_per_token(dataclasses.replace(model, layers=1), 0, visible_keys(job))
+    layer += _again(job)
+    head = 6 * model.width * job.vocabulary if stages[-1].last else 0
+    tokens = config.data.row_tokens / config.parallel.context / config.parallel.tensor
+    return tokens * (sum(len(stage.layers) for stage in stages) * layer + head)
+
+
+def _again(job: Job) -> float:
+    """FLOPs a token that recomputing a layer adds: its forward without the last product, or its attention's."""
+    model, queries = job.config.model, job.config.model.heads * job.config.model.head_width
+    attention = 2 * model.width * (queries + 2 * model.kv_heads * model.head_width) + 4 * queries * visible_keys(job)
+    if job.config.engine.recompute == "full":
+        return attention + 2 * model.width * (queries + 2 * model.mlp_width)
+    return attention if job.config.engine.recompute == "selective" else 0.0
+
+
+class Links:
+    """Bytes a second of a rank along every axis; ranks are placed as `parallel.topology` says, tensor innermost."""
+
+    def __init__(self, job: Job, gpu: Gpu, gpus_per_node: int) -> None:
+        parallel = job.config.parallel
+        self._gpu, self._node = gpu, gpus_per_node
+        inner = parallel.tensor * parallel.context
+        self.tensor = self._ring(parallel.tensor, 1)
+        self.context = self._ring(inner, parallel.tensor)
+        self.data = self._ring(inner * job.data, parallel.tensor)
+        self.pipeline = (gpu.network if inner * job.data * 2 > gpus_per_node else gpu.nvlink) * LINKS
+        self.host = gpu.pcie * LINKS
+
+    def _ring(self, span: int, stride: int) -> float:
+        """Of ranks `stride` apart that reach over `span`: between nodes, a node's members share their adapters."""
+        if span <= self._node:
+            return self._gpu.nvlink * LINKS
+        return min(self._gpu.nvlink, self._gpu.network * max(1, self._node // stride)) * LINKS
+
+
+def _of_rank(job: Job, rank: int, gpu: Gpu, links: Links) -> StepTime:
+    parallel, rows, sent = job.config.parallel, job.microbatches, traffic(job, rank)
+    arithmetic = rank_flops(job, rank) / (gpu.peak(job.zero.bf16) * ARITHMETIC)
+    tensor, context = sent.tensor / links.tensor, sent.context / links.context
+    pipeline = sent.pipeline / links.pipeline
+    each = sent.data / links.data
+    exposed = max(0.0, each - arithmetic, _hooks(job, rank) - arithmetic) if job.zero.stage == 3 else each
+    steps = rows * (arithmetic + tensor + context + pipeline + exposed)
+    bubble = steps / rows * (parallel.pipeline - 1) / parallel.virtual_stages
+    return StepTime(
+        rows * arithmetic,
+        rows * tensor,
+        rows * context,
+        rows * pipeline,
+        rows * exposed + sent.step / links.data,
+        bubble,
+        _update(job, rank, gpu, links),
+        bubble / (steps + bubble),
+    )
+
+
+def _hooks(job: Job, rank: int) -> float:
+    """Seconds of the host for one microbatch under ZeRO-3."""
+    config, stages = job.config, job.stages_of(rank)
+    modules = (5 if config.model.qk_norm else 3) * sum(len(stage.layers) for stage in stages)
+    passes = 2 if config.engine.recompute == "none" else 3
+    return passes * (modules + stages[0].first + 2 * stages[-1].last) * HOOK
+
+
+def _update(job: Job, rank: int, gpu: Gpu, links: Links) -> float:
+    """Seconds for the optimizer where it is offloaded; on the GPU it takes next to none."""
+    if job.config.engine.offload_optimizer == "none":
+        return 0.0
+    parameters = sum(stage.parameters for stage in job.stages_of(rank)) / job.zero.ranks
+    parameters += sum(job.trained) / job.world
+    # ZeRO-3 sums gradients on the host: they come back to the GPU and go again with every further microbatch.
+    moves = 1 + (2 * (job.microbatches - 1) if job.zero.stage == 3 else 0)
+    copied = parameters * (4 * moves + job.zero.element)
+    return copied / links.host + parameters * UPDATE / (gpu.host * HOST)

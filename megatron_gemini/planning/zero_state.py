@@ -1,0 +1,96 @@
+"""What one DeepSpeed engine keeps: weights, gradients and optimizer state at every ZeRO stage.
+
+Counted from what deepspeed 0.19 allocates, which is not what the paper's 16 bytes a parameter would say: bf16 training
+sums gradients in float32, ZeRO-1 keeps whole gradients until the step ends, also when the optimizer is offloaded, and
+an offloaded optimizer takes gradients in buffers of its own on the host. The engine's flat buffers are padded by less
+than the number of ranks, which is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_gemini.planning.footprint import Bytes, Footprint
+
+FP32 = 4
+BUCKET = 50_000_000
+"""Elements of gradients reduced at once, and of weights fetched ahead; `deepspeed_settings` tells DeepSpeed so."""
+LIVE = 300_000_000
+"""Elements of weights that ZeRO-3 leaves gathered between uses; `deepspeed_settings` tells DeepSpeed so."""
+ALLREDUCE = 500_000_000
+"""Elements that DeepSpeed flattens for one all-reduce where ZeRO does not reduce (ZeRO-0, and ZeRO-1 in bf16)."""
+
+
+@dataclass(frozen=True)
+class ZeroPlan:
+    """How an engine divides and offloads. ranks: those over which ZeRO divides; bf16: otherwise fp32 throughout."""
+
+    stage: int
+    ranks: int
+    bf16: bool
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.bf16 else FP32
+
+
+def zero_state(parameters: int, largest: int, plan: ZeroPlan) -> Footprint:
+    """The state of an engine of `parameters` elements, the largest tensor among them having `largest`.
+
+    As it is between two microbatches of a step. What is there for a moment (`zero_buffers`) is not in it.
+    """
+    share = parameters / plan.ranks
+    if plan.stage == 3:
+        return _partitioned(share, plan)
+    weights = parameters * plan.element
+    if plan.stage == 0:
+        # In bf16 a float32 master and two moments, in fp32 the moments only.
+        return Footprint(Bytes(weights, parameters * plan.element, parameters * FP32 * (3 if plan.bf16 else 2)))
+    gradients = parameters * FP32 if plan.stage == 1 else share * FP32
+    if not plan.offload_optimizer:
+        if plan.bf16 and plan.stage == 1:
+            gradients += parameters * plan.element  # what autograd wrote stays beside the float32 sum
+        return Footprint(Bytes(weights, gradients, share * FP32 * 3))
+    gradients_there = share * FP32
+    if plan.stage == 2 and not plan.bf16:
+        gradients, gradients_there = 0.0, 2 * gradients_there  # fp32 sums on the host
+    staging = largest * plan.element
+    return Footprint(
+        Bytes(weights, gradients, buffers=staging),
+        Bytes(gradients=gradients_there, optimizer=share * FP32 * 3, buffers=share * plan.element + staging),
+    )
+
+
+def _partitioned(share: float, plan: ZeroPlan) -> Footprint:
+    weights, optimizer = Bytes(weights=share * plan.element), Bytes(optimizer=share * FP32 * 3)
+    here, there = (Bytes(), weights) if plan.offload_parameters else (weights, Bytes())
+    if plan.offload_optimizer:  # the sum over microbatches, and the optimizer's copy of it
+        return Footprint(here, there + optimizer + Bytes(gradients=2 * share * FP32))
+    return Footprint(here + optimizer + Bytes(gradients=share * FP32), there)
+
+
+def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None = None) -> float:
+    """Bytes on the GPU while forwards and backwards run: buckets of gradients, and weights that ZeRO-3 has gathered.
+
+    held: elements that a schedule keeps gathered at once, instead of ZeRO-3's own choice.
+    """
+    if plan.stage < 2:
+        return 0.0
+    if plan.stage == 2:
+        return min(parameters, max(BUCKET, largest)) * plan.element
+    gathered = min(parameters, max(LIVE, 2 * largest) + BUCKET) if held is None else held
+    return (max(BUCKET, largest) + gathered) * plan.element
+
+
+def update_buffers(parameters: int, largest: int, plan: ZeroPlan) -> float:
+    """Bytes on the GPU after the last backward: gradients on their way through the reduction, or to the optimizer."""
+    if plan.stage >= 2:
+        return 0.0
+    if plan.stage == 1 and (plan.offload_optimizer or not plan.bf16):
+        share = parameters / plan.ranks * FP32  # this rank's part, made before the whole gradients go
+        return min(parameters, max(BUCKET, largest)) * FP32 + share
+    flattened = min(parameters, ALLREDUCE) * (FP32 if plan.stage else plan.element)
+    return max(flattened, parameters * FP32 if plan.stage == 0 and plan.bf16 else 0)  # float32 for the update

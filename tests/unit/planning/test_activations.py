@@ -1,0 +1,101 @@
+"""Bytes of activations by formula against the tensors that autograd really saves, without parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.engine import EngineConfig
+from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, Media, TokenLayout
+from megatron_gemini.modalities.audio.encoder import AudioEncoder
+from megatron_gemini.modalities.image.encoder import VisionEncoder
+from megatron_gemini.models.stage import DecoderStage, Row
+from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.planning.activations import RowShare, audio_saved, layer_saved, loss_saved, vision_saved
+
+T = 256
+LAYOUT = TokenLayout(200, 40)
+MODELS = {
+    "multi-query": ModelConfig(width=64, layers=3, heads=4, kv_heads=1, head_width=16, mlp_width=192),
+    "grouped, no norm of heads": ModelConfig(
+        width=48, layers=2, heads=8, kv_heads=2, head_width=16, mlp_width=96, qk_norm=False, tie_embeddings=False
+    ),
+    "wide heads": ModelConfig(width=64, layers=2, heads=4, kv_heads=4, head_width=32, mlp_width=320),
+}
+
+
+def row(lengths: Sequence[int]) -> Batch:
+    """Documents of these lengths, which fill a row; every token has a target."""
+    assert sum(lengths) == T
+    segment = torch.cat([torch.full((n,), i + 1, dtype=torch.int32) for i, n in enumerate(lengths)])
+    position = torch.cat([torch.arange(n) for n in lengths])
+    ids = torch.arange(T) % LAYOUT.size
+    zeros = torch.zeros(T, dtype=torch.int32)
+    return Batch(ids, ids, torch.ones(T), position, segment, zeros, zeros.to(torch.int8))
+
+
+def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes of the storages that autograd saves in `forward`, each once, without the module's parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage  # kept alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = forward()
+    assert graph is not None
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lengths", [(T,), (T // 2, T // 2), (100, 30, 90, 36)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_decoder_keeps_what_the_formula_says(name, lengths, precision):
+    model = MODELS[name]
+    config = RunConfig(
+        model=model,
+        data=DataConfig(row_tokens=T),
+        image_tokenizer=ImageTokenizerConfig(codes=LAYOUT.image_codes),
+        engine=EngineConfig(precision=precision),
+    )
+    stage = DecoderStage(config, LAYOUT, Layers(Topology.serial()))
+    initialize(stage, 0)
+    stage.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    found = saved_bytes(stage, lambda: stage(row=Row(row(lengths))))
+    share = RowShare.of(config, packed=len(set(lengths)) > 1)
+    predicted = model.layers * layer_saved(model, share, "none") + loss_saved(model, LAYOUT.size, share)
+    assert predicted == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_vision_encoder_keeps_what_the_formula_says(dtype):
+    vision, patches = VisionConfig(width=64, layers=3, heads=4, mlp_width=160, patch=4), 16 * 16
+    encoder = VisionEncoder(vision, 96)
+    initialize(encoder, 0)
+    encoder.to(dtype)
+    media = Media(torch.ones(patches, 48), torch.tensor([[1, 16, 16]]), torch.zeros(1), torch.arange(patches))
+    found = saved_bytes(encoder, lambda: encoder(media))
+    assert vision_saved(vision, patches, dtype.itemsize) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_audio_encoder_keeps_what_the_formula_says(dtype):
+    audio, frames = AudioConfig(width=64, layers=3, heads=4, mlp_width=160, mels=32), 800
+    encoder = AudioEncoder(audio, 96)
+    initialize(encoder, 0)
+    encoder.to(dtype)
+    media = Media(torch.ones(frames, 32), torch.tensor([[frames, 1, 1]]), torch.zeros(1), torch.arange(frames // 4))
+    found = saved_bytes(encoder, lambda: encoder(media))
+    assert audio_saved(audio, frames, dtype.itemsize) == pytest.approx(found, rel=0.05)

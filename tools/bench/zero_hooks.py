@@ -1,0 +1,82 @@
+"""What DeepSpeed's ZeRO-3 takes of the host for each module with parameters, forward or backward.
+
+    python tools/bench/zero_hooks.py [--rounds 30]
+
+One process, so that nothing is gathered from anyone: a decoder of many tiny layers under ZeRO-0 and ZeRO-3 by turns;
+the difference in CPU time, divided by its modules and by two passes. `planning.hardware.HOOK` is this figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.engine import EngineConfig
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.engine.deepspeed_config import deepspeed_config
+from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.groups import EngineGroups
+from megatron_gemini.engine.zero import ZeroEngine
+from megatron_gemini.models.stage import DecoderStage, Row
+from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.quiet import quiet_warnings
+
+TOKENS, LAYOUT = 16, TokenLayout(64, 0)
+MODEL = ModelConfig(width=64, layers=32, heads=4, kv_heads=1, head_width=16, mlp_width=128)
+
+
+def engine_of(stage: int) -> ZeroEngine:
+    config = RunConfig(
+        model=MODEL,
+        data=DataConfig(row_tokens=TOKENS),
+        engine=EngineConfig(zero_stage=stage, offload_optimizer="none", adam="torch"),
+    )
+    return ZeroEngine(
+        lambda: DecoderStage(config, LAYOUT, Layers(Topology.serial())),
+        config,
+        EngineGroups(),
+        deepspeed_config(config, microbatches=2, ranks=1),
+        torch.device("cpu"),
+    )
+
+
+def row() -> Row:
+    """One document."""
+    ids, ones = torch.arange(TOKENS), torch.ones(TOKENS, dtype=torch.int32)
+    zeros = torch.zeros(TOKENS, dtype=torch.int8)
+    return Row(Batch(ids, ids, torch.ones(TOKENS), ids, ones, ones * 0, zeros))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30, help="pairs of passes (default: %(default)s)")
+    options = parser.parse_args(argv)
+    quiet_warnings()
+    join(choose_device())
+    engines, sample = {stage: engine_of(stage) for stage in (0, 3)}, row()
+    seconds: dict[int, list[float]] = {stage: [] for stage in engines}
+    for number in range(options.rounds + 3):
+        for stage, engine in engines.items():
+            started = time.process_time()
+            engine.backward(engine.forward(row=sample).loss, boundary=False)
+            if number >= 3:  # the first ones record the order of modules
+                seconds[stage].append(time.process_time() - started)
+    modules = sum(any(True for _ in m.parameters(recurse=False)) for m in engines[0].module.modules())
+    for name, of in (("median", statistics.median), ("minimum", min)):
+        plain, sharded = of(seconds[0]), of(seconds[3])
+        each = (sharded - plain) / modules / 2
+        print(f"{name}: {plain * 1e3:.1f} ms and {sharded * 1e3:.1f} ms, {modules} modules: {each * 1e6:.0f} us each")
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
