@@ -6,6 +6,7 @@ resumed, or that finds another card busy, has to give the same bits. `tools/benc
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -119,8 +120,10 @@ def launch(kernel: Any, tiling: Tiling, works: int, *arguments: Any, **constant:
         return
     if constant["TMA"]:
         triton.set_allocator(_descriptor_memory)
-    grid = (min(works, multiprocessors(arguments[0].device) * tiling.resident),)
-    kernel[grid](*arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
+    device = arguments[0].device
+    grid = (min(works, multiprocessors(device) * tiling.resident),)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
 def _descriptor_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
