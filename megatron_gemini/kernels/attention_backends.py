@@ -67,8 +67,9 @@ def card_runs_triton(device: torch.device) -> str:
     card = torch.cuda.get_device_properties(device)
     if (card.major, card.minor) < (8, 0):
         return f"{card.name} is older than Ampere"
-    if card.shared_memory_per_block_optin < SHARED_MEMORY:
-        return f"{card.name} has {card.shared_memory_per_block_optin} bytes of shared memory, not {SHARED_MEMORY}"
+    memory: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
+    if memory < SHARED_MEMORY:
+        return f"{card.name} has {memory} bytes of shared memory a program, not {SHARED_MEMORY}"
     return ""
 
 

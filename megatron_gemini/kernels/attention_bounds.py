@@ -9,10 +9,13 @@ Shape suffixes: T packed tokens, which are the keys; Q queries.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
+
+from megatron_gemini.kernels.attention_row import Row
 
 ORDER_TOKENS = 128  # tiles are put in order by blocks of so many tokens
 
@@ -54,49 +57,46 @@ class Sequences(NamedTuple):
     real: int
 
 
-def read_sequences(segment: np.ndarray, span: np.ndarray, device: torch.device) -> Sequences | None:
+def read_sequences(row: Row, device: torch.device) -> Sequences | None:
     """None if the row's documents are not alike, or there is none."""
-    real = int(np.count_nonzero(segment))
-    edges = _edges(segment[:real])
-    causal = not span[:real].any()
-    whole = len(edges) == len(_edges(span[:real])) and bool((span[edges[:-1]] != 0).all()) if real else False
-    if not real or not (causal or whole):
+    edges = row.documents[row.documents <= row.real]
+    causal = not row.span[: row.real].any()
+    if not row.real or not (causal or _all_whole(row, edges)):
         return None
-    return Sequences(_to_device(edges, device), int(np.diff(edges).max()), causal, real)
+    return Sequences(_to_device(edges, device), int(np.diff(edges).max()), causal, row.real)
 
 
-def read_bounds(segment: np.ndarray, span: np.ndarray, query: np.ndarray | None, device: torch.device) -> Bounds:
-    """segment, span: a checked row (`plan_attention`). query: positions of the queries; None for all."""
-    query_2Q, key_2T = _intervals(segment, span)
-    if query is not None:
-        query_2Q = query_2Q[:, query]
-        key_2T = np.searchsorted(query, key_2T).astype(np.int32)
+def _all_whole(row: Row, edges: np.ndarray) -> bool:
+    """Every document is one span: each span is within a document, so there is a span a document and no gap."""
+    spans = row.spans[row.spans <= row.real]
+    return np.array_equal(spans, edges) and bool((row.span[edges[:-1]] != 0).all())
+
+
+def read_bounds(row: Row, device: torch.device) -> Bounds:
+    query_2Q, key_2T = _intervals(row)
+    if row.query is not None:
+        query_2Q = query_2Q[:, row.query]
+        key_2T = np.searchsorted(row.query, key_2T).astype(np.int32)
     work = {"query": _longest(query_2Q), "key": _longest(key_2T)}
     return Bounds(_to_device(query_2Q, device), _to_device(key_2T, device), work)
 
 
-def _intervals(segment: np.ndarray, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _intervals(row: Row) -> tuple[np.ndarray, np.ndarray]:
     """(query_2Q, key_2T) of all tokens."""
-    tokens = len(segment)
+    tokens, real = len(row.segment), row.real
     query, key = np.empty((2, tokens), np.int32), np.empty((2, tokens), np.int32)
-    edges = _edges(segment)
-    lengths = np.diff(edges)
-    query[0], key[1] = np.repeat(edges[:-1], lengths), np.repeat(edges[1:], lengths)
+    lengths = np.diff(row.documents)
+    query[0], key[1] = np.repeat(row.documents[:-1], lengths), np.repeat(row.documents[1:], lengths)
     key[0] = np.arange(tokens, dtype=np.int32)
     np.add(key[0], 1, out=query[1])
-    edges = _edges(span)
-    spans = np.flatnonzero(span[edges[:-1]]) if tokens else edges[:0]
-    for start, end in zip(edges[spans].tolist(), edges[spans + 1].tolist(), strict=True):
-        query[1, start:end], key[0, start:end] = end, start
-    real = int(np.count_nonzero(segment))
-    query[:, real:], key[:, real:] = [[tokens], [0]], [[tokens], [0]]
+    reach, first = query[1], key[0]
+    edges = row.spans.tolist()
+    for start, end in pairwise(edges if edges[1:-1] or row.span[:1].any() else []):
+        if row.span[start]:
+            reach[start:end], first[start:end] = end, start
+    if real < tokens:
+        query[:, real:], key[:, real:] = [[tokens], [0]], [[tokens], [0]]
     return query, key
-
-
-def _edges(x: np.ndarray) -> np.ndarray:
-    """int32: where runs of one value begin, and the end."""
-    inner = np.flatnonzero(x[1:] != x[:-1]) + 1
-    return np.concatenate(([0], inner, [len(x)])).astype(np.int32)
 
 
 def _longest(interval: np.ndarray) -> np.ndarray:

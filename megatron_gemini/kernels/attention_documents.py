@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from megatron_gemini.kernels.attention_row import Row
 from megatron_gemini.kernels.attention_slots import Slots, slots_of
 
 MAX_WASTE = 0.15  # of a bucket's slots may be padding: more costs arithmetic, less costs more and smaller calls
@@ -80,11 +81,9 @@ class _Document(NamedTuple):
         return self.query_end - self.query == self.length
 
 
-def group_documents(
-    segment: np.ndarray, span: np.ndarray, query: np.ndarray | None, device: torch.device
-) -> DocumentCalls:
-    """segment, span: a checked row (`plan_attention`). query: positions of the queries; None for all."""
-    documents = _documents(segment, span, query)
+def group_documents(row: Row, device: torch.device) -> DocumentCalls:
+    span, query = row.span, row.query
+    documents = _documents(row)
     long = {d for d in documents if d.kind == MIXED and d.length**2 > 2 * CALL_PAIRS}
     runs = {d: _runs(d, span, query) for d in documents if d in long or not d.whole}
     cut = [d for d, of_document in runs.items() if not d.whole or _cheaper_cut(d, of_document)]
@@ -93,7 +92,7 @@ def group_documents(
     nothing = np.empty(0, np.int64)
     together = [_slot_positions(group) for group in groups]
     key_S = np.concatenate([nothing, *together, *(np.arange(d.start, d.start + d.length) for d in cut)])
-    query_S, keys = key_S, slots_of(key_S, len(segment), device)
+    query_S, keys = key_S, slots_of(key_S, len(row.segment), device)
     queries = keys
     if query is not None:
         bucketed = np.searchsorted(query, np.concatenate([nothing, *together]))
@@ -103,15 +102,15 @@ def group_documents(
     return DocumentCalls(queries, keys, buckets, _placed(cut, runs, sum(map(len, together))), len(query_S), len(key_S))
 
 
-def _documents(segment: np.ndarray, span: np.ndarray, query: np.ndarray | None) -> list[_Document]:
+def _documents(row: Row) -> list[_Document]:
     """Those that have a query."""
-    edges = [0, *(np.flatnonzero(segment[1:] != segment[:-1]) + 1).tolist(), len(segment)]
-    places = edges if query is None else np.searchsorted(query, edges).tolist()
+    edges = row.documents.tolist()
+    places = edges if row.query is None else np.searchsorted(row.query, edges).tolist()
     documents = []
     for (start, end), (first, last) in zip(pairwise(edges), pairwise(places), strict=True):
-        if first == last or segment[start] == 0:
+        if first == last or start >= row.real:
             continue
-        inside = span[start:end]
+        inside = row.span[start:end]
         kind = CAUSAL if not inside.any() else FULL if (inside == inside[0]).all() else MIXED
         documents.append(_Document(kind, end - start, start, first, last))
     return documents

@@ -6,6 +6,7 @@ resumed, or that finds another card busy, has to give the same bits. `tools/benc
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,22 +40,36 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-# By head width, rounded up to a power of two. Those of 16-bit inputs compile for Hopper without spilled registers.
+# By head width, rounded up to a power of two. All compile for their card; on Hopper none spills registers but the key
+# gradient of 256 (96 bytes). A block of 64 rows or more is what Hopper's matrix instruction takes.
 TILINGS = {
-    64: Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    128: Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
-    256: Tilings(Tiling(128, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)),
-}
-# float32 needs twice the memory, and ieee products keep operands in registers.
-TILINGS_32_BIT = {
-    64: Tilings(Tiling(64, 32, 4, 1), Tiling(64, 32, 4, 1), Tiling(32, 64, 4, 1)),
-    128: Tilings(Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1), Tiling(32, 32, 4, 1)),
-    256: Tilings(Tiling(32, 16, 8, 1), Tiling(16, 16, 8, 1), Tiling(16, 16, 8, 1)),
+    "hopper": {
+        64: Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
+        128: Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 128, 8, 3)),
+        256: Tilings(Tiling(128, 64, 8, 2), Tiling(128, 32, 8, 2), Tiling(32, 64, 8, 2)),
+    },
+    "ampere": {
+        64: Tilings(Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(32, 64, 4, 2, 2)),
+        128: Tilings(Tiling(64, 64, 4, 2, 2), Tiling(64, 64, 4, 2, 2), Tiling(32, 64, 4, 2, 2)),
+        256: Tilings(Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2)),
+    },
+    "float32": {  # twice the memory, and three products for one
+        64: Tilings(Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)),
+        128: Tilings(Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
+        256: Tilings(Tiling(32, 32, 4, 2), Tiling(32, 16, 4, 2), Tiling(16, 32, 4, 2)),
+    },
 }
 
 
 def choose_tilings(q: torch.Tensor) -> Tilings:
-    return (TILINGS_32_BIT if q.dtype == torch.float32 else TILINGS)[max(64, padded_width(q.shape[2]))]
+    table = "float32" if q.dtype == torch.float32 else "hopper" if _is_hopper(q.device) else "ampere"
+    return TILINGS[table][max(64, padded_width(q.shape[2]))]
+
+
+@lru_cache(maxsize=64)
+def _is_hopper(device: torch.device) -> bool:
+    """Or newer. The interpreter counts as one."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def padded_width(head_width: int) -> int:
@@ -72,7 +87,7 @@ def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         "WIDTH": padded_width(width),
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
-        "PRECISION": "ieee" if q.dtype == torch.float32 or interpreted() else "tf32",
+        "PRECISION": "ieee" if interpreted() else "tf32x3" if q.dtype == torch.float32 else "tf32",
         "TMA": takes_descriptors(q, k, v),
     }
 
@@ -80,7 +95,7 @@ def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
 def takes_descriptors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether blocks come by the tensor memory accelerator, which wants everything at multiples of 16 bytes."""
     group = q.shape[1] // k.shape[1]
-    if group & (group - 1) or not (interpreted() or torch.cuda.get_device_capability(q.device) >= (9, 0)):
+    if group & (group - 1) or not _is_hopper(q.device):
         return False
     places = [place for x in (q, k, v) for place in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:2]))]
     return all(place % 16 == 0 for place in places) and q.shape[2] * q.element_size() % 16 == 0
@@ -105,8 +120,10 @@ def launch(kernel: Any, tiling: Tiling, works: int, *arguments: Any, **constant:
         return
     if constant["TMA"]:
         triton.set_allocator(_descriptor_memory)
-    grid = (min(works, multiprocessors(arguments[0].device) * tiling.resident),)
-    kernel[grid](*arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
+    device = arguments[0].device
+    grid = (min(works, multiprocessors(device) * tiling.resident),)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
 def _descriptor_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:

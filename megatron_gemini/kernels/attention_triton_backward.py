@@ -17,9 +17,7 @@ import triton.language as tl
 from megatron_gemini.kernels.attention_triton_blocks import (
     head_source,
     load_heads,
-    load_rows,
     product,
-    row_source,
     to_block,
     up_to_block,
 )
@@ -88,6 +86,8 @@ def key_gradient_kernel(
 ):
     GROUP: tl.constexpr = G // SPLITS
     column = tl.arange(0, WIDTH)
+    q_source = head_source(q_ptr, queries, q_token, K * G, q_head, H, WIDTH, GROUP, BLOCK_M, TMA)
+    grad_source = head_source(grad_ptr, queries, K * G * H, K * G, H, H, WIDTH, GROUP, BLOCK_M, TMA)
     for work in tl.range(tl.program_id(0), tiles * K * SPLITS, tl.num_programs(0)):
         kv, split = work % K, work // K % SPLITS
         head = kv * G + split * GROUP
@@ -96,10 +96,8 @@ def key_gradient_kernel(
         live = key < tokens
         first = tl.load(first_ptr + key, mask=live, other=queries)
         last = tl.load(last_ptr + key, mask=live, other=0)
-        k = load_rows(k_ptr + kv * k_head, n, k_token, tokens, H, WIDTH, BLOCK_N, False, True)
-        v = load_rows(v_ptr + kv * v_head, n, v_token, tokens, H, WIDTH, BLOCK_N, False, True)
-        q_source = head_source(q_ptr, queries, q_token, K * G, q_head, H, WIDTH, GROUP, BLOCK_M, TMA)
-        grad_source = head_source(grad_ptr, queries, K * G * H, K * G, H, H, WIDTH, GROUP, BLOCK_M, TMA)
+        k = load_heads(k_ptr, n, kv, k_token, k_head, tokens, H, WIDTH, 1, BLOCK_N, False, True)
+        v = load_heads(v_ptr, n, kv, v_token, v_head, tokens, H, WIDTH, 1, BLOCK_N, False, True)
         low, high = to_block(tl.min(first) * GROUP, BLOCK_M), tl.max(last) * GROUP
         full = tl.minimum(up_to_block(tl.max(tl.where(live, first, 0)) * GROUP, BLOCK_M), high)
         full_end = tl.maximum(to_block(tl.min(tl.where(live, last, queries)) * GROUP, BLOCK_M), full)
@@ -204,6 +202,8 @@ def query_gradient_kernel(
     TMA: tl.constexpr,
 ):
     column = tl.arange(0, WIDTH)
+    keys = head_source(k_ptr, tokens, k_token, K, k_head, H, WIDTH, 1, BLOCK_N, TMA)
+    values = head_source(v_ptr, tokens, v_token, K, v_head, H, WIDTH, 1, BLOCK_N, TMA)
     for work in tl.range(tl.program_id(0), tiles * K, tl.num_programs(0)):
         kv = work % K
         m = tl.load(order_ptr + work // K) * BLOCK_M
@@ -216,8 +216,6 @@ def query_gradient_kernel(
         grad = load_heads(grad_ptr, m, kv * G, K * G * H, H, queries, H, WIDTH, G, BLOCK_M, False, True)
         lse2 = tl.load(lse2_ptr + token * (K * G) + head, mask=live, other=float("inf"))
         delta = tl.load(delta_ptr + token * (K * G) + head, mask=live, other=0.0)
-        keys = row_source(k_ptr + kv * k_head, tokens, k_token, H, WIDTH, BLOCK_N, TMA)
-        values = row_source(v_ptr + kv * v_head, tokens, v_token, H, WIDTH, BLOCK_N, TMA)
         low, high = to_block(tl.min(start), BLOCK_N), tl.max(reach)
         full = tl.minimum(up_to_block(tl.max(tl.where(live, start, 0)), BLOCK_N), high)
         full_end = tl.maximum(to_block(tl.min(tl.where(live, reach, tokens)), BLOCK_N), full)
@@ -227,8 +225,8 @@ def query_gradient_kernel(
             begin = low if part == 0 else full if part == 1 else full_end
             end = full if part == 0 else full_end if part == 1 else high
             dq = _sum_over_keys(
-                dq, q, grad, lse2, delta, keys, values, k_token, v_token, start, reach, begin, end, scale2, tokens,
-                H, WIDTH, BLOCK_N, PRECISION, TMA, part != 1,
+                dq, q, grad, lse2, delta, keys, values, kv, k_token, k_head, v_token, v_head, start, reach, begin, end,
+                scale2, tokens, H, WIDTH, BLOCK_N, PRECISION, TMA, part != 1,
             )  # fmt: skip
 
         place = (token.to(tl.int64) * (K * G) + head)[:, None] * H + column[None, :]
@@ -245,8 +243,11 @@ def _sum_over_keys(
     delta,
     keys,
     values,
+    kv,
     k_token,
+    k_head,
     v_token,
+    v_head,
     start,
     reach,
     begin,
@@ -261,8 +262,8 @@ def _sum_over_keys(
     MASKED: tl.constexpr,
 ):
     for n in tl.range(begin, end, BLOCK_N):
-        k = load_rows(keys, n, k_token, tokens, H, WIDTH, BLOCK_N, TMA, MASKED)
-        v = load_rows(values, n, v_token, tokens, H, WIDTH, BLOCK_N, TMA, MASKED)
+        k = load_heads(keys, n, kv, k_token, k_head, tokens, H, WIDTH, 1, BLOCK_N, TMA, MASKED)
+        v = load_heads(values, n, kv, v_token, v_head, tokens, H, WIDTH, 1, BLOCK_N, TMA, MASKED)
         p = tl.exp2(product(q, k.T, PRECISION=PRECISION) * scale2 - lse2[:, None])
         if MASKED:
             key = n + tl.arange(0, BLOCK_N)

@@ -24,42 +24,6 @@ def up_to_block(position, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def row_source(ptr, tokens, stride, H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """What `load_rows` reads a head's rows from: a descriptor for the tensor memory accelerator, or the pointer."""
-    if TMA:
-        return tl.make_tensor_descriptor(ptr, [tokens, H], [stride, 1], [BLOCK, WIDTH])
-    else:
-        return ptr
-
-
-@triton.jit
-def load_rows(
-    source,
-    first,
-    stride,
-    tokens,
-    H: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TMA: tl.constexpr,
-    CHECKED: tl.constexpr,
-):
-    """[BLOCK, WIDTH] of one head, from row `first`; 0 beyond H and, if CHECKED, beyond the last row."""
-    if TMA:
-        return source.load([first, 0])
-    else:
-        row = first + tl.arange(0, BLOCK)
-        column = tl.arange(0, WIDTH)
-        place = source + row.to(tl.int64)[:, None] * stride + column[None, :]
-        if CHECKED:
-            return tl.load(place, mask=(row < tokens)[:, None] & (column < H)[None, :], other=0.0)
-        elif H == WIDTH:
-            return tl.load(place)
-        else:
-            return tl.load(place, mask=(column < H)[None, :], other=0.0)
-
-
-@triton.jit
 def head_source(
     ptr,
     tokens,
@@ -72,7 +36,10 @@ def head_source(
     BLOCK: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """What `load_heads` reads from: GROUP heads of every token, from `ptr` on. TMA: GROUP is a power of two."""
+    """What `load_heads` reads [tokens, heads, H] from: a descriptor for the tensor memory accelerator, or the pointer.
+
+    TMA: GROUP, the heads that lie side by side in a block, is a power of two.
+    """
     if TMA:
         shape: tl.constexpr = [max(BLOCK // GROUP, 1), min(GROUP, BLOCK), WIDTH]
         return tl.make_tensor_descriptor(ptr, [tokens, heads, H], [token_stride, head_stride, 1], shape)
@@ -118,8 +85,11 @@ def load_heads(
 
 @triton.jit
 def product(a, b, acc=None, PRECISION: tl.constexpr = "tf32"):
-    """a b + acc in float32. "ieee": float32 products, for float32 inputs and for the interpreter, whose own product of
-    bfloat16 is wrong; 16-bit inputs keep their rounding."""
+    """a b + acc in float32.
+
+    "tf32x3": float32 inputs, each product as three of tensor cores, right to about 1e-6. "ieee": for the interpreter,
+    whose own product of bfloat16 is wrong; 16-bit inputs keep their rounding. "tf32": 16-bit inputs.
+    """
     if PRECISION == "ieee":
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)

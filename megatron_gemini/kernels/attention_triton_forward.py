@@ -13,14 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron_gemini.kernels.attention_triton_blocks import (
-    load_heads,
-    load_rows,
-    product,
-    row_source,
-    to_block,
-    up_to_block,
-)
+from megatron_gemini.kernels.attention_triton_blocks import head_source, load_heads, product, to_block, up_to_block
 
 
 @triton.jit
@@ -53,6 +46,8 @@ def forward_kernel(
     TMA: tl.constexpr,
 ):
     column = tl.arange(0, WIDTH)
+    keys = head_source(k_ptr, tokens, k_token, K, k_head, H, WIDTH, 1, BLOCK_N, TMA)
+    values = head_source(v_ptr, tokens, v_token, K, v_head, H, WIDTH, 1, BLOCK_N, TMA)
     for work in tl.range(tl.program_id(0), tiles * K, tl.num_programs(0)):
         kv = work % K
         m = tl.load(order_ptr + work // K) * BLOCK_M
@@ -62,8 +57,6 @@ def forward_kernel(
         start = tl.load(start_ptr + token, mask=live, other=tokens)
         reach = tl.load(reach_ptr + token, mask=live, other=0)
         q = load_heads(q_ptr, m, kv * G, q_token, q_head, queries, H, WIDTH, G, BLOCK_M, False, True)
-        keys = row_source(k_ptr + kv * k_head, tokens, k_token, H, WIDTH, BLOCK_N, TMA)
-        values = row_source(v_ptr + kv * v_head, tokens, v_token, H, WIDTH, BLOCK_N, TMA)
         low, high = to_block(tl.min(start), BLOCK_N), tl.max(reach)
         # every row sees all of [full, full_end); rows behind the last query are computed with it and not stored
         full = tl.minimum(up_to_block(tl.max(tl.where(live, start, 0)), BLOCK_N), high)
@@ -76,8 +69,8 @@ def forward_kernel(
             begin = low if part == 0 else full if part == 1 else full_end
             end = full if part == 0 else full_end if part == 1 else high
             acc, total, top = _attend(
-                acc, total, top, q, keys, values, k_token, v_token, start, reach, begin, end, scale2, tokens,
-                H, WIDTH, BLOCK_N, PRECISION, TMA, part != 1,
+                acc, total, top, q, keys, values, kv, k_token, k_head, v_token, v_head, start, reach, begin, end,
+                scale2, tokens, H, WIDTH, BLOCK_N, PRECISION, TMA, part != 1,
             )  # fmt: skip
 
         sees = reach > start
@@ -98,8 +91,11 @@ def _attend(
     q,
     keys,
     values,
+    kv,
     k_token,
+    k_head,
     v_token,
+    v_head,
     start,
     reach,
     first,
@@ -115,7 +111,7 @@ def _attend(
 ):
     """The blocks of keys from `first` on, below `last`: online softmax (Milakov and Gimelshein 2018) in base 2."""
     for n in tl.range(first, last, BLOCK_N):
-        k = load_rows(keys, n, k_token, tokens, H, WIDTH, BLOCK_N, TMA, MASKED)
+        k = load_heads(keys, n, kv, k_token, k_head, tokens, H, WIDTH, 1, BLOCK_N, TMA, MASKED)
         score = product(q, k.T, PRECISION=PRECISION)
         if MASKED:
             key = n + tl.arange(0, BLOCK_N)
@@ -131,7 +127,7 @@ def _attend(
             shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        v = load_rows(values, n, v_token, tokens, H, WIDTH, BLOCK_N, TMA, MASKED)
+        v = load_heads(values, n, kv, v_token, v_head, tokens, H, WIDTH, 1, BLOCK_N, TMA, MASKED)
         acc = product(p.to(v.dtype), v, acc, PRECISION=PRECISION)
         top = new_top
     return acc, total, top

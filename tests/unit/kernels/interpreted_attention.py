@@ -32,8 +32,7 @@ def poison():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that short rows have empty, full and partial ones."""
-    for table in ("TILINGS", "TILINGS_32_BIT"):
-        monkeypatch.setattr(attention_tiling, table, {64: SMALL})
+    monkeypatch.setattr(attention_tiling, "TILINGS", {table: {64: SMALL} for table in attention_tiling.TILINGS})
 
 
 def gradients(attend, inputs, plan, seeing, seed=1):
