@@ -56,9 +56,9 @@ def check_head(
         raise ValueError(
             f"h_TD is on {h.device}, weight_VD on {weight.device} and target_T on {target.device}; they must be on one"
         )
-    if first < 0 or size < 1 or (group is None and (first or len(weight) < size)):
+    if first < 0 or size < 1 or (group is None and (first or weight.shape[0] < size)):
         raise ValueError(
-            f"first={first} and size={size} with {len(weight)} rows of weight_VD and no group: one rank holds all ids "
+            f"first={first} and size={size} with {weight.shape[0]} rows of weight_VD and no group: one rank holds all ids "
             "from 0, several need their group"
         )
 
@@ -70,7 +70,7 @@ def _labels(
     counted = None
     if target.device.type != "cpu":  # looking at the values would wait for the device
         counted = target >= 0
-    elif len(target):
+    elif target.shape[0]:
         low, high = (int(x) for x in target.aminmax())
         if high >= size:
             raise ValueError(f"target_T holds id {high}, the vocabulary has {size} ids; correct the data or the size")
@@ -96,18 +96,19 @@ class HeadChunks:
     ) -> None:
         first, size, group, _, backend = place
         self.h, self.weight, self.place, self.group = h, weight, place, group
+        length = h.shape[0]  # len() of a tensor takes microseconds
         self.backend = choose_backend(h.device, h.dtype, backend)
         self.dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
         # Padding is not computed at all. A rank of padding only keeps one column, which no token can choose.
         self.padding_only = size <= first
-        self.columns = 1 if self.padding_only else min(len(weight), size - first)
-        self.matrix = weight if self.columns == len(weight) else weight[: self.columns]
+        self.columns = 1 if self.padding_only else min(weight.shape[0], size - first)
+        self.matrix = weight if self.columns == weight.shape[0] else weight[: self.columns]
         self.labels, self.counted = _labels(target, first, self.columns, size, group)
         # Ranks exchange something in every chunk: its length must not depend on how many of a rank's rows are padding.
         share = size if group is None else -(-size // group.size())
         itemsize = h.itemsize if h.itemsize >= 4 or self.backend.name == "triton" else h.itemsize + 4
         tokens = max(1, CHUNK_BYTES.get(h.device.type, CHUNK_BYTES["cuda"]) // (share * itemsize))
-        self.rows = [slice(i, min(i + tokens, len(h))) for i in range(0, max(1, len(h)), tokens)]
+        self.rows = [slice(i, min(i + tokens, length)) for i in range(0, max(1, length), tokens)]
         self.buffer = None if len(self.rows) == 1 else h.new_empty(tokens, self.columns)
 
     def leave_out(self, x_T: torch.Tensor) -> torch.Tensor:
@@ -120,7 +121,7 @@ class HeadChunks:
             logits = torch.mm(self.h, self.matrix.t())
         else:
             part = self.h[rows]
-            logits = torch.mm(part, self.matrix.t(), out=self.buffer[: len(part)])
+            logits = torch.mm(part, self.matrix.t(), out=self.buffer[: part.shape[0]])
         return logits.fill_(torch.finfo(logits.dtype).min) if self.padding_only else logits
 
     def statistics(self, rows: slice, logits: torch.Tensor) -> Statistics:
@@ -205,7 +206,7 @@ class GradientSums:
             columns = self.chunks.columns
             if self.total.dtype != self.weight_grad.dtype:
                 self.weight_grad[:columns] = self.total
-            if columns < len(self.weight_grad):
+            if columns < self.weight_grad.shape[0]:
                 self.weight_grad[columns:] = 0
         for work in self.pending:
             work.wait()

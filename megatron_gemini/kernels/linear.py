@@ -130,9 +130,9 @@ class _NormLinear(torch.autograd.Function):
         for weight in weights:
             out = torch.mm(normed, _matrix(weight).t())
             if weight.dim() == 2:
-                outs.append(out.view(len(x), -1, head_width))
+                outs.append(out.view(x.shape[0], -1, head_width))
             else:
-                outs.extend(out.view(len(x), len(weight), -1, head_width).unbind(1))
+                outs.extend(out.view(x.shape[0], weight.shape[0], -1, head_width).unbind(1))
         return tuple(outs)
 
     @staticmethod
@@ -141,9 +141,9 @@ class _NormLinear(torch.autograd.Function):
         normed_grad, taken = None, 0
         weight_grads: list[torch.Tensor | None] = []
         for weight, needed in zip(weights, ctx.needs_input_grad[4:], strict=True):
-            parts = 1 if weight.dim() == 2 else len(weight)
+            parts = 1 if weight.dim() == 2 else weight.shape[0]
             grad = grads[taken] if parts == 1 else torch.cat(grads[taken : taken + parts], 1)
-            grad = grad.reshape(len(x), -1)
+            grad = grad.reshape(x.shape[0], -1)
             taken += parts
             if normed_grad is None:
                 normed_grad = torch.mm(grad, _matrix(weight))

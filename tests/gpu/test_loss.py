@@ -25,7 +25,8 @@ def draw(tokens, size, width, dtype, padding=0):
 
 
 def relative(found, wanted):
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture(autouse=True)
