@@ -153,3 +153,10 @@ def leave_to_deepspeed(settings: dict[str, Any]) -> None:
             leave_to_deepspeed(value)
             if not value and key in REFUSED:
                 del settings[key]
+
+
+def size_swap_buffers(settings: dict[str, Any], largest: int) -> None:
+    """Give weights on NVMe buffers of the `largest` parameter, in elements; DeepSpeed's own take 2 GB an engine."""
+    section = settings["zero_optimization"].get("offload_param", {})
+    if section.get("device") == "nvme":
+        section.setdefault("buffer_size", -(-largest // 1024) * 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine import fragments as internals
 from megatron_gemini.engine import gathering
+from megatron_gemini.engine.deepspeed_config import size_swap_buffers
 from megatron_gemini.engine.fragments import Fragment
 from megatron_gemini.engine.groups import EngineGroups, ModelParallelUnit
 from megatron_gemini.engine.initial import fill_initial_values
@@ -38,6 +40,7 @@ class ZeroEngine:
         import deepspeed
 
         gathering.install()
+        settings = sized(settings, build)
         self.config, self.groups, self.device = config, groups, device
         self.stage: int = settings["zero_optimization"]["stage"]
         self._unit = unit = ModelParallelUnit(groups) if groups.data_group is not None else None
@@ -135,3 +138,13 @@ class ZeroEngine:
             else:
                 clip_gradients(self.fragments, norm, self.config.engine.gradient_clipping)
             self.deepspeed.step()
+
+
+def sized(settings: dict[str, Any], build: Callable[[], nn.Module]) -> dict[str, Any]:
+    """A copy of DeepSpeed's dictionary, with swap buffers that fit what `build` makes."""
+    settings = copy.deepcopy(settings)
+    if settings["zero_optimization"].get("offload_param", {}).get("device") == "nvme":
+        with torch.device("meta"):
+            largest = max((parameter.numel() for parameter in build().parameters()), default=1)
+        size_swap_buffers(settings, largest)
+    return settings

@@ -41,6 +41,11 @@ def topology_of(layout: dict) -> Topology:
     return build_topology(with_layout(**layout).parallel, "gloo")
 
 
+def on_disk(layout: dict, out: Path) -> dict:
+    """The layout with a place for what it keeps on disk."""
+    return layout | {"nvme_path": str(out / "nvme")} if "nvme" in layout.values() else layout
+
+
 def keep_gradients(engine: MultimodalEngine, directory: Path) -> None:
     """Write the gradients that the norm of this step is taken of."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = N
 
 def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.device) -> dict[str, Any]:
     """Train, save, go on; once more from what was saved; and from `elsewhere`."""
-    config, topology = with_layout(**layout), topology_of(layout)
+    config, topology = with_layout(**on_disk(layout, out)), topology_of(on_disk(layout, out))
 
     def build() -> MultimodalEngine:
         return MultimodalEngine(config, LAYOUT, topology, device)
