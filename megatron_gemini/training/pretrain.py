@@ -15,6 +15,7 @@ from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
 from megatron_gemini.data.loader import Loader
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.kernels.attention import attention_backend
+from megatron_gemini.kernels.softmax_chunk import loss_backend
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.encoding_plan import check_media
@@ -145,8 +146,8 @@ class Pretraining(Task):
             return loader.next()
 
     def backends(self) -> list[str]:
-        name, why = attention_backend(self.device)
-        return [f"attention: {name} ({why})", *super().backends()]
+        chosen = {"attention": attention_backend(self.device), "loss": loss_backend(self.device)}
+        return [*(f"{what}: {name} ({why})" for what, (name, why) in chosen.items()), *super().backends()]
 
     def assets(self) -> dict[str, Asset]:
         assets: dict[str, Asset] = {"text.model": Path(self.config.data.text_model)}
