@@ -177,12 +177,12 @@ def _changes(config: RunConfig, other: RunConfig) -> dict[str, object]:
     return {n: new for n in names if (new := getattr(other.parallel, n)) != getattr(config.parallel, n)}
 
 
-def _distance(config: RunConfig, other: RunConfig) -> tuple[bool, int, float]:
-    """Another number of ranks a row, then settings to change, then how far the sizes move."""
+def _distance(config: RunConfig, other: RunConfig) -> tuple[bool, int, float, int, int]:
+    """Another number of ranks a row, then settings to change, then how far the sizes move; ties to the simpler axis."""
     pairs = [(getattr(config.parallel, name), getattr(other.parallel, name)) for name in _AXES]
     moved = sum(abs(math.log2(ours / theirs)) for ours, theirs in pairs)
     product = math.prod(ours for ours, _ in pairs[:3]) != math.prod(theirs for _, theirs in pairs[:3])
-    return product, len(_changes(config, other)), moved
+    return product, len(_changes(config, other)), moved, other.parallel.context, other.parallel.pipeline
 
 
 def _as_options(config: RunConfig, other: RunConfig, world: int) -> str:

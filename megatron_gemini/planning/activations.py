@@ -17,6 +17,8 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.parameters import key_heads_read
 
 FP32 = 4
+CHUNK = 1 << 30
+"""Bytes of a chunk of logits on a GPU, `kernels.head_chunks.CHUNK_BYTES`."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +91,22 @@ def mlp_saved(model: ModelConfig, share: RowShare) -> float:
     return branch_saved(model, share) + 4 * share.context * model.mlp_width // share.tensor * share.element
 
 
-def loss_saved(model: ModelConfig, rows: int, share: RowShare) -> float:
-    """The final norm, and the head with its loss over `rows` ids: the gradient of the logits is made in the forward.
+def loss_saved(model: ModelConfig, rows: int, share: RowShare, deferred: bool) -> float:
+    """The final norm, and the head with its loss over `rows` ids. Every token counts as one with a target.
 
-    Every token counts as one with a target.
+    deferred: as in breadth-first pipelines, hidden states are kept and the logits are made again in the backward;
+    otherwise both gradients are made in the forward, and the head's is kept.
     """
     norm = share.stream * (model.width * share.element + FP32) + model.width * FP32
-    return norm + share.context * (model.width + rows) * share.element
+    hidden = share.context * model.width * share.element
+    statistics = 4 * share.context * FP32 if deferred else 0
+    return norm + hidden + (statistics if deferred else rows * model.width * share.element)
 
 
-def loss_buffers(rows: int, share: RowShare) -> float:
-    """What the loss needs for a moment beside what it keeps: logits, and their exponentials in float32."""
-    return share.context * rows * (share.element + FP32)
+def loss_buffers(model: ModelConfig, rows: int, share: RowShare) -> float:
+    """What the loss needs for a moment: a chunk of logits, the head's gradient, and in bf16 its sum in float32."""
+    chunk = min(share.context * rows * FP32, CHUNK)
+    return 2 * chunk + rows * model.width * ((FP32 if share.element < FP32 else 0) + share.element)
 
 
 def vision_saved(vision: VisionConfig, patches: int, element: int) -> float:

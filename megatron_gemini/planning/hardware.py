@@ -45,7 +45,7 @@ ARITHMETIC = 0.5
 LINKS = 0.7
 """Share of a link's rate that collectives and copies reach."""
 HOOK = 3e-4
-"""Seconds of the host that ZeRO-3's hooks take of each module with parameters in each pass. Measured on a CPU by
-tools/bench/zero_hooks.py; on a GPU arithmetic may hide it."""
+"""Seconds of the host that ZeRO-3's hooks take for each module with parameters in each pass. Measured on a CPU by
+tools/bench/zero_hooks.py; on a GPU arithmetic may hide them."""
 HOST = 0.5
 """Share of the host memory's rate that the CPU's Adam reaches."""

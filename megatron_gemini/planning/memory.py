@@ -75,8 +75,9 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
         kept -= max(0.0, layers - 2) * inputs  # the one in use, and the one that is fetched ahead
     if stages[-1].last:
         rows = vocabulary_parameters(model, job.vocabulary, share.tensor) // model.width
-        alive = job.microbatches if waiting == job.microbatches * len(stages) else 1
-        kept += alive * loss_saved(model, rows, share)
+        deferred = config.parallel.schedule == "breadth_first"
+        alive = job.microbatches if deferred and config.parallel.pipeline > 1 else 1
+        kept += alive * loss_saved(model, rows, share, deferred)
     encoder, kept_over_the_step = _encoder_activations(job)
     kept = kept + encoder if kept_over_the_step else max(kept, encoder)
     if stages[0].first and (job.trained or job.frozen):  # embeddings of the step, and their gradients
@@ -115,7 +116,7 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
     """Of ZeRO's own during the passes."""
     zero = job.zero
     breadth_first = job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
-    held = max(stage.parameters for stage in stages) if zero.stage == 3 and breadth_first else None
+    held = max(stage.parameters for stage in stages) if zero.gathers and breadth_first else None
     decoder = [zero_buffers(stage.parameters, stage.largest, zero, held) for stage in stages]
     encoders = sum(zero_buffers(parameters, 0, job.embedders_zero) for parameters in job.trained)
     if zero.stage < 3:
@@ -133,5 +134,5 @@ def _backward_buffers(job: Job, stages: list[Stage]) -> float:
     found = (inner + weight) * share.element
     if stages[-1].last:
         rows = vocabulary_parameters(model, job.vocabulary, share.tensor) // model.width
-        found = max(found, loss_buffers(rows, share) + weight * share.element)
+        found = max(found, loss_buffers(model, rows, share))
     return found

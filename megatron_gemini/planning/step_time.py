@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_gemini.models.flops import model_flops_per_token
 from megatron_gemini.planning.hardware import ARITHMETIC, HOOK, HOST, LINKS, Gpu
 from megatron_gemini.planning.job import Job
-from megatron_gemini.planning.traffic import traffic
+from megatron_gemini.planning.traffic import held, traffic
 
 UPDATE = 30
 """Bytes that Adam moves a parameter: reads of weight, two moments and gradient, writes of the first three and bf16."""
@@ -120,8 +120,10 @@ def _of_rank(job: Job, rank: int, gpu: Gpu, links: Links) -> StepTime:
 
 
 def _hooks(job: Job, rank: int) -> float:
-    """Seconds of the host for one microbatch under ZeRO-3."""
+    """Seconds of the host for one microbatch under ZeRO-3; weights that are held, or whole anyway, need no hooks."""
     config, stages = job.config, job.stages_of(rank)
+    if not job.zero.gathers or held(job):
+        return 0.0
     modules = (5 if config.model.qk_norm else 3) * sum(len(stage.layers) for stage in stages)
     passes = 2 if config.engine.recompute == "none" else 3
     return passes * (modules + stages[0].first + 2 * stages[-1].last) * HOOK

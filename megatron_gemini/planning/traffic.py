@@ -46,8 +46,8 @@ def traffic(job: Job, pipeline_rank: int) -> Traffic:
     numbers = [pipeline_rank + parallel.pipeline * number for number in range(len(stages))]
     sent = sum((number < last) + (number > 0) for number in numbers) if last else 0
     parameters = sum(stage.parameters for stage in stages)
-    each, once = _zero(parameters, job.zero, _held(job))
-    encoders = sum(sum(_zero(count, job.embedders_zero, held=True)) for count in job.trained)
+    each, once = _zero(parameters, job.zero, held(job))
+    encoders = sum(sum(_zero(count, job.embedders_zero, once=True)) for count in job.trained)
     return Traffic(tensor, context, sent * share.stream * model.width * share.element, each, once + encoders)
 
 
@@ -67,15 +67,16 @@ def _tensor_passes(layers: int, stages: list[Stage], sequence: bool, recompute: 
     return layers * layer + 2 * stages[0].first + 2 * stages[-1].last
 
 
-def _held(job: Job) -> bool:
+def held(job: Job) -> bool:
+    """Whether the schedule keeps ZeRO-3's weights gathered for all microbatches of a pass."""
     return job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
 
 
-def _zero(parameters: int, zero: ZeroPlan, held: bool) -> tuple[float, float]:
-    """(bytes every microbatch, bytes once a step) for gradients and weights. held: gathered once for all of them."""
+def _zero(parameters: int, zero: ZeroPlan, once: bool) -> tuple[float, float]:
+    """(bytes every microbatch, bytes once a step) for gradients and weights. once: gathered once for all of them."""
     whole = ring(zero.ranks) * parameters * zero.element
     if zero.stage == 3:
-        return (whole, 2 * whole) if held else (3 * whole, 0.0)
+        return (whole, 2 * whole) if once else (3 * whole, 0.0)
     if zero.stage == 2:
         return 2 * whole, whole
     return 0.0, (3 if zero.stage else 2) * whole

@@ -32,6 +32,11 @@ class ZeroPlan:
     offload_parameters: bool = False
 
     @property
+    def gathers(self) -> bool:
+        """Whether weights are gathered before use: one rank alone has them whole, unless they are offloaded."""
+        return self.stage == 3 and (self.ranks > 1 or self.offload_parameters)
+
+    @property
     def element(self) -> int:
         """Bytes of a weight or an activation."""
         return 2 if self.bf16 else FP32
@@ -82,6 +87,7 @@ def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None
     if plan.stage == 2:
         return min(parameters, max(BUCKET, largest)) * plan.element
     gathered = min(parameters, max(LIVE, 2 * largest) + BUCKET) if held is None else held
+    gathered = gathered if plan.gathers else 0
     return (max(BUCKET, largest) + gathered) * plan.element
 
 

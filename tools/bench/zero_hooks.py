@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,10 +35,12 @@ MODEL = ModelConfig(width=64, layers=32, heads=4, kv_heads=1, head_width=16, mlp
 
 
 def engine_of(stage: int) -> ZeroEngine:
+    """Under ZeRO-3 with its weights offloaded, since one rank that has them whole would run without the hooks."""
+    offload: dict[str, Any] = {"offload_optimizer": "cpu", "offload_parameters": "cpu"} if stage else {}
     config = RunConfig(
         model=MODEL,
         data=DataConfig(row_tokens=TOKENS),
-        engine=EngineConfig(zero_stage=stage, offload_optimizer="none", adam="torch"),
+        engine=EngineConfig(**{"zero_stage": stage, "offload_optimizer": "none", "adam": "torch", **offload}),
     )
     return ZeroEngine(
         lambda: DecoderStage(config, LAYOUT, Layers(Topology.serial())),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.engine import EngineConfig
+from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, Media, TokenLayout
@@ -19,7 +19,14 @@ from megatron_gemini.models.stage import DecoderStage, Row
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.planning.activations import RowShare, audio_saved, layer_saved, loss_saved, vision_saved
+from megatron_gemini.planning.activations import (
+    RowShare,
+    audio_saved,
+    layer_again,
+    layer_saved,
+    loss_saved,
+    vision_saved,
+)
 
 T = 256
 LAYOUT = TokenLayout(200, 40)
@@ -59,24 +66,42 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("lengths", [(T,), (T // 2, T // 2), (100, 30, 90, 36)], ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_the_decoder_keeps_what_the_formula_says(name, lengths, precision):
-    model = MODELS[name]
+def built(model: ModelConfig, precision: str, recompute: str, schedule: str = "1f1b") -> DecoderStage:
     config = RunConfig(
         model=model,
         data=DataConfig(row_tokens=T),
         image_tokenizer=ImageTokenizerConfig(codes=LAYOUT.image_codes),
-        engine=EngineConfig(precision=precision),
+        engine=EngineConfig(precision=precision, recompute=recompute),
+        parallel=ParallelConfig(schedule=schedule),
     )
     stage = DecoderStage(config, LAYOUT, Layers(Topology.serial()))
     initialize(stage, 0)
-    stage.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    return stage.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lengths", [(T,), (T // 2, T // 2), (100, 30, 90, 36)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_decoder_keeps_what_the_formula_says(name, lengths, precision, recompute, deferred):
+    """deferred: with the loss of a breadth-first pipeline."""
+    stage = built(MODELS[name], precision, recompute, "breadth_first" if deferred else "1f1b")
     found = saved_bytes(stage, lambda: stage(row=Row(row(lengths))))
-    share = RowShare.of(config, packed=len(set(lengths)) > 1)
-    predicted = model.layers * layer_saved(model, share, "none") + loss_saved(model, LAYOUT.size, share)
-    assert predicted == pytest.approx(found, rel=0.05)
+    share = RowShare.of(stage.config, packed=len(set(lengths)) > 1)
+    layers = stage.config.model.layers * layer_saved(MODELS[name], share, recompute)
+    assert layers + loss_saved(MODELS[name], LAYOUT.size, share, deferred) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_a_layer_makes_what_was_not_kept(recompute):
+    """One by one in the backward: what the layers keep then, with the inputs that were kept, is what was saved."""
+    stage = built(MODELS["multi-query"], "fp32", recompute)
+    loss = stage(row=Row(row((100, 30, 90, 36)))).loss
+    found = saved_bytes(stage, lambda: loss.backward() or loss)
+    model, share = stage.config.model, RowShare.of(stage.config)
+    again = layer_again(model, share, recompute) + layer_saved(model, share, "full")
+    assert model.layers * again == pytest.approx(found, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -110,7 +110,7 @@ def test_frozen_encoders_have_weights_only():
 
 def test_breadth_first_zero3_holds_one_stage_gathered_and_every_microbatch():
     def planned(schedule: str, virtual: int):
-        return job(2, encoders=False, engine={"zero_stage": 3}, pipeline=2, virtual_stages=virtual, schedule=schedule)
+        return job(4, encoders=False, engine={"zero_stage": 3}, pipeline=2, virtual_stages=virtual, schedule=schedule)
 
     wide, interleaved = rank_footprint(planned("breadth_first", 2), 0), rank_footprint(planned("interleaved", 2), 0)
     waiting = in_flight(planned("breadth_first", 2), 0) / in_flight(planned("interleaved", 2), 0)
