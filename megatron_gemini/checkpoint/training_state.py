@@ -16,7 +16,14 @@ from safetensors.torch import save_file
 from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, cut
 from megatron_gemini.engine.engine import Engine
-from megatron_gemini.engine.fragments import Fragment, ensure_moments, has_moments, publish_masters, set_step_count
+from megatron_gemini.engine.fragments import (
+    Fragment,
+    ensure_moments,
+    has_moments,
+    publish_masters,
+    put_back,
+    set_step_count,
+)
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 
@@ -93,6 +100,7 @@ def _write_rank(engine: Engine, stem: Path, progress: Progress) -> None:
             for key in moments:
                 tensors[f"{key}/{fragment.name}"] = fragment.moment(key).detach().to("cpu", torch.float32).clone()
             pieces.append(fragment)
+        put_back(part.deepspeed)
     for frozen in engine.frozen:
         for fragment in frozen.owned():
             tensors[f"{WEIGHT}/{fragment.name}"] = fragment.master().detach().to("cpu", torch.float32).clone()
@@ -150,6 +158,7 @@ def _fill(part: ZeroEngine, reader: PieceReader, optimizer_steps: int) -> None:
         for key in MOMENTS if optimizer_steps else ():
             fragment.moment(key).copy_(cut(reader.read(key, fragment.name), piece))
     publish_masters(part.deepspeed)
+    put_back(part.deepspeed)
 
 
 def check_shapes(expected: dict[str, tuple[int, ...]], reader: PieceReader) -> None:

@@ -69,7 +69,7 @@ class Engine(ABC):
         """Clip by the true global norm and update; a non-finite norm skips the update on every rank."""
         for part in self.parts:
             part.wait()
-        complete_gradients([piece for part in self.parts for piece in part.fragments], self.topology, self.device)
+            complete_gradients(part, self.topology, self.device)
         norm = global_norm([piece for part in self.parts for piece in part.owned()], self.device)
         for part in self.parts:
             part.step(lr * self.lr_scale(part), norm)

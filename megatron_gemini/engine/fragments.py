@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_gemini.engine.swapping import SwappedGroups
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -32,6 +34,8 @@ class Fragment:
     """float32[count], a view of one of Adam's moments; exists after `ensure_moments`."""
     gradient: Callable[[], torch.Tensor | None]
     """Flat view of the averaged gradient (count elements or more, zeros behind); None where there was none."""
+    group: int = 0
+    """Views of another group may be void once one of this group has been taken: those on disk come in one at a time."""
 
 
 def fragments(engine: Any) -> list[Fragment]:
@@ -39,7 +43,11 @@ def fragments(engine: Any) -> list[Fragment]:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
     if stage == 3:
-        return [_stage3(name, p, optimizer) for name, p in named]
+        groups = engine.swapped_groups = getattr(engine, "swapped_groups", None) or SwappedGroups(optimizer)
+        pieces = [_stage3(name, p, optimizer, groups) for name, p in named]
+        return sorted(
+            pieces, key=lambda piece: piece.group
+        )  # so that a pass over all of them brings each group in once
     if hasattr(optimizer, "bit16_groups") or hasattr(optimizer, "bf16_groups"):
         return [f for name, p in named if (f := _stage12(name, p, optimizer)) is not None]
     return [_stage0(name, p, optimizer) for name, p in named]
@@ -105,21 +113,41 @@ def _stage12_gradient(parameter: Any, mapping: Any, optimizer: Any) -> torch.Ten
     return flat.narrow(0, address.start, address.numel) if whole else flat
 
 
-def _stage3(name: str, parameter: Any, optimizer: Any) -> Fragment:
+def _stage3(name: str, parameter: Any, optimizer: Any, groups: SwappedGroups) -> Fragment:
     """ZeRO-3: every parameter is cut into equal pieces, the last one padded with zeros."""
     piece = parameter.ds_tensor.ds_numel
     start = piece * optimizer._get_param_partition_rank(parameter)
     count = max(0, min(piece, parameter.ds_numel - start))
+    group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
 
     def state(key: str | None) -> torch.Tensor:
-        view, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
-        return view.narrow(0, 0, count)
+        groups.enter(group, changes_state=True)
+        whole = optimizer.fp32_partitioned_groups_flat[group]
+        whole = whole if key is None else optimizer.optimizer.state[whole][key]
+        return whole.narrow(0, offset, count)
 
     def gradient() -> torch.Tensor:
-        view, _ = optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)
-        return view
+        if not optimizer.offload_optimizer:
+            return optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
+        groups.enter(group)
+        return optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, size)
 
-    return Fragment(name, parameter, tuple(parameter.ds_shape), start, count, lambda: state(None).data, state, gradient)
+    shape = tuple(parameter.ds_shape)
+    return Fragment(name, parameter, shape, start, count, lambda: state(None).data, state, gradient, group)
+
+
+def keep_changed_gradients(engine: Any, group: int) -> None:
+    """What was written into the gradients of `group` is to be kept, where they lie on disk."""
+    groups: SwappedGroups | None = getattr(engine, "swapped_groups", None)
+    if groups is not None:
+        groups.enter(group, changes_gradients=True)
+
+
+def put_back(engine: Any) -> None:
+    """Write what lies on disk back to it; views of fragments are void from then on."""
+    groups: SwappedGroups | None = getattr(engine, "swapped_groups", None)
+    if groups is not None:
+        groups.leave()
 
 
 def basic_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -138,10 +166,14 @@ def _flat_masters(engine: Any) -> list[torch.Tensor]:
 def ensure_moments(engine: Any) -> None:
     """Make Adam's moments exist (zeros), as a resume needs before it fills them."""
     basic = basic_optimizer(engine)
-    for master in _flat_masters(engine):
+    groups: SwappedGroups | None = getattr(engine, "swapped_groups", None)
+    for number, master in enumerate(_flat_masters(engine)):
+        if groups is not None:
+            groups.enter(number, changes_state=True)
         for key in MOMENTS:
             if key not in basic.state[master]:
                 basic.state[master][key] = torch.zeros_like(master.data)
+    put_back(engine)
 
 
 def set_step_count(engine: Any, steps: int) -> None:

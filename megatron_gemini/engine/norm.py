@@ -7,6 +7,7 @@ tensor-parallel rank only, a tied one on the stage of the original.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,11 +22,12 @@ def global_norm(owned: Sequence[Fragment], device: torch.device) -> torch.Tensor
 
     owned: the pieces that this rank answers for, over all its engines.
     """
-    gradients = [gradient for fragment in owned if (gradient := fragment.gradient()) is not None]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    if gradients:
-        norms = torch._foreach_norm([gradient.float() for gradient in gradients])
-        total += torch.stack([norm.to(device) for norm in norms]).double().square().sum()
+    for _, pieces in itertools.groupby(owned, key=lambda fragment: fragment.group):
+        gradients = [gradient.float() for piece in pieces if (gradient := piece.gradient()) is not None]
+        if gradients:
+            norms = torch._foreach_norm(gradients)
+            total += torch.stack([norm.to(device) for norm in norms]).double().square().sum()
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.sqrt().float()

@@ -9,35 +9,39 @@ of the weights divided by the data-parallel ranks, where summing in the backward
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.engine.fragments import Fragment
+from megatron_gemini.engine.fragments import Fragment, keep_changed_gradients
+from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 from megatron_gemini.parallel.topology import Topology
 
 
 @torch.no_grad()
-def complete_gradients(pieces: Sequence[Fragment], topology: Topology, device: torch.device) -> None:
-    """Sum partial gradients over the tensor-parallel ranks, and tied ones over their two stages, in place.
+def complete_gradients(part: ZeroEngine, topology: Topology, device: torch.device) -> None:
+    """Sum a stage's partial gradients over the tensor-parallel ranks, and tied ones over their two stages, in place.
 
-    pieces: all that this rank holds of the decoder, over its stages. Summed in float32.
+    Summed in float32.
     """
     if topology.tensor_size > 1:
-        _add_up([p for p in pieces if placement_of(p.parameter).partial], topology.tensor_group, device)
+        _add_up(part, [p for p in part.fragments if placement_of(p.parameter).partial], topology.tensor_group, device)
     if topology.tied_group is not None:
-        _add_up([p for p in pieces if placement_of(p.parameter).tied], topology.tied_group, device)
+        _add_up(part, [p for p in part.fragments if placement_of(p.parameter).tied], topology.tied_group, device)
 
 
-def _add_up(pieces: Sequence[Fragment], group: ProcessGroup | None, device: torch.device) -> None:
-    found = [(piece, gradient) for piece in pieces if (gradient := piece.gradient()) is not None]
-    if not found:
-        return
-    parts = [gradient.narrow(0, 0, piece.count) for piece, gradient in found]
-    flat = torch.cat([part.to(device, torch.float32) for part in parts])
-    dist.all_reduce(flat, group=group)
-    for part, total in zip(parts, flat.split([len(part) for part in parts]), strict=True):
-        part.copy_(total)
+def _add_up(part: ZeroEngine, pieces: Sequence[Fragment], group: ProcessGroup | None, device: torch.device) -> None:
+    for number, of_group in itertools.groupby(pieces, key=lambda piece: piece.group):
+        found = [(piece, gradient) for piece in of_group if (gradient := piece.gradient()) is not None]
+        if not found:
+            continue
+        parts = [gradient.narrow(0, 0, piece.count) for piece, gradient in found]
+        flat = torch.cat([part.to(device, torch.float32) for part in parts])
+        dist.all_reduce(flat, group=group)
+        for mine, total in zip(parts, flat.split([len(part) for part in parts]), strict=True):
+            mine.copy_(total)
+        keep_changed_gradients(part.deepspeed, number)

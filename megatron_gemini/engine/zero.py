@@ -127,6 +127,7 @@ class ZeroEngine:
     def step(self, lr: float, norm: torch.Tensor) -> None:
         """Clip by `norm`, the global one, and update; a norm that is not finite drops the gradients instead."""
         with self._alone():
+            internals.put_back(self.deepspeed)
             if not torch.isfinite(norm):
                 internals.skip_step(self.deepspeed)
                 return

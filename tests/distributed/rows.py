@@ -44,11 +44,12 @@ def with_layout(**layout: Any) -> RunConfig:
     """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (the encoders), embedders_zero."""
     given = dict(layout)
     tied, frozen = given.pop("tied", True), given.pop("frozen", "")
+    sizes = {"mlp_width": given.pop("mlp_width", CONFIG.model.mlp_width)}
     embedders = dataclasses.replace(CONFIG.embedders, zero_stage=given.pop("embedders_zero", -1))
     parallel = {f.name for f in dataclasses.fields(ParallelConfig)}
     return dataclasses.replace(
         CONFIG,
-        model=dataclasses.replace(CONFIG.model, tie_embeddings=tied),
+        model=dataclasses.replace(CONFIG.model, tie_embeddings=tied, **sizes),
         vision=dataclasses.replace(CONFIG.vision, frozen="vision" in frozen),
         audio=dataclasses.replace(CONFIG.audio, frozen="audio" in frozen),
         embedders=embedders,

@@ -36,6 +36,7 @@ from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows, total_weight, with_layout
 from tests.distributed.train_layouts import MORE, STEPS
 
+pytestmark = pytest.mark.timeout(1800)  # the first case of a world size waits for the launch of them all
 ROOT = Path(__file__).parents[2]
 CPU = {"offload_optimizer": "cpu"}
 ALL_CPU = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}

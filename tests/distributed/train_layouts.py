@@ -96,7 +96,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     again = build()
     training_state.load(again, path)
     result = {"curve": curve, "onward": onward, "resumed": train(again, STEPS, STEPS + MORE), "checkpoint": str(path)}
-    if elsewhere is not None:
+    if elsewhere is not None and not {"tied", "frozen"} & set(layout):  # it is of the plain model
         other = build()
         training_state.load(other, elsewhere)
         result["moved"] = train(other, STEPS, STEPS + MORE)
