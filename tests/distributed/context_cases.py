@@ -9,6 +9,7 @@ serial result. No engine takes part: gradients of weights are summed over the ra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def random_metadata(random: np.random.Generator) -> tuple[torch.Tensor, torch.Te
     padding = int(random.integers(0, T // 4))
     edges = [0, *np.sort(random.choice(np.arange(1, T - padding), 5, replace=False)).tolist(), T - padding]
     spans = []
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         cuts = np.sort(random.integers(begin, end + 1, 6)).reshape(3, 2).tolist()
         spans += [(first, last) for first, last in cuts if first < last]
     return row(np.diff(edges).tolist(), spans, padding)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,3 +88,20 @@ def test_the_rows_have_documents_and_spans_over_every_chunk_border(ranks):
     assert (crossed & (span[edges] != 0)).sum() >= len(edges) // 2
     own = context_positions(T, Topology(context_size=ranks, context_rank=ranks - 1))
     assert not metadata(PADDED)[0][own].any()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_row_of_32k_tokens_keeps_a_quarter_on_each_of_4_ranks():
+    """But for keys and values of the whole row. A mask or scores of T x T, 4 GiB, would be kept or seen as time."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tools/bench/long_row.py"), "--tokens", "32768", "--layers", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]  # outputs are those of one process
+    kept = {
+        line[:16].strip(): float(line.split()[-3]) for line in done.stdout.splitlines() if line.startswith("context")
+    }
+    keys = float(re.search(r"keys and values\s+\S+\s+(\S+)", done.stdout)[1])
+    assert len(kept) == 4
+    for rank, share in kept.items():
+        assert share < 0.25 + 0.75 * keys + 0.01, f"{rank} keeps {share} of what one process keeps"
