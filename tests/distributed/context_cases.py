@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,11 +74,12 @@ def batch(name: str) -> Batch:
     )
 
 
-def run(model: str, given: Batch, topology: Topology) -> tuple[DecoderStage, torch.Tensor]:
+def run(model: str, given: Batch, topology: Topology, recompute: Any = "none") -> tuple[DecoderStage, torch.Tensor]:
     """The model after one forward and backward; float32 [5]: loss, weighted nll and weight of both modalities."""
     layers = Layers(topology)
     sizes = dataclasses.replace(CONFIG.model, init_std=0.2, layers=2, **MODELS[model])
-    stage = DecoderStage(dataclasses.replace(CONFIG, model=sizes), LAYOUT, layers)
+    engine = dataclasses.replace(CONFIG.engine, recompute=recompute)
+    stage = DecoderStage(dataclasses.replace(CONFIG, model=sizes, engine=engine), LAYOUT, layers)
     initialize(stage, seed=7)
     output = stage(row=Row(given, None, layers.context_positions(T)))
     output.loss.backward()
@@ -101,8 +103,8 @@ def whole_gradient(parameter: torch.nn.Parameter, topology: Topology) -> torch.T
     )
 
 
-def result(model: str, given: Batch, topology: Topology) -> dict[str, torch.Tensor]:
-    stage, sums = run(model, given, topology)
+def result(model: str, given: Batch, topology: Topology, recompute: str) -> dict[str, torch.Tensor]:
+    stage, sums = run(model, given, topology, recompute)
     dist.all_reduce(sums, group=topology.context_group)
     grads = {name: whole_gradient(parameter, topology) for name, parameter in stage.named_parameters()}
     return {"sums": sums, **{f"grad/{name}": grad.contiguous() for name, grad in grads.items()}}
@@ -117,7 +119,7 @@ def main() -> None:
         topology = topology_of(settings)
         for model in MODELS:
             for name in ROWS:
-                found = result(model, batch(name), topology)
+                found = result(model, batch(name), topology, settings.get("recompute", "none"))
                 if topology.rank == 0:
                     save_file(found, out / f"{layout}-{model}-{name}.safetensors")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What tensor- and context-parallel ranks send is what docs/design.md says, and less than megatron-core's attention sends."""
+"""What tensor- and context-parallel ranks send is what docs/design.md says, and less than megatron-core's sends."""
 
 from __future__ import annotations
 

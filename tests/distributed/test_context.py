@@ -1,8 +1,9 @@
 """Ranks that divide a row's tokens compute what one process computes of the whole row.
 
-The oracle is the serial model from the same seed; its attention is tested against a dense float64 reference elsewhere.
-The rows have documents and bidirectional spans over the borders of the chunks that ranks are dealt, and one has ranks
-with nothing but padding. Initial weights are ten times those of training, so that attention is far from uniform.
+The oracle is the serial model from the same seed, which recomputes nothing; its attention is tested against a dense
+float64 reference elsewhere. The rows have documents and bidirectional spans over the borders of the chunks that ranks
+are dealt, and one has ranks with nothing but padding. Initial weights are ten times those of training, so that
+attention is far from uniform.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from tests.distributed.rows import T
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
-    2: {"context-2": {"context": 2}},
+    2: {"context-2": {"context": 2}, "context-2-again": {"context": 2, "recompute": "selective"}},
     4: {
         "context-4": {"context": 4},
         "tensor": {"tensor": 2, "context": 2},
         "sequence": {"tensor": 2, "sequence": True, "context": 2},
+        "sequence-again": {"tensor": 2, "sequence": True, "context": 2, "recompute": "full"},
     },
 }
 CASES = [
