@@ -1,10 +1,11 @@
 """Context parallelism: a row's tokens divided over ranks, each of which computes its queries against all keys.
 
 Only keys and values travel. With one key/value head they are small, 2 H values a token against N H for the queries,
-so every rank gathers them whole, before RoPE, and attention needs no second step. The alternatives fit this model
-worse: an all-to-all from tokens to heads (Ulysses) has one key/value head to give to all ranks, so it would have to
-be gathered anyway, and moves the queries and the outputs besides; a ring moves the same bytes as the gather in steps
-that each wait for a partial attention to be merged.
+so every rank gathers them whole, before RoPE, and attention needs no second step (as Llama 3 does for grouped queries;
+Grattafiori et al., 2024, section 3.3.2). The alternatives fit this model worse: an all-to-all from tokens to heads
+(Ulysses; Jacobs et al., 2023) has one key/value head to give to all ranks, so it would have to be gathered anyway, and
+moves the queries and the outputs besides; a ring (Liu et al., 2023) moves the same bytes as the gather in steps that
+each wait for a partial attention to be merged, and half as many again in the backward. docs/design.md has the bytes.
 
 Shape suffixes: T tokens of the row, C tokens of this context rank, K key/value heads, H head width.
 """
@@ -27,7 +28,10 @@ class ContextRanks:
         self.size, self.group = topology.context_size, topology.context_group
 
     def gather(self, k_CKH: torch.Tensor, v_CKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k_TKH and v_TKH. Their gradients are summed over the ranks, and each gets those of its own tokens."""
+        """k_TKH and v_TKH of the row whose tokens `stream.context_positions` deals to the ranks; all ranks call it.
+
+        Their gradients are summed over the ranks, in the type of k and v, and each rank gets those of its own tokens.
+        """
         if self.size == 1:
             return k_CKH, v_CKH
         return _Gather.apply(k_CKH, v_CKH, self.size, self.group)
@@ -42,12 +46,12 @@ class _Gather(torch.autograd.Function):
         both_C2KH = torch.stack((k, v), 1)
         by_rank = both_C2KH.new_empty(len(k) * size, *both_C2KH.shape[1:])
         all_gather(by_rank, both_C2KH, group=group).wait()
-        k_TKH, v_TKH = row_order(by_rank, size).unbind(1)
-        return k_TKH, v_TKH
+        k_TKH, v_TKH = (row_order(x, size) for x in by_rank.unbind(1))
+        return k_TKH, v_TKH  # each its own memory: what holds the values does not keep keys before RoPE alive
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by_rank = rank_order(torch.stack(grads, 1), ctx.size)
+        by_rank = torch.stack([rank_order(grad, ctx.size) for grad in grads], 1)
         own = by_rank.new_empty(len(by_rank) // ctx.size, *by_rank.shape[1:])
         reduce_scatter(own, by_rank, group=ctx.group).wait()
         k_grad, v_grad = own.unbind(1)

@@ -62,9 +62,8 @@ def attention_saved(model: ModelConfig, share: RowShare) -> float:
     keys = key_heads_read(model, share.tensor) * model.head_width
     queries = model.heads * model.head_width // share.tensor
     rotated = share.context * queries + share.row * keys
-    values = share.row * keys if share.packed else 0  # otherwise views of what was projected
-    if share.row > share.context and not share.packed:  # or of what was gathered over the context ranks, with the keys
-        values = 2 * share.row * keys
+    gathered = share.row > share.context  # over the context ranks
+    values = share.row * keys if share.packed or gathered else 0  # otherwise views of what was projected
     out = share.context * queries * (2 if share.packed else 1)
     normaliser = share.context * model.heads // share.tensor * FP32
     kept = (rotated + values + out) * share.element + normaliser

@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks send is what docs/design.md says, and less than megatron-core's attention sends."""
+"""What tensor- and context-parallel ranks send is what docs/design.md says, and less than megatron-core's sends."""
 
 from __future__ import annotations
 
@@ -39,3 +39,8 @@ def test_sequence_parallelism_keeps_less_for_the_backward(sent):
     whole, divided = sent["a layer keeps", "tensor"], sent["a layer keeps", "sequence"]
     inputs = 4 * 16 * 32 * 4  # of attention and MLP, before and after their norms
     assert whole - divided == pytest.approx(inputs / 2, rel=0.1)
+
+
+def test_context_parallelism_sends_keys_and_values_and_their_gradients_only(sent):
+    assert sent["attention", "context"] == 2 * (16 * 2 * 8 * 4 // 2)
+    assert sent["MLP", "context"] == 0

@@ -1,4 +1,4 @@
-"""Bytes that a tensor-parallel rank sends in forward and backward, counted, against the formula and megatron-core.
+"""Bytes that tensor- and context-parallel ranks send in forward and backward, against the formula and megatron-core.
 
     python tools/bench/comm.py                                  # 4 gloo ranks on this machine, float32
     python tools/bench/comm.py --ranks 2 --kv_heads 2 --precision bf16
@@ -115,7 +115,7 @@ class Case:
 
     def once(self, width: int) -> int:
         """A ring's bytes for an all-gather or reduce-scatter of [T, width]."""
-        ranks, size = self.topology.tensor_size, torch.get_default_dtype().itemsize
+        ranks, size = self.topology.world, torch.get_default_dtype().itemsize
         return (ranks - 1) * self.tokens * width * size // ranks
 
     @property
@@ -134,7 +134,7 @@ def rotation_and_plan(case: Case) -> tuple[Rotation, AttentionPlan]:
     """Of one document as long as the row."""
     ones = torch.ones(case.tokens, dtype=torch.int32)
     turn = rotation(torch.arange(case.tokens), case.model.head_width, 10_000.0, torch.get_default_dtype())
-    return turn, plan_attention(ones, ones * 0)
+    return turn, plan_attention(ones, ones * 0, case.layers.context_positions(case.tokens))
 
 
 def attention(case: Case, sum_gradient: bool = False) -> Callable[[], torch.Tensor]:
@@ -244,10 +244,21 @@ def kept(case: Case) -> int:
         return sum(storage.nbytes() for storage in storages.values())
 
 
+def layouts(plain: Case) -> dict[str, Case]:
+    """The same ranks in each."""
+    here = plain.topology
+    divided = dataclasses.replace(here, sequence=True)
+    context = Topology(
+        here.world, here.rank, context_size=here.world, context_rank=here.rank, context_group=here.tensor_group
+    )
+    topologies = {"tensor": here, "sequence": divided, "context": context}
+    return {name: dataclasses.replace(plain, topology=topology) for name, topology in topologies.items()}
+
+
 def measure(plain: Case) -> list[tuple[str, str, int, int, int]]:
     """(what, layout, collectives, bytes counted, bytes by formula), the same on every rank."""
-    divided = dataclasses.replace(plain, topology=dataclasses.replace(plain.topology, sequence=True))
-    model, ranks = plain.model, plain.topology.tensor_size
+    plain, divided, context = layouts(plain).values()
+    model, ranks = plain.model, plain.topology.world
     row, keys = plain.row, plain.keys * plain.whole_keys
     mixed = plain.once((model.heads + 2 * model.kv_heads) * model.head_width) * (model.kv_heads < ranks)
     wanted: list[tuple[str, str, Callable[[], torch.Tensor], int]] = [
@@ -256,8 +267,10 @@ def measure(plain: Case) -> list[tuple[str, str, int, int, int]]:
         ("attention", "tensor, megatron-core", megatron_attention(plain), 4 * row + 2 * mixed),
         ("attention", "sequence", attention(divided), 5 * row + 2 * keys),
         ("attention", "sequence, megatron-core", megatron_attention(divided), 5 * row + 2 * mixed),
+        ("attention", "context", attention(context), 2 * plain.keys),
         ("MLP", "tensor", mlp(plain), 4 * row),
         ("MLP", "sequence", mlp(divided), 5 * row),
+        ("MLP", "context", mlp(context), 0),
         ("embedding and head", "tensor", ends(plain), 4 * row),
         ("embedding and head", "sequence", ends(divided), 4 * row),
     ]
@@ -284,7 +297,7 @@ def show(rows: list[tuple[str, str, int, int, int]]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4, help="tensor-parallel ranks (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=4, help="ranks of each layout (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--width", type=int, default=256, help="model width (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
@@ -305,10 +318,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     case = Case(options.tokens, ModelConfig(layers=1, **sizes), topology)
     rows = measure(case)
     right = show(rows) if topology.rank == 0 else True
-    for sequence in (False, True):
-        size = kept(dataclasses.replace(case, topology=dataclasses.replace(topology, sequence=sequence)))
+    for layout, divided in layouts(case).items():
+        size = kept(divided)
         if topology.rank == 0:
-            print(f"{'a layer keeps':<22}{'sequence' if sequence else 'tensor':<36}{'':>11}{size:>14,}")
+            print(f"{'a layer keeps':<22}{layout:<36}{'':>11}{size:>14,}")
     dist.destroy_process_group()
     return 0 if right else 1
 
