@@ -67,7 +67,7 @@ class Case:
 
         def note(x: torch.Tensor) -> torch.Tensor:
             if x.data_ptr() not in parameters:
-                sizes[x.data_ptr()] = x.untyped_storage().nbytes()
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):

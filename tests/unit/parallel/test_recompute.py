@@ -101,7 +101,7 @@ def saved_bytes(mode: str, offload: bool = False) -> int:
 
     def note(x: torch.Tensor) -> torch.Tensor:
         if x.data_ptr() not in own:
-            sizes[x.data_ptr()] = x.untyped_storage().nbytes()
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     h_TD = hidden() * 1
