@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,18 @@ def join(device: torch.device) -> None:
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+        if device.type == "cpu":
+            _forget_shared_memory()
+
+
+def _forget_shared_memory() -> None:
+    """Take away the name of the shared memory of DeepSpeed's CPU collectives, once every rank has mapped it.
+
+    DeepSpeed never does, and 66 MiB a rank would stay behind after every run.
+    """
+    dist.barrier()
+    job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{job}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
 def leave() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_gemini.engine.gathering import changed
 from megatron_gemini.engine.swapping import SwappedGroups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,6 +37,31 @@ class Fragment:
     """Flat view of the averaged gradient (count elements or more, zeros behind); None where there was none."""
     group: int = 0
     """Views of another group may be void once one of this group has been taken: those on disk come in one at a time."""
+
+
+_RELIED_ON = {
+    1: ("get_param_id", "grad_position", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
+    2: ("get_param_id", "grad_position", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
+    3: (
+        "get_param_id",
+        "grad_position",
+        "fp32_partitioned_groups_flat",
+        "_get_param_partition_rank",
+        "_get_fp32_grad_state_partition",
+        "_get_norm_groups",
+        "_swappable_optimizer_subgroup",
+        "clear_backward_seen_flag",
+    ),
+}
+
+
+def check(engine: Any) -> None:
+    """Raise RuntimeError that names what this release of DeepSpeed no longer has of what is used here."""
+    if type(engine.optimizer).__name__ == "BF16_Optimizer":  # which takes the place of ZeRO-1's in bf16
+        return
+    for name in _RELIED_ON.get(engine.zero_optimization_stage(), ()):
+        if not hasattr(engine.optimizer, name):
+            raise changed(f"{type(engine.optimizer).__name__}.{name}")
 
 
 def fragments(engine: Any) -> list[Fragment]:

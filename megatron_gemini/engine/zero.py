@@ -63,6 +63,7 @@ class ZeroEngine:
         """Whether weights are gathered before use: one rank alone has them whole, unless they lie elsewhere."""
         if self.stage == 3 and one_piece:
             gathering.keep_whole(self.deepspeed)
+        internals.check(self.deepspeed)
         internals.silence_own_clipping(self.deepspeed)
         internals.set_step_count(self.deepspeed, 0)
         self.fragments = internals.fragments(self.deepspeed)

@@ -58,7 +58,7 @@ def check_head(
         )
     if first < 0 or size < 1 or (group is None and (first or weight.shape[0] < size)):
         raise ValueError(
-            f"first={first} and size={size} with {weight.shape[0]} rows of weight_VD and no group: one rank has all ids "
+            f"first={first} and size={size} with {weight.shape[0]} rows and no group: one rank has all ids "
             "from 0, several need their group"
         )
 
