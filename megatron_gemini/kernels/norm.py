@@ -41,10 +41,11 @@ def norm_backward(
     """(x's gradient i (g s - x i^2 mean(g s x)), the weight's gradient sum(g x i) over rows), in x's dtype."""
     width = x.shape[-1]
     product = grad * x if x.dtype == torch.float32 else grad.float() * x
-    product = product.view(-1, width)
-    weight_grad = torch.mv(product.t(), inverse.view(-1))
-    along = torch.mv(product, scale).view(inverse.shape).mul_(inverse.square())
-    x_grad = (grad * scale).addcmul_(x, along, value=-1 / width).mul_(inverse)
+    rows = product.view(-1, width)
+    weight_grad = torch.mv(rows.t(), inverse.view(-1))
+    along = torch.mv(rows, scale).view(inverse.shape).mul_(inverse.square())
+    x_grad = torch.mul(grad, scale, out=product)  # in its memory: a large new tensor costs as much as the arithmetic
+    x_grad.addcmul_(x, along, value=-1 / width).mul_(inverse)
     return (x_grad, weight_grad) if x.dtype == torch.float32 else (x_grad.to(x.dtype), weight_grad.to(x.dtype))
 
 
