@@ -40,8 +40,8 @@ class Fragment:
 
 
 _RELIED_ON = {
-    1: ("get_param_id", "grad_position", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
-    2: ("get_param_id", "grad_position", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
+    1: ("get_param_id", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
+    2: ("get_param_id", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
     3: (
         "get_param_id",
         "grad_position",
