@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 _CHECK = "assert_ints_same_as_other_ranks"
+_REDUCE = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
 _HOLD = -1  # stands in a parameter's set of modules that use it, where DeepSpeed has the modules' numbers from 0
 
 _group: list[ProcessGroup | None] = [None]
@@ -122,12 +123,17 @@ def release(engine: Any) -> None:
 def keep_whole(engine: Any) -> None:
     """For a ZeRO-3 engine of one data rank, whose part of every weight is the whole: gather and partition nothing.
 
-    A weight and its one partition are then the same memory, which the optimizer updates.
+    A weight and its one partition are then the same memory, which the optimizer updates, and its gradient needs no
+    reduction.
     """
-    if not hasattr(engine.optimizer, "_partition_all_parameters"):
-        raise changed("DeepSpeedZeroOptimizer_Stage3._partition_all_parameters")
+    optimizer = engine.optimizer
+    for name in ("_partition_all_parameters", _REDUCE):
+        if not hasattr(optimizer, name):
+            raise changed(f"DeepSpeedZeroOptimizer_Stage3.{name}")
     hold(engine)
-    engine.optimizer._partition_all_parameters = lambda: None
+    optimizer._partition_all_parameters = lambda: None
+    kept = optimizer.gradient_accumulation_dtype
+    setattr(optimizer, _REDUCE, lambda parameters, _: [p.grad.view(-1).to(kept) for p in parameters])
 
 
 def _status() -> Any:
