@@ -40,7 +40,7 @@ class Block(NamedTuple):
     def of(self, x_S: torch.Tensor) -> torch.Tensor:
         """A view: [S, heads, ...] -> [B, heads, last - first, ...]."""
         slots = self.documents * self.length
-        if len(x_S) != slots:
+        if x_S.shape[0] != slots:
             x_S = x_S[self.slot : self.slot + slots]
         x_BL = x_S.view(self.documents, self.length, *x_S.shape[1:])
         if self.last - self.first != self.length:

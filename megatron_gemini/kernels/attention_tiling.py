@@ -54,7 +54,7 @@ TILINGS = {
         256: Tilings(Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2)),
     },
     "float32": {  # twice the memory, and three products for one
-        64: Tilings(Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 64, 4, 2)),
+        64: Tilings(Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
         128: Tilings(Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 32, 4, 2)),
         256: Tilings(Tiling(32, 32, 4, 2), Tiling(32, 16, 4, 2), Tiling(16, 32, 4, 2)),
     },
