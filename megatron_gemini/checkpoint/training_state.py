@@ -16,14 +16,9 @@ from safetensors.torch import save_file
 from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, cut
 from megatron_gemini.engine.engine import Engine
-from megatron_gemini.engine.fragments import (
-    Fragment,
-    ensure_moments,
-    has_moments,
-    publish_masters,
-    put_back,
-    set_step_count,
-)
+from megatron_gemini.engine.internals.fragments import Fragment
+from megatron_gemini.engine.internals.state import ensure_moments, has_moments, publish_masters, set_step_count
+from megatron_gemini.engine.internals.swapping import put_back
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 

@@ -12,9 +12,9 @@ import torch
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Media
-from megatron_gemini.engine import gathering
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
+from megatron_gemini.engine.internals import gathering
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.encoders import Encoders, is_frozen
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.engine import gathering
-from megatron_gemini.engine.fragments import Fragment
 from megatron_gemini.engine.groups import EngineGroups, ModelParallelUnit
 from megatron_gemini.engine.initial import fill_initial_values
+from megatron_gemini.engine.internals import gathering
+from megatron_gemini.engine.internals.fragments import Fragment
 
 
 class FrozenEngine:

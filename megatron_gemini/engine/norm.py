@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_gemini.engine.fragments import Fragment
+from megatron_gemini.engine.internals.fragments import Fragment
 
 
 @torch.no_grad()

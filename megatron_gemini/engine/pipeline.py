@@ -14,7 +14,7 @@ import torch
 from torch.distributed import pipelining
 from torch.distributed.pipelining import schedules
 
-from megatron_gemini.engine import gathering
+from megatron_gemini.engine.internals import gathering
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.topology import Topology
 

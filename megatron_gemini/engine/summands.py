@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.engine.fragments import Fragment, keep_changed_gradients
+from megatron_gemini.engine.internals.fragments import Fragment
+from megatron_gemini.engine.internals.swapping import keep_changed_gradients
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 from megatron_gemini.parallel.topology import Topology

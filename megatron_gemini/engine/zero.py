@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.engine import fragments as internals
-from megatron_gemini.engine import gathering
 from megatron_gemini.engine.deepspeed_config import size_swap_buffers
-from megatron_gemini.engine.fragments import Fragment
 from megatron_gemini.engine.groups import EngineGroups, ModelParallelUnit
 from megatron_gemini.engine.initial import fill_initial_values
+from megatron_gemini.engine.internals import gathering, release, state, stepping
+from megatron_gemini.engine.internals.fragments import Fragment, fragments
+from megatron_gemini.engine.internals.swapping import put_back
 from megatron_gemini.engine.norm import clip_gradients
 from megatron_gemini.engine.optimizer import build_optimizer, parameter_groups
 from megatron_gemini.parallel.parameters import placement_of
@@ -63,10 +63,10 @@ class ZeroEngine:
         """Whether weights are gathered before use: one rank alone has them whole, unless they lie elsewhere."""
         if self.stage == 3 and one_piece:
             gathering.keep_whole(self.deepspeed)
-        internals.check(self.deepspeed)
-        internals.silence_own_clipping(self.deepspeed)
-        internals.set_step_count(self.deepspeed, 0)
-        self.fragments = internals.fragments(self.deepspeed)
+        release.check(self.deepspeed)
+        stepping.silence_own_clipping(self.deepspeed)
+        state.set_step_count(self.deepspeed, 0)
+        self.fragments = fragments(self.deepspeed)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +81,7 @@ class ZeroEngine:
         """The optimizer's class, the ZeRO stage that divides it, and where its state lies."""
         offload = self.config.engine.offload_optimizer
         where = f", state offloaded to {offload}" if offload != "none" else ""
-        return f"{internals.basic_optimizer(self.deepspeed).__class__.__name__}, ZeRO-{self.stage}{where}"
+        return f"{state.basic_optimizer(self.deepspeed).__class__.__name__}, ZeRO-{self.stage}{where}"
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
         """Inside, DeepSpeed sees the groups of this engine and no other's."""
@@ -96,7 +96,7 @@ class ZeroEngine:
         with self._alone():
             self.deepspeed.set_gradient_accumulation_boundary(boundary)
             self.deepspeed.backward(loss, scale_wrt_gas=False)
-            internals.keep_accumulating(self.deepspeed)
+            stepping.keep_accumulating(self.deepspeed)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -123,19 +123,19 @@ class ZeroEngine:
 
     def wait(self) -> None:
         """Until DeepSpeed's asynchronous reductions and copies to the host have finished."""
-        internals.wait_for_gradients(self.deepspeed)
+        stepping.wait_for_gradients(self.deepspeed)
 
     def step(self, lr: float, norm: torch.Tensor) -> None:
         """Clip by `norm`, the global one, and update; a norm that is not finite drops the gradients instead."""
         with self._alone():
-            internals.put_back(self.deepspeed)
+            put_back(self.deepspeed)
             if not torch.isfinite(norm):
-                internals.skip_step(self.deepspeed)
+                stepping.skip_step(self.deepspeed)
                 return
             for group in self.deepspeed.optimizer.param_groups:
                 group["lr"] = lr
-            if internals.clips_itself(self.deepspeed):
-                internals.replace_norm(self.deepspeed, norm)
+            if stepping.clips_itself(self.deepspeed):
+                stepping.replace_norm(self.deepspeed, norm)
             else:
                 clip_gradients(self.fragments, norm, self.config.engine.gradient_clipping)
             self.deepspeed.step()

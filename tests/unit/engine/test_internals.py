@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed import pipelining
 
-from megatron_gemini.engine import fragments, gathering
+from megatron_gemini.engine.internals import gathering, release
 from megatron_gemini.engine.pipeline import Pipeline
 from megatron_gemini.parallel.topology import Topology
 
@@ -19,11 +19,11 @@ def engine_with(**attributes: object) -> types.SimpleNamespace:
 
 
 def test_what_an_optimizer_lacks_is_named():
-    there = dict.fromkeys(fragments._RELIED_ON[3])
-    fragments.check(engine_with(**there))
+    there = dict.fromkeys(release._RELIED_ON[3])
+    release.check(engine_with(**there))
     del there["grad_position"]
     with pytest.raises(RuntimeError, match=r"deepspeed .* has no SimpleNamespace.grad_position.* checked with 0.19"):
-        fragments.check(engine_with(**there))
+        release.check(engine_with(**there))
 
 
 def test_a_consistency_check_that_is_gone_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""Optimizer groups that ZeRO-3 keeps on an NVMe disk, brought into memory one at a time. Checked with deepspeed 0.19.
+"""Optimizer groups that ZeRO-3 keeps on an NVMe disk, brought into memory one at a time.
 
 A group is DeepSpeed's unit of swapping: up to `sub_group_size` elements of master weights, their moments and gradients.
 """
@@ -32,3 +32,17 @@ class SwappedGroups:
         if self._inside is not None:
             self._optimizer._writeback_swap_state(self._inside, self._changed_state, self._changed_gradients)
         self._inside, self._changed_state, self._changed_gradients = None, False, False
+
+
+def keep_changed_gradients(engine: Any, group: int) -> None:
+    """What was written into the gradients of `group` is to be kept, where they lie on disk."""
+    groups: SwappedGroups | None = getattr(engine, "swapped_groups", None)
+    if groups is not None:
+        groups.enter(group, changes_gradients=True)
+
+
+def put_back(engine: Any) -> None:
+    """Write what lies on disk back to it; views of fragments are void from then on."""
+    groups: SwappedGroups | None = getattr(engine, "swapped_groups", None)
+    if groups is not None:
+        groups.leave()

@@ -1,4 +1,4 @@
-"""The one file that touches the internals of ZeRO-3's gathering of weights. Checked with deepspeed 0.19.
+"""The internals of ZeRO-3's gathering of weights.
 
 Two things of DeepSpeed's are changed here. Its checks that all ranks gather the same parameters in the same order
 compare with rank 0 of the world, which holds another pipeline stage; here they compare within the engine's own data
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from megatron_gemini.engine.internals.release import changed
 
 _CHECK = "assert_ints_same_as_other_ranks"
 _REDUCE = "_DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads"
@@ -52,16 +54,6 @@ def install() -> None:
         if not hasattr(module, _CHECK):
             raise changed(f"{module.__name__}.{_CHECK}")
         setattr(module, _CHECK, same_on_all_ranks)
-
-
-def changed(name: str) -> RuntimeError:
-    """An error that says which internal of DeepSpeed this release no longer has."""
-    import deepspeed
-
-    return RuntimeError(
-        f"deepspeed {deepspeed.__version__} has no {name}, on which this trainer relies; it was checked with 0.19. "
-        "Install that version (constraints.txt)"
-    )
 
 
 def same_on_all_ranks(numbers: Sequence[int]) -> None:
