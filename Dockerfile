@@ -6,6 +6,7 @@
 #
 # Not yet built or run by the authors; the build fails by itself when the image lacks a library or one was replaced.
 # Another release of the image: --build-arg IMAGE=nvcr.io/nvidia/pytorch:YY.MM-py3
+# Pipeline parallelism needs an image with torch 2.13; offload to NVMe needs libaio-dev in it.
 
 ARG IMAGE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${IMAGE}

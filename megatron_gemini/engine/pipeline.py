@@ -7,12 +7,13 @@ they are used, where torch keeps those of all microbatches for ever.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.distributed import pipelining
-from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining import schedules, stage
 
 from megatron_gemini.engine.internals import gathering
 from megatron_gemini.engine.zero import ZeroEngine
@@ -27,6 +28,21 @@ _STAGE_METHODS = (
     "backward_maybe_with_nosync",
     "clear_runtime_states",
 )
+
+
+_RECEIVED = ("is_root_arg", "buffer", "tensor_meta")
+
+
+def check_torch() -> None:
+    """Raise RuntimeError that names what this release of torch lacks of what is overridden and used here."""
+    received = inspect.signature(stage._RecvInfo.__init__).parameters
+    missing = [f"PipelineStage.{name}" for name in _STAGE_METHODS if not hasattr(pipelining.PipelineStage, name)]
+    missing += [f"pipelining.stage._RecvInfo.{name}" for name in _RECEIVED if name not in received]
+    if missing:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no {missing[0]}, on which pipelines rely; they were checked with torch 2.13. "
+            "Install that version (constraints.txt) or set parallel.pipeline to 1"
+        )
 
 
 class _Stage(pipelining.PipelineStage):
@@ -110,12 +126,7 @@ class Pipeline:
     """
 
     def __init__(self, engines: Sequence[ZeroEngine], topology: Topology, schedule: str, like: torch.Tensor) -> None:
-        for method in _STAGE_METHODS:
-            if not hasattr(pipelining.PipelineStage, method):
-                raise RuntimeError(
-                    f"torch {torch.__version__} has no PipelineStage.{method}, on which pipelines rely; they were "
-                    "checked with torch 2.13. Install that version (constraints.txt)"
-                )
+        check_torch()
         self.topology, self.schedule = topology, schedule
         stages = topology.pipeline_size * len(engines)
         self.stages = [
@@ -137,16 +148,16 @@ class Pipeline:
         collect: called with every output of the last stage, on its rank.
         """
         backward = scale is not None
-        for stage in self.stages:
-            stage.begin(len(rows), collect, backward)
+        for one in self.stages:
+            one.begin(len(rows), collect, backward)
         schedule = self._schedule(len(rows), backward)
         schedule._loss_fn = (lambda output, _: output[0] * scale) if backward else None
         arguments: dict[str, Any] = {"kwarg_mbs": [{"row": row} for row in rows]}
         if backward:
             arguments |= {"target_mbs": [None] * len(rows), "return_outputs": False}
         schedule._step_microbatches(**arguments)
-        for stage in self.stages:
-            stage.clear_runtime_states()
+        for one in self.stages:
+            one.clear_runtime_states()
 
     def _schedule(self, microbatches: int, backward: bool) -> Any:
         key = (microbatches, backward)
