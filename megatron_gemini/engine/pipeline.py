@@ -40,7 +40,7 @@ def check_torch() -> None:
     missing += [f"pipelining.stage._RecvInfo.{name}" for name in _RECEIVED if name not in received]
     if missing:
         raise RuntimeError(
-            f"torch {torch.__version__} has no {missing[0]}, on which pipelines rely; they were checked with torch 2.13. "
+            f"torch {torch.__version__} has no {missing[0]}, on which pipelines rely; checked with torch 2.13. "
             "Install that version (constraints.txt) or set parallel.pipeline to 1"
         )
 
