@@ -35,10 +35,10 @@ class FrozenEngine:
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._unit = ModelParallelUnit(groups) if groups.data_group is not None else None
         self.deepspeed: Any = None
+        self.gathers = self.stage == 3
         if self.stage == 3:
-            self.gathers = self.stage == 3
-        with gathering.within(groups.data_group, self._unit):
-            self.deepspeed = self._divided(build, config, settings, device)
+            with gathering.within(groups.data_group, self._unit):
+                self.deepspeed = self._divided(build, config, settings, device)
         self.module: nn.Module = self._whole(build, config, device) if self.deepspeed is None else self.deepspeed.module
         piece = _divided_piece if self.stage == 3 else _whole_piece
         self.fragments = [
