@@ -75,7 +75,7 @@ def test_the_deepspeed_json_agrees_with_the_recipe(folder: Path, monkeypatch: py
     assert config.train.rows_per_step % data_size == 0
     assert config.data.lanes % data_size == 0
 
-    full = deepspeed_config(config, config.train.rows_per_step, data_size)
+    full = deepspeed_config(config, config.train.rows_per_step // data_size, data_size)
     assert full["gradient_accumulation_steps"] * data_size == full["train_batch_size"] == config.train.rows_per_step
     assert full["bf16"]["enabled"] is True
     assert "auto" not in json.dumps(full)
