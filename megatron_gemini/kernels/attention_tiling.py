@@ -6,7 +6,7 @@ resumed, or that finds another card busy, has to give the same bits. `tools/benc
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -122,8 +122,13 @@ def launch(kernel: Any, tiling: Tiling, works: int, *arguments: Any, **constant:
         triton.set_allocator(_descriptor_memory)
     device = arguments[0].device
     grid = (min(works, multiprocessors(device) * tiling.resident),)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         kernel[grid](*arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current card, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _descriptor_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:

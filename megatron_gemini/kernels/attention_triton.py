@@ -12,7 +12,14 @@ from typing import Any
 import torch
 
 from megatron_gemini.kernels.attention_plan import AttentionPlan
-from megatron_gemini.kernels.attention_tiling import choose_tilings, constants, launch, padded_width, split_heads
+from megatron_gemini.kernels.attention_tiling import (
+    choose_tilings,
+    constants,
+    launch,
+    on_device,
+    padded_width,
+    split_heads,
+)
 from megatron_gemini.kernels.attention_triton_backward import key_gradient_kernel, prepare_kernel, query_gradient_kernel
 from megatron_gemini.kernels.attention_triton_forward import forward_kernel
 from megatron_gemini.kernels.rope import Rotation
@@ -108,22 +115,15 @@ def flash_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q_QNH, k_TKH and v_TKH, the same bits every time."""
     grad, lse_grad = out_grad_QNH.contiguous(), lse_grad_QN.contiguous()
+    if grad.data_ptr() % 16:  # a part of something larger; descriptors want it aligned
+        grad = grad.clone()
     lse2_QN, delta_QN = torch.empty_like(lse_QN), torch.empty_like(lse_QN)
     width = q_QNH.shape[2]
     blocks = -(-lse_QN.numel() // PREPARED_ROWS)
     if blocks:
-        prepare_kernel[(blocks,)](
-            out_QNH,
-            grad,
-            lse_QN,
-            lse_grad,
-            lse2_QN,
-            delta_QN,
-            lse_QN.numel(),
-            width,
-            padded_width(width),
-            PREPARED_ROWS,
-        )
+        sizes = (lse_QN.numel(), width, padded_width(width), PREPARED_ROWS)
+        with on_device(grad.device):
+            prepare_kernel[(blocks,)](out_QNH, grad, lse_QN, lse_grad, lse2_QN, delta_QN, *sizes)
     shared = (q_QNH, k_TKH, v_TKH, grad, lse2_QN, delta_QN)
     q_grad = _query_gradient(*shared, query_2Q, query_order, scale)
     return q_grad, *_key_gradients(*shared, key_2T, key_order, scale)
