@@ -119,7 +119,7 @@ def _choose(path: str, row: Mapping[str, Any], wanted: Columns) -> Columns:
 
 
 def _record(number: int, row: dict[str, Any], columns: Columns, root: str) -> Record:
-    place, caption = row.pop(columns.image or columns.url), row.pop(columns.caption)
+    place, caption = row.pop(columns.image or columns.url, None), row.pop(columns.caption, None)
     if not isinstance(place, str) or not place:
         return Record(number, problem="no_image")
     plain = {str(name): value for name, value in row.items() if _is_plain(value)}
