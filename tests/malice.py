@@ -171,7 +171,7 @@ def _bad_members(folder: Path, canary: Path) -> Corpus:
             add(tar, f"good-{number}.txt", b"text")
         for name in ("../up.txt", "/absolute.txt", "a/../../b.txt", "C:\\x.txt", "line\nbreak.txt", "./../c.txt"):
             add(tar, name, b"text")
-        for name in (f"$(touch {canary.name}).pyd", "__reduce__.pickle"):
+        for name in (f"missing_text-$(touch {canary.name}).pyd", "missing_text-__reduce__.pickle"):
             add(tar, name, pickle.dumps(Writes(canary)))
         for _ in range(2):  # beside the first one
             add(tar, "good-0.txt", b"another text")
@@ -185,7 +185,7 @@ def _bad_members(folder: Path, canary: Path) -> Corpus:
 
 def _broken_off(folder: Path) -> Corpus:
     path = folder / "broken.tar"
-    write_tar(path, ((f"good-{i}", {"txt": b"x" * 2000}) for i in range(8)))
+    write_tar(path, ((f"good-{i}", {"txt": b"x".ljust(2000)}) for i in range(8)))
     path.write_bytes(path.read_bytes()[: 7 * 2560 + 1000])  # a header and three blocks of content each
     return Corpus("text", str(path), {"tar_damaged": 1})
 

@@ -29,8 +29,8 @@ def corpus(tmp_path_factory):
 def result(corpus):
     arguments = [word for source in corpus[0] for word in (source.task, source.shard)]
     code = (
-        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_AS, ({ADDRESS_SPACE}, {ADDRESS_SPACE})); "
-        f"sys.argv = ['malice_run', *{arguments!r}]; runpy.run_module('tests.unit.data.malice_run', run_name='__main__')"
+        f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({ADDRESS_SPACE}, {ADDRESS_SPACE})); "
+        f"from tests.unit.data import malice_run; malice_run.main({arguments!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -46,11 +46,11 @@ def test_every_bad_sample_is_skipped_for_its_own_reason_and_no_good_one_is(corpu
 
 def test_all_of_the_corpus_was_met(corpus, result):
     met = {source.shard: set(found["keys"]) for source, found in zip(corpus[0], result["sources"], strict=True)}
-    assert sorted(len(keys) for keys in met.values()) == [7, 8, 10, 21, 23, 23, 23, 31]
+    assert sorted(len(keys) for keys in met.values()) == [7, 8, 10, 21, 23, 23, 23, 30]
 
 
 def test_memory_stays_bounded(result):
-    assert result["grown_mb"] < MEMORY
+    assert 1 < result["grown_mb"] < MEMORY
 
 
 def test_no_code_of_the_corpus_runs(corpus, result):
