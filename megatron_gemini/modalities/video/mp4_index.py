@@ -41,7 +41,8 @@ def check_index(data: bytes, max_frames: int) -> None:
 
 def _beside_media(data: bytes) -> list[tuple[int, int]]:
     """(begin, end) of every top-level box but `mdat`; where the boxes make no sense, the rest of the file."""
-    parts, place = [], 0
+    parts: list[tuple[int, int]] = []
+    place = 0
     while place + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, place)
         if size == 1 and place + 16 <= len(data):
