@@ -50,7 +50,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def plot(samples: Sequence[Kept], path: Path) -> None:
-    """Four histograms and a map of widths and heights as a PNG."""
+    """A map of widths and heights and three histograms as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     values = columns(samples)
