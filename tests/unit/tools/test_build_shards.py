@@ -97,7 +97,8 @@ def test_a_folder_of_pictures_becomes_shards_that_train(tmp_path, capsys):
     assert described == {"source": "000.png", "sha256": described["sha256"], "width": 24, "height": 24}
     config = run_config([SourceConfig(shards=str(out / "*.tar"), task="caption", name="c")], cache_bytes=0)
     with Loader(config, 0, 1, LAYOUT, Characters()) as loader:
-        assert all(loader._draw(loader.sources[0], position) for position in range(8))
+        assert all(loader.sources[0].document(position) for position in range(8))
+        loader.next()
         assert not loader.skipped
 
 
