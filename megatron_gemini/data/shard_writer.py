@@ -28,7 +28,7 @@ def write_shards(folder: Path, name: str, samples: Iterable[Sample], samples_per
     rest = iter(samples)
     while chunk := list(itertools.islice(rest, samples_per_shard)):
         path = folder / f"{name}-{len(shards):03d}.tar"
-        _write_tar(path, chunk)
+        write_shard(path, chunk)
         shards[path] = len(chunk)
     if not shards:
         raise ValueError(f"there are no samples for {str(folder / name)!r}")
@@ -37,7 +37,8 @@ def write_shards(folder: Path, name: str, samples: Iterable[Sample], samples_per
     return shards
 
 
-def _write_tar(path: Path, samples: Iterable[Sample]) -> None:
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """Write one shard. Members carry no times or owners, and it appears under its name only when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:

@@ -16,6 +16,7 @@ from av.video.stream import VideoStream
 
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 from megatron_gemini.modalities.image.preprocess import check_size
+from megatron_gemini.modalities.video.mp4_index import check_index
 
 MAX_BYTES = 512 * 1024 * 1024
 MAX_PIXELS = 8192 * 4320  # of one frame
@@ -48,6 +49,7 @@ def decode_video(
         raise BadSample("video_empty", "the video file is empty (0 bytes)")
     if len(data) > max_bytes:
         raise BadSample("video_too_large", f"the video file has {len(data):,} bytes; the limit is {max_bytes:,}")
+    check_index(data, MAX_CODED_FRAMES)
     coded = _count_frames(data, max_pixels, max_seconds)
     keep = {round(index) for index in np.linspace(0, coded - 1, min(coded, max_frames))}
     frames: list[np.ndarray] = []

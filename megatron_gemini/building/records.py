@@ -1,0 +1,200 @@
+"""What a build starts from: pictures in folders, or rows of a CSV, TSV, JSON-lines or parquet table."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_gemini.building.captions import Captions
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+MAX_ROW_BYTES = 1024 * 1024
+MAX_JSON_DEPTH = 16
+IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename", "image_path")
+URL_COLUMNS = ("url",)
+CAPTION_COLUMNS = ("caption", "text", "txt", "top_caption")
+HASHES = ("sha256", "md5")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture to be.
+
+    image: a path, or an address if `is_url`. caption: the text itself, or the file that holds it. columns: what else
+    the table says of it. hashes: what a download's bytes must hash to, by algorithm. problem: why the row is of no use,
+    as a reason; empty when it is.
+    """
+
+    number: int
+    image: str = ""
+    is_url: bool = False
+    caption: str | Path | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; an empty name is looked for among the usual ones. root: the folder of relative paths."""
+
+    image: str = ""
+    url: str = ""
+    caption: str = ""
+    root: str = ""
+
+
+def folder_records(folders: Sequence[str], captions: Captions) -> list[Record]:
+    """A record for every picture below the folders, in the order of their names. Raises ValueError if there is none."""
+    records: list[Record] = []
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise ValueError(f"{folder!r} is no folder; --images takes folders of pictures")
+        for place, folders_below, names in os.walk(folder):
+            folders_below.sort()
+            for name in sorted(names):
+                if name.lower().endswith(IMAGE_FILES):
+                    path = Path(place, name)
+                    records.append(Record(len(records), str(path), caption=captions.of(path)))
+    if not records:
+        raise ValueError(f"there is no picture ({', '.join(IMAGE_FILES)}) below {', '.join(folders)}")
+    return records
+
+
+def fingerprint(paths: Iterable[str | Path]) -> str:
+    """SHA-256 of the names, sizes and times of files, of those that are there: what a restarted build compares."""
+    digest = hashlib.sha256()
+    for path in filter(os.path.exists, paths):
+        found = os.stat(path)
+        digest.update(
+            f"{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()
+
+
+def table_records(path: str, columns: Columns) -> Iterator[Record]:
+    """A record for every row of a table, in its order. Raises ValueError for a table that cannot be read or lacks
+    a column."""
+    rows = _rows(path)
+    first = next((row for row in rows if isinstance(row, dict)), None)
+    if first is None:
+        raise ValueError(f"{path!r} has no row that can be read")
+    chosen = _choose(path, first, columns)
+    root = columns.root or os.path.dirname(path)
+    for number, row in enumerate(_rows(path)):
+        yield _record(number, row, chosen, root) if isinstance(row, dict) else Record(number, problem=row)
+
+
+def row_count(path: str) -> int | None:
+    """Rows of a table where that is known without reading it: of parquet."""
+    if not path.endswith(".parquet"):
+        return None
+    parquet = _parquet_library(path)
+    return parquet.read_metadata(path).num_rows
+
+
+def _choose(path: str, row: Mapping[str, Any], wanted: Columns) -> Columns:
+    """`wanted` with every name that was left open filled in."""
+
+    def find(name: str, usual: Sequence[str]) -> str:
+        if name and name not in row:
+            raise ValueError(f"{path!r} has no column {name!r}; it has {', '.join(map(str, row))}")
+        return name or next((column for column in row if str(column).lower() in usual), "")
+
+    image = find(wanted.image, () if wanted.url else IMAGE_COLUMNS)
+    url = "" if image else find(wanted.url, URL_COLUMNS)
+    caption = find(wanted.caption, CAPTION_COLUMNS)
+    if not (image or url) or not caption:
+        missing = "--caption-column" if image or url else "--image-column or --url-column"
+        raise ValueError(f"which column of {path!r} to use is not clear; give {missing} one of {', '.join(row)}")
+    return Columns(image, url, caption)
+
+
+def _record(number: int, row: dict[str, Any], columns: Columns, root: str) -> Record:
+    place, caption = row.pop(columns.image or columns.url, None), row.pop(columns.caption, None)
+    if not isinstance(place, str) or not place:
+        return Record(number, problem="no_image")
+    plain = {str(name): value for name, value in row.items() if _is_plain(value)}
+    caption = caption if isinstance(caption, str) else None
+    if columns.url:
+        hashes = {name: str(row[name]).lower() for name in HASHES if row.get(name)}
+        return Record(number, place, True, caption, plain, hashes)
+    if "\0" in place:
+        return Record(number, problem="path_outside")
+    inside, path = os.path.realpath(root or "."), os.path.realpath(os.path.join(root, place))
+    if os.path.commonpath([inside, path]) != inside:  # a table may name any file of the machine
+        return Record(number, problem="path_outside")
+    return Record(number, path, False, caption, plain)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _rows(path: str) -> Iterator[dict[str, Any] | str]:
+    """Rows as dicts; a reason in the place of one that cannot be read."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in TABLES:
+        raise ValueError(f"{path!r} is no table that can be read; there are {', '.join(TABLES)}")
+    if ending == ".parquet":
+        return _parquet(path)
+    return _json_lines(path) if ending == ".jsonl" else _separated(path, "\t" if ending == ".tsv" else ",")
+
+
+def _separated(path: str, delimiter: str) -> Iterator[dict[str, Any] | str]:
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path!r} has a column twice: {', '.join(header)}")
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error:
+                yield "bad_row"
+                continue
+            if row:
+                yield dict(zip(header, row, strict=True)) if len(row) == len(header) else "bad_row"
+
+
+def _json_lines(path: str) -> Iterator[dict[str, Any] | str]:
+    with open(path, "rb") as file:
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            if len(line) > MAX_ROW_BYTES:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(MAX_ROW_BYTES)
+                yield "bad_row"
+                continue
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield row if isinstance(row, dict) else "bad_row"
+
+
+def _parquet(path: str) -> Iterator[dict[str, Any] | str]:
+    with _parquet_library(path).ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def _parquet_library(path: str) -> Any:
+    """pyarrow.parquet, whose errors are ValueErrors or OSErrors."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"reading {path!r} needs pyarrow; pip install pyarrow, or give the table as CSV") from None
+    return pyarrow.parquet
