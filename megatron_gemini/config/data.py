@@ -52,13 +52,16 @@ class DataConfig:
     """Stop when more than this share of the samples read is unreadable (after the first 200 samples)."""
     prefetch: int = 2
     """Global steps that a background thread reads ahead; 0 reads in the training loop."""
-
+    workers: int = 0
+    """Processes of a rank that read and decode; 0 does it in the rank's own process."""
+    sample_seconds: float = 60.0
+    """A sample that takes a worker process longer is given up, counted and never tried again."""
     cache_bytes: int = 256 * 1024 * 1024
     """Memory of a rank for decoded samples, so that small data sets are decoded once, not once an epoch; 0 for none."""
 
     def __post_init__(self) -> None:
-        positive(self, "data", "row_tokens", "lanes", "look_ahead")
-        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch", "cache_bytes")
+        positive(self, "data", "row_tokens", "lanes", "look_ahead", "sample_seconds")
+        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch", "workers", "cache_bytes")
         for name in ("caption_dropout", "max_bad_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.decode import TASK_FIELDS, Decoder, field_bytes, wanted_endings
 from megatron_gemini.data.document import Document, Encodes, build_document
+from megatron_gemini.data.order import Order
 from megatron_gemini.data.pack import check_fits
 from megatron_gemini.data.shards import Shards, expand_shards
 from megatron_gemini.data.tasks import ask, check_prompts, random_stream
 from megatron_gemini.modalities.bad_sample import BadSample
+
+CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
 
 
 def source_labels(sources: tuple[SourceConfig, ...]) -> list[str]:
@@ -70,21 +72,16 @@ class Source:
         self.row_tokens = config.data.row_tokens
         self.layout, self.text_tokenizer, self.cache = layout, text_tokenizer, cache
         self.decoder = Decoder.from_config(config)
-        self.shards = Shards(expand_shards(source.shards))
-        self._orders: dict[int, np.ndarray] = {}
+        self.shards = Shards(expand_shards(source.shards), Path(config.train.output_dir) / "shard-index")
+        self.order = Order([*self.shards.first_sample, len(self.shards)], self.seed, label)
         self._check_shards()
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def sample_at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample) of a position; every epoch is its own permutation of all samples."""
-        epoch, place = divmod(position, len(self))
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # two, since some lanes begin an epoch while others finish the one before
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = random_stream(self.seed, "order", self.label, epoch).permutation(len(self))
-        return epoch, int(self._orders[epoch][place])
+        """(epoch, sample) of a position; every epoch has an order of its own of all samples."""
+        return self.order.at(position)
 
     def document(self, position: int) -> Document:
         """The document at a position. Raises BadSample."""
@@ -115,9 +112,10 @@ class Source:
         return fields
 
     def _check_shards(self) -> None:
-        """Every shard has a sample that can be used. As a rule the first can, so this reads one sample a shard."""
+        """Some shards have a sample that can be used: all of them, or of many `CHECKED_SHARDS` evenly spread ones."""
         bounds = [*self.shards.first_sample, len(self)]
-        for path, first, end in zip(self.shards.paths, bounds[:-1], bounds[1:], strict=True):
+        for number in range(0, len(self.shards.paths), -(-len(self.shards.paths) // CHECKED_SHARDS)):
+            path, first, end = self.shards.paths[number], bounds[number], bounds[number + 1]
             reasons: Counter[str] = Counter()
             for sample in range(first, end):
                 try:

@@ -52,7 +52,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
     with open(path, "rb") as file:
         try:
             for name, kind, offset, size in _walk(file):
-                reason = _refusal(name, kind, size, max_member_bytes)
+                reason = refusal(name, kind, size, max_member_bytes)
                 if not reason and name in seen:
                     reason = "tar_duplicate"
                 if reason:
@@ -68,7 +68,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
     return index
 
 
-def _refusal(name: str, kind: bytes, size: int, max_member_bytes: int) -> str:
+def refusal(name: str, kind: bytes, size: int, max_member_bytes: int = MAX_MEMBER_BYTES) -> str:
     """Why a member is left out; empty when it is not."""
     if kind == _FOLDER:
         return ""
