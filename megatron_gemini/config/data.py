@@ -25,10 +25,29 @@ class SourceConfig:
     """Questions to choose from (the task's own when empty). For `generate`, templates with {text}."""
     name: str = ""
     """In logs and error messages; the task and the file name when empty."""
+    epochs: float = 0.0
+    """The source drops out of the mixture after so many epochs; 0 for never."""
+    tokens: int = 0
+    """The source drops out of the mixture after about so many tokens; 0 for never."""
 
     def __post_init__(self) -> None:
         one_of(self, "data.sources", "task", TASKS)
         positive(self, "data.sources", "weight")
+        at_least(self, "data.sources", 0, "epochs", "tokens")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """Weights of the sources from a step on."""
+
+    step: int = 0
+    weights: tuple[float, ...] = ()
+    """One for each of data.sources, in their order; 0 leaves a source out."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "data.curriculum", 0, "step")
+        if any(weight < 0 for weight in self.weights) or not any(self.weights):
+            raise ValueError(f"data.curriculum.weights is {list(self.weights)}; none below 0, and one above it")
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,14 @@ class DataConfig:
     """Independent streams of rows; the order of samples depends on this number but never on ranks."""
     look_ahead: int = 16
     """Documents that the packer may choose from."""
+    row_patches: int = 0
+    """Most image and video patches of a row, to bound the encoders' memory; 0 for no limit but row_tokens."""
+    row_audio_frames: int = 0
+    """Most log-mel frames (100 a second) of a row; 0 for no limit but row_tokens."""
+    temperature: float = 1.0
+    """Weights are raised to 1 / temperature: above 1 they come closer to each other."""
+    curriculum: tuple[PhaseConfig, ...] = ()
+    """Weights that take the place of the sources' own from a step on."""
     caption_dropout: float = 0.1
     """Share of image-generating prompts left empty, for classifier-free guidance."""
     max_bad_share: float = 0.05
@@ -65,3 +92,17 @@ class DataConfig:
         for name in ("caption_dropout", "max_bad_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")
+        at_least(self, "data", 0, "row_patches", "row_audio_frames")
+        positive(self, "data", "temperature")
+        self._check_curriculum()
+
+    def _check_curriculum(self) -> None:
+        steps = [phase.step for phase in self.curriculum]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"data.curriculum begins phases at the steps {steps}; put them in increasing order")
+        for phase in self.curriculum:
+            if len(phase.weights) != len(self.sources):
+                raise ValueError(
+                    f"data.curriculum gives {len(phase.weights)} weights from step {phase.step} on, and there are "
+                    f"{len(self.sources)} data.sources; give one for each"
+                )

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from megatron_gemini.config.model import AudioConfig, VisionConfig
-from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, TokenLayout
+from megatron_gemini.contracts import AUDIO, ENCODERS, IMAGE, TEXT, VISION, TokenLayout
 from megatron_gemini.modalities.audio.preprocess import audio_output_length, log_mel
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import fit_image, patchify, vision_grid
@@ -80,6 +80,14 @@ class EncoderInput:
 Item = Text | Image | ImageCodes | Video | Audio | EncoderInput
 
 
+class Size(NamedTuple):
+    """What a document takes of a row: tokens, image and video patches, log-mel frames."""
+
+    tokens: int
+    patches: int = 0
+    audio_frames: int = 0
+
+
 @dataclass(eq=False)
 class Document:
     """One document, not yet placed in a row.
@@ -100,6 +108,11 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.token_L)
+
+    @property
+    def size(self) -> Size:
+        inputs = {encoder: sum(len(i.values_PC) for i in self.media if i.encoder == encoder) for encoder in ENCODERS}
+        return Size(len(self), inputs[VISION], inputs[AUDIO])
 
 
 def prepare_image(image: Image, vision: VisionConfig) -> EncoderInput:

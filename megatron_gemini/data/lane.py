@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_gemini.config.data import DataConfig
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import Batch
-from megatron_gemini.data.document import Document
-from megatron_gemini.data.pack import best_fit, pack
+from megatron_gemini.data.document import Document, Size
+from megatron_gemini.data.mixture import Mixture
+from megatron_gemini.data.pack import choose, pack, row_limits
 from megatron_gemini.data.source import Source
-from megatron_gemini.data.tasks import random_stream
 
 Draw = Callable[[Source, int], Document | None]  # the document at a position, None (and counted) if it is bad
 
 
 class Lane:
-    """Draws documents from the sources by their weights and packs them, choosing among `look_ahead` of them."""
+    """Draws documents from a mixture of the sources and packs them, choosing among `look_ahead` of them."""
 
     def __init__(
         self,
@@ -30,60 +31,53 @@ class Lane:
         draw: Draw,
         *,
         seed: int,
-        row_tokens: int,
-        look_ahead: int,
+        rows_per_step: int,
+        data: DataConfig,
         loss: LossConfig,
     ) -> None:
-        self.number, self.lanes, self.sources, self.draw = number, lanes, sources, draw
-        self.row_tokens, self.look_ahead, self.loss = row_tokens, look_ahead, loss
-        total = sum(source.weight for source in sources)
-        self._shares = [source.weight / total for source in sources]
-        self._phases = random_stream(seed, "mixture", number).random(len(sources))
-        self._drawn = [0] * len(sources)  # positions taken of every source, good or bad
+        self.number, self.sources, self.draw = number, sources, draw
+        self.limits, self.look_ahead, self.loss = row_limits(data), data.look_ahead, loss
+        self.mixture = Mixture(number, lanes, sources, data, seed=seed, rows_per_step=rows_per_step)
         self._waiting: list[tuple[int, int, Document]] = []  # (source, position, document), oldest first
         self._rows = 0
 
     def row(self) -> Batch:
-        """The next packed row: the document that has waited longest, then the longest that fits, and so on."""
-        chosen: list[Document] = []
-        room = self.row_tokens
-        while True:
+        """The next packed row: the document that has waited longest, and those of the others that fill it best.
+
+        Raises ValueError when every source is used up.
+        """
+        self._fill()
+        if not self._waiting:
+            raise ValueError(
+                f"every data source is used up after {self._rows} rows of lane {self.number}; raise the epochs or "
+                "tokens of data.sources, or lower train.steps"
+            )
+        chosen, room, more = [], self.limits, [0]
+        while more:
+            for place in reversed(more):
+                chosen.append(self._waiting.pop(place)[2])
+                room = Size(*(left - taken for left, taken in zip(room, chosen[-1].size, strict=True)))
             self._fill()
-            place = best_fit([len(document) for *_, document in self._waiting], room) if chosen else 0
-            if place is None:
-                break
-            chosen.append(self._waiting.pop(place)[2])
-            room -= len(chosen[-1])
+            more = choose([document.size for *_, document in self._waiting], room)
         self._rows += 1
-        return pack(chosen, self.row_tokens, self.loss)
+        return pack(chosen, self.limits.tokens, self.loss)
 
     def _fill(self) -> None:
         while len(self._waiting) < self.look_ahead:
-            source, position = self._next()
+            drawn = self.mixture.next(self._rows)
+            if drawn is None:
+                return
+            source, position = drawn
             document = self.draw(self.sources[source], position)
             if document is not None:
+                self.mixture.spend(source, len(document))
                 self._waiting.append((source, position, document))
-
-    def _next(self) -> tuple[int, int]:
-        """(source, position) of the next draw: the source that is furthest behind its share of this lane's draws.
-
-        Shares hold to within a document or so at any time; random phases keep the lanes from drawing in step.
-        """
-        draws = sum(self._drawn) + 1
-        behind = [
-            share * draws + phase - drawn
-            for share, phase, drawn in zip(self._shares, self._phases, self._drawn, strict=True)
-        ]
-        source = behind.index(max(behind))
-        position = self.number + self.lanes * self._drawn[source]
-        self._drawn[source] += 1
-        return source, position
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on with the same rows; plain numbers and strings."""
         return {
             "rows": self._rows,
-            "drawn": {source.label: drawn for source, drawn in zip(self.sources, self._drawn, strict=True)},
+            **self.mixture.state(),
             "samples": {source.label: len(source) for source in self.sources},
             "waiting": [[self.sources[source].label, position] for source, position, _ in self._waiting],
         }
@@ -98,7 +92,7 @@ class Lane:
             )
         numbers = {source.label: number for number, source in enumerate(self.sources)}
         self._rows = state["rows"]
-        self._drawn = [state["drawn"][source.label] for source in self.sources]
+        self.mixture.load_state(state)
         self._waiting = []
         for label, position in state["waiting"]:
             document = self.sources[numbers[label]].document(position)

@@ -59,8 +59,8 @@ class Loader:
                 self.sources,
                 self._draw,
                 seed=config.train.seed,
-                row_tokens=data.row_tokens,
-                look_ahead=data.look_ahead,
+                rows_per_step=rows,
+                data=data,
                 loss=config.loss,
             )
             for number in range(data_rank, data.lanes, data_size)
@@ -81,7 +81,13 @@ class Loader:
         rows = config.train.held_out_rows
         divides(data_size, rows, f"{data_size} data-parallel ranks", "train.held_out_rows")
         data = dataclasses.replace(
-            config.data, sources=config.data.held_out, caption_dropout=0.0, prefetch=0, lanes=rows, cache_bytes=0
+            config.data,
+            sources=config.data.held_out,
+            curriculum=(),
+            caption_dropout=0.0,
+            prefetch=0,
+            lanes=rows,
+            cache_bytes=0,
         )
         train = dataclasses.replace(config.train, rows_per_step=rows)
         return cls(dataclasses.replace(config, data=data, train=train), data_rank, data_size, layout, tokenizer)

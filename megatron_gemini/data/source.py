@@ -12,7 +12,7 @@ from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.decode import TASK_FIELDS, Decoder, field_bytes, wanted_endings
 from megatron_gemini.data.document import Document, Encodes, build_document
 from megatron_gemini.data.order import Order
-from megatron_gemini.data.pack import check_fits
+from megatron_gemini.data.pack import check_fits, row_limits
 from megatron_gemini.data.shards import Shards, expand_shards
 from megatron_gemini.data.tasks import ask, check_prompts, random_stream
 from megatron_gemini.modalities.bad_sample import BadSample
@@ -68,8 +68,9 @@ class Source:
         check_prompts(source.task, source.prompts, label)
         _check_encoders(source.task, label, config)
         self.label, self.task, self.prompts = label, source.task, source.prompts
-        self.weight, self.seed, self.caption_dropout = source.weight, config.train.seed, caption_dropout
-        self.row_tokens = config.data.row_tokens
+        self.weight, self.epochs, self.tokens = source.weight, source.epochs, source.tokens
+        self.seed, self.caption_dropout = config.train.seed, caption_dropout
+        self.limits = row_limits(config.data)
         self.layout, self.text_tokenizer, self.cache = layout, text_tokenizer, cache
         self.decoder = Decoder.from_config(config)
         self.shards = Shards(expand_shards(source.shards), Path(config.train.output_dir) / "shard-index")
@@ -99,7 +100,7 @@ class Source:
             key=f"{self.label}/{key}",
             loss_on_prompt=answer is None,
         )
-        check_fits(document, self.row_tokens)
+        check_fits(document, self.limits)
         return document
 
     def fields(self, sample: int) -> dict[str, Any]:

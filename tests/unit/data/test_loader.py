@@ -128,9 +128,19 @@ def test_documents_come_in_the_shares_of_their_weights(tmp_path):
 
 
 def test_rows_are_nearly_full(mixture):
-    loader = load(mixture)
+    loader = load(dataclasses.replace(mixture, data=dataclasses.replace(mixture.data, look_ahead=16)))
     used = [float((batch.segment_T > 0).float().mean()) for _ in range(30) for batch in loader.next()]
-    assert sum(used) / len(used) > 0.85
+    assert sum(used) / len(used) > 0.97
+
+
+def test_rows_keep_the_budgets_of_the_encoders(mixture):
+    data = dataclasses.replace(mixture.data, row_patches=9, row_audio_frames=25)
+    loader = load(dataclasses.replace(mixture, data=data))
+    rows = [batch for _ in range(20) for batch in loader.next()]
+    for name, limit in (("vision", 9), ("audio", 25)):
+        used = [len(row.media[name].values_PC) for row in rows if name in row.media]
+        assert limit - 5 <= max(used) <= limit
+    assert not loader.skipped
 
 
 def test_held_out_rows_are_the_same_every_time_and_never_have_an_empty_prompt(mixture):
