@@ -83,7 +83,7 @@ class Decoder:
         if name == "codes":
             return decode_codes(data, self.image_tokenizer)
         if name == "image":
-            return prepare_image(Image(decode_image(data)), self.vision)
+            return prepare_image(Image(decode_image(data, shrink_to=self.vision.max_side)), self.vision)
         if name == "video":
             return prepare_video(Video(*decode_video(data, self.vision.max_frames)), self.vision)
         return prepare_audio(Audio(decode_audio(data, self.audio.max_seconds)), self.audio)

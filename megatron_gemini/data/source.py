@@ -52,7 +52,7 @@ class Cache:
 class Source:
     """Documents by position in an endless sequence of epochs; position p is in epoch p // len(source).
 
-    Raises ValueError for shards that are missing, empty or in which no sample can be used, naming the shard.
+    Raises ValueError for shards that are missing or empty, naming the shard.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class Source:
         self.decoder = Decoder.from_config(config)
         self.shards = Shards(expand_shards(source.shards), Path(config.train.output_dir) / "shard-index")
         self.order = Order([*self.shards.first_sample, len(self.shards)], self.seed, label)
-        self._check_shards()
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -112,8 +111,9 @@ class Source:
             self.cache.put(self.label, sample, fields)
         return fields
 
-    def _check_shards(self) -> None:
-        """Some shards have a sample that can be used: all of them, or of many `CHECKED_SHARDS` evenly spread ones."""
+    def check_shards(self) -> None:
+        """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly
+        spread ones."""
         bounds = [*self.shards.first_sample, len(self)]
         for number in range(0, len(self.shards.paths), -(-len(self.shards.paths) // CHECKED_SHARDS)):
             path, first, end = self.shards.paths[number], bounds[number], bounds[number + 1]

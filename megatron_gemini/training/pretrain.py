@@ -38,7 +38,9 @@ class Pretraining(Task):
         self.layout = TokenLayout(self.tokenizer.size, config.image_tokenizer.codes)
         self.image_tokenizer = self._load_image_tokenizer()
         self.digest = config_digest(config)
-        self.loader = Loader(config, topology.data_rank, topology.data_size, self.layout, self.tokenizer)
+        self.loader = Loader(
+            config, topology.data_rank, topology.data_size, self.layout, self.tokenizer, pin=device.type == "cuda"
+        )
         self.engine = MultimodalEngine(config, self.layout, topology, device)
 
     def _load_image_tokenizer(self) -> ImageTokenizer | None:
@@ -125,7 +127,7 @@ class Pretraining(Task):
         self.loader.load_state(state)
 
     def left_out(self) -> Counter[tuple[str, str]]:
-        return self.loader.skipped.copy()
+        return self.loader.skipped
 
     def held_out(self) -> dict[str, float]:
         if not self.config.data.held_out:
