@@ -63,12 +63,12 @@ def picture(seed: int) -> bytes:
 
 
 def pictures(folder: Path, count: int) -> list[str]:
-    shards = write_shards(
-        folder, "photo", ((f"{i:05d}", {"jpg": picture(i), "txt": b"a photo"}) for i in range(count)), 100
-    )
-    for shard in shards:
-        write_index(str(shard))
-    return [str(shard) for shard in shards]
+    """Shards of `count` pictures with their indices, made once."""
+    if not folder.exists():
+        samples = ((f"{i:05d}", {"jpg": picture(i), "txt": b"a photo"}) for i in range(count))
+        for shard in write_shards(folder, "photo", samples, 100):
+            write_index(str(shard))
+    return sorted(map(str, folder.glob("photo-*.tar")))
 
 
 def ours(paths: list[str]) -> Iterator[np.ndarray]:
