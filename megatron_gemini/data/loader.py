@@ -20,6 +20,7 @@ from megatron_gemini.data.wire import pinned
 from megatron_gemini.data.workers import Lanes, WorkerPool
 
 logger = logging.getLogger(__name__)
+Step = tuple[list[Batch], dict[str, Any]]  # this rank's rows, and the states of its lanes after them
 
 
 class Loader:
@@ -57,6 +58,7 @@ class Loader:
         self._of_shards = self._report_shards() if data_rank == 0 else Counter()  # every rank sees all shards
         self._reader = Reader(config, self.sources, range(data_rank, data.lanes, data_size))
         self._pool: WorkerPool | None = None
+        self._ahead: Prefetch[Step] | None = None
         self._begin(self._reader.states())
 
     @classmethod
@@ -129,9 +131,9 @@ class Loader:
     def _begin(self, states: dict[str, Any]) -> None:
         """states: of this rank's lanes, which the next rows begin from."""
         self._handed_out, self._lanes = states, Lanes(dict(states))
-        self._ahead: Prefetch[tuple[list[Batch], dict[str, Any]]] | None = None
+        self._ahead = None
 
-    def _start(self) -> Prefetch[tuple[list[Batch], dict[str, Any]]]:
+    def _start(self) -> Prefetch[Step]:
         """Begin to read: not before the first row is wanted, as the run may be one that first goes on elsewhere."""
         config = self._config
         if config.data.workers:
@@ -157,7 +159,7 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _make(self) -> tuple[list[Batch], dict[str, Any]]:
+    def _make(self) -> Step:
         """One step's rows of this rank, and the state after them."""
         batches = []
         for row in range(self._first_row, self._first_row + self._rows, self._size):

@@ -21,14 +21,15 @@ def to_bytes(batch: Batch, extra: dict[str, Any]) -> tuple[bytes, bytearray]:
     tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name.endswith("_T")}
     for name, inputs in media.items():
         tensors |= {f"{name}.{f.name}": getattr(inputs, f.name) for f in dataclasses.fields(inputs)}
-    places, size = [], 0
+    places: list[Any] = []
+    size = 0
     for name, tensor in tensors.items():
         places.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), size])
         size += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
     body = bytearray(size)
     for (*_, begin), tensor in zip(places, tensors.values(), strict=True):
         content = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
-        body[begin : begin + tensor.nbytes] = content.data
+        np.frombuffer(body, np.uint8)[begin : begin + len(content)] = content
     header = {"extra": extra, "rest": rest, "tensors": places, "bytes": size, "media": list(media)}
     return json.dumps(header).encode(), body
 
@@ -40,7 +41,7 @@ def parse_header(header: bytes) -> dict[str, Any]:
 
 def from_bytes(header: dict[str, Any], body: torch.Tensor) -> Batch:
     """The row, whose tensors are views of `body`, uint8[header["bytes"]]."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Any] = {}
     for name, dtype, shape, begin in header["tensors"]:
         kind: torch.dtype = getattr(torch, dtype)
         count = int(np.prod(shape, dtype=np.int64)) * kind.itemsize

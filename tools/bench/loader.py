@@ -91,7 +91,7 @@ def by_webdataset(paths: list[str]) -> Iterator[np.ndarray]:
 
 
 def by_energon(paths: list[str]) -> Iterator[np.ndarray]:
-    from megatron.energon import DefaultTaskEncoder, SampleDecoder, WorkerConfig, get_val_dataset
+    from megatron.energon import DefaultTaskEncoder, SampleDecoder, WorkerConfig, get_loader, get_val_dataset
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     folder = Path(paths[0]).parent
@@ -113,7 +113,8 @@ def by_energon(paths: list[str]) -> Iterator[np.ndarray]:
             return samples
 
     alone = WorkerConfig(rank=0, world_size=1, num_workers=0)
-    for batch in get_val_dataset(folder, worker_config=alone, batch_size=1, task_encoder=Encoder()):
+    dataset = get_val_dataset(folder, worker_config=alone, batch_size=1, task_encoder=Encoder())
+    for batch in get_loader(dataset):
         yield from (sample.image for sample in batch)
 
 
