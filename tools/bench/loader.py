@@ -3,13 +3,11 @@
     python tools/bench/loader.py --folder /tmp/bench decode      # needs: pip install webdataset megatron-energon
     python tools/bench/loader.py --folder /tmp/bench startup
     python tools/bench/loader.py --folder /tmp/bench memory
-    python tools/bench/loader.py --folder /tmp/bench fill
 
 decode: samples per CPU-second from the same shards of 512 x 512 JPEGs to uint8[224, 224, 3], one process, one reader
 after the other in every round. Those of webdataset and megatron-energon that are not installed are left out.
 startup: opening a source of 10,000 shards with index files (links to one tar of 1,000 samples).
 memory: resident memory of the process while the loader goes through 100,000 samples.
-fill: tokens that are not padding in rows of documents of mixed lengths.
 """
 
 from __future__ import annotations
@@ -192,17 +190,6 @@ def memory(folder: Path) -> dict[str, object]:
     return {"resident_MB_after_samples": found}
 
 
-def fill(folder: Path) -> dict[str, object]:
-    random = np.random.default_rng(0)
-    lengths = np.concatenate([random.integers(20, 400, 900), random.lognormal(5.5, 0.8, 600).astype(int).clip(5, 1000)])
-    samples = ((f"{i:05d}", {"txt": b"x" * int(length)}) for i, length in enumerate(random.permutation(lengths)))
-    write_shards(folder / "mixed", "m", samples)
-    source = SourceConfig(shards=f"{folder}/mixed/m-*.tar", task="text", name="mixed")
-    with Loader(config(folder, source), 0, 1, LAYOUT, Bytes()) as loader:
-        used = [float((batch.segment_T > 0).float().mean()) for _ in range(60) for batch in loader.next()]
-    return {"rows": len(used), "mean_fill": statistics.mean(used), "look_ahead": 16, "row_tokens": 1024}
-
-
 def config(folder: Path, source: SourceConfig) -> RunConfig:
     data = DataConfig(sources=(source,), row_tokens=1024, lanes=8, cache_bytes=0, prefetch=0)
     train = TrainConfig(rows_per_step=8, output_dir=str(folder / "run"))
@@ -219,14 +206,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for the generated shards")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("part", choices=("decode", "startup", "memory", "fill"))
+    parser.add_argument("part", choices=("decode", "startup", "memory"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     parts: dict[str, Callable[[], dict[str, object]]] = {
         "decode": lambda: decode(options.folder, options.rounds),
         "startup": lambda: startup(options.folder),
         "memory": lambda: memory(options.folder),
-        "fill": lambda: fill(options.folder),
     }
     print(json.dumps(parts[options.part]()))
 
