@@ -23,8 +23,10 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_gemini.config.load import load_config
-from megatron_gemini.data.decode import decode_json, decode_text
-from megatron_gemini.data.shards import Shards, expand_shards
+from megatron_gemini.data.decode import decode_text
+from megatron_gemini.data.decode_json import decode_json
+from megatron_gemini.data.paths import expand_shards
+from megatron_gemini.data.shards import Shards
 from megatron_gemini.data.tasks import PROMPTS
 from megatron_gemini.modalities.bad_sample import BadSample
 

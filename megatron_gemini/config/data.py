@@ -7,24 +7,49 @@ from typing import Literal
 
 from megatron_gemini.config.check import at_least, one_of, positive
 
-TASKS = ("caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text")
+TASKS = ("caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text", "chat")
+FORMATS = ("auto", "webdataset", "jsonl", "parquet")
+
+
+@dataclass(frozen=True)
+class FieldsConfig:
+    """Where a sample has each field: members of a tar by their endings, columns of a table, or MEMBER:KEY for a key of
+    a JSON member. Of several names the first that the sample has counts; an empty list means the usual names.
+    """
+
+    text: tuple[str, ...] = ()
+    image: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    audio: tuple[str, ...] = ()
+    video: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+    """The description of an interleaved document."""
+    messages: tuple[str, ...] = ()
+    """A conversation."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One set of WebDataset-style tar shards, read for one task."""
+    """One set of shards, read for one task."""
 
     shards: str = ""
-    """Path of the tars; globs and {000..015} ranges are expanded. Relative to the working directory."""
-    task: Literal["caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text"] = (
-        "caption"
-    )
+    """Path or fsspec URL; globs, {000..015} ranges and {a,b} lists are expanded. Relative to the working directory."""
+    task: Literal[
+        "caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text", "chat"
+    ] = "caption"
     weight: float = 1.0
     """Share of the documents drawn from here, relative to the other sources."""
     prompts: tuple[str, ...] = ()
     """Questions to choose from (the task's own when empty). For `generate`, templates with {text}."""
     name: str = ""
     """In logs and error messages; the task and the file name when empty."""
+    format: Literal["auto", "webdataset", "jsonl", "parquet"] = "auto"
+    """`auto` goes by the ending of the path."""
+    fields: FieldsConfig = FieldsConfig()
+    filters: tuple[str, ...] = ()
+    """Conditions on the sample's JSON member or columns, which must all hold: similarity >= 0.3, NSFW in UNLIKELY."""
+    operations: tuple[str, ...] = ()
+    """What is done to a sample, in order, such as resize(tokens=256), in place of the usual list; see docs/data.md."""
     epochs: float = 0.0
     """The source drops out of the mixture after so many epochs; 0 for never."""
     tokens: int = 0
@@ -32,6 +57,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "data.sources", "task", TASKS)
+        one_of(self, "data.sources", "format", FORMATS)
         positive(self, "data.sources", "weight")
         at_least(self, "data.sources", 0, "epochs", "tokens")
 

@@ -80,6 +80,14 @@ class EncoderInput:
 Item = Text | Image | ImageCodes | Video | Audio | EncoderInput
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What one side of a conversation says; `answer`: the model does."""
+
+    answer: bool
+    items: Sequence[Item]
+
+
 class Size(NamedTuple):
     """What a document takes of a row: tokens, image and video patches, log-mel frames."""
 
@@ -187,6 +195,31 @@ def build_document(
             writer.item(prepare(item, vision, audio), loss=True, key=key)
     if answer is None or answer:
         writer.control("eos", loss=answer is not None or loss_on_prompt)
+    return writer.document(key)
+
+
+def build_conversation(
+    turns: Sequence[Turn],
+    *,
+    layout: TokenLayout,
+    text_tokenizer: Encodes,
+    vision: VisionConfig,
+    audio: AudioConfig,
+    key: str,
+) -> Document:
+    """Lay the turns out as one document: `bos user <items> model <items> eos user <items> model <items> eos`.
+
+    Loss is on the model's turns and the eos that ends each of them. With one question and one answer the document is
+    that of `build_document`. Raises as `build_document` does.
+    """
+    writer = _Writer(layout, text_tokenizer)
+    writer.control("bos", loss=False)
+    for turn in turns:
+        writer.control("model" if turn.answer else "user", loss=False)
+        for item in turn.items:
+            writer.item(prepare(item, vision, audio), loss=turn.answer, key=key)
+        if turn.answer:
+            writer.control("eos", loss=True)
     return writer.document(key)
 
 

@@ -21,8 +21,11 @@ class Order:
     and only its permutation is in memory.
     """
 
-    def __init__(self, bounds: Sequence[int], seed: int, label: str) -> None:
-        """bounds: number of the first sample of every shard, and that of all samples."""
+    def __init__(self, bounds: Sequence[int], seed: int, label: str, window: int = 0) -> None:
+        """bounds: number of the first sample of every shard, and that of all samples. window: in place of `WINDOW`,
+        if it is not 0.
+        """
+        self.window = window or WINDOW
         self.bounds, self.key = np.asarray(bounds, np.int64), (seed, "order", label)
         self._epochs: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
         self._samples: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -42,7 +45,7 @@ class Order:
         """(shards of every window, where each window ends in the epoch)."""
         if epoch not in self._epochs:
             shards = np.arange(len(self.bounds) - 1)
-            if len(self) > WINDOW:
+            if len(self) > self.window:
                 shards = random_stream(*self.key, epoch, "shards").permutation(shards)
             windows = self._cut(shards)
             while len(self._epochs) > 1:
@@ -53,7 +56,7 @@ class Order:
     def _cut(self, shards: np.ndarray) -> list[np.ndarray]:
         begins, filled = [0], 0
         for place, count in enumerate(np.diff(self.bounds)[shards].tolist()):
-            if filled and filled + count > WINDOW:
+            if filled and filled + count > self.window:
                 begins.append(place)
                 filled = 0
             filled += count

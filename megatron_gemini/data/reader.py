@@ -12,10 +12,11 @@ from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.data.document import Document, Encodes
 from megatron_gemini.data.lane import Lane
 from megatron_gemini.data.source import Cache, Source, source_labels
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.bad_sample import FILTERED, BadSample, LeftOut
 
 logger = logging.getLogger(__name__)
 FIRST_SAMPLES = 200  # before the share of bad ones is judged
+FEW_PASS = 10_000  # samples of a lane, of which a filter should have let one pass
 
 Watch = Callable[[int, int, int], None]  # told (lane, source, position) of what is about to be decoded
 
@@ -78,7 +79,13 @@ class Reader:
             return source.document(position)
         except BadSample as error:
             self._tell(source.label, error)
-            self._judge()
+            if not isinstance(error, LeftOut):
+                self._judge()
+            elif lane.read > FEW_PASS and lane.skipped.total() + 1 >= lane.read:
+                raise ValueError(
+                    f"none of the first {lane.read} samples can be used:\n{skipped_table(self.skipped())}\n"
+                    "look at the filters of data.sources"
+                ) from None
             raise
         finally:
             self._done()
@@ -93,7 +100,9 @@ class Reader:
     def _judge(self) -> None:
         """Called with a bad sample that is not counted in `skipped` yet."""
         skipped = self.skipped()
-        read, bad = sum(lane.read for lane in self.lanes.values()), skipped.total() + 1
+        left_out = sum(count for (_, reason), count in skipped.items() if reason.startswith(FILTERED))
+        read = sum(lane.read for lane in self.lanes.values()) - left_out
+        bad = skipped.total() + 1 - left_out
         allowed = min(self._config.data.max_bad_share * read, read - 1)  # without a good one, no row ends
         if read > FIRST_SAMPLES and bad > allowed:
             raise ValueError(

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import difflib
-import glob
 import itertools
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,61 +21,17 @@ from megatron_gemini.data.index_cache import (
     sample_key,
     write_index,
 )
+from megatron_gemini.data.paths import expand_shards
 from megatron_gemini.data.tar_index import Member, index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
 
 MAX_TEXT_BYTES = 1024 * 1024
 _TEXT_ENDINGS = ("txt", "json")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MAX_SHARDS = 1_000_000
 MAX_OPEN_MEMBERS = 1_000_000  # whose names and places are kept in memory: about 100 MB
 
 
-def expand_shards(pattern: str) -> list[str]:
-    """Paths of the shards, sorted: globs are matched, {000..015} counts with the width of its first number.
-
-    Raises ValueError when nothing matches, naming the nearest files that exist, and when a counted shard is missing.
-    """
-    if not pattern:
-        raise ValueError("a data source has no shards; set its `shards` to a path such as data/train-{000..015}.tar")
-    paths: list[str] = []
-    for name in _expand_ranges(pattern):
-        found = sorted(glob.glob(name)) if glob.has_magic(name) else [name] if os.path.isfile(name) else []
-        if not found:
-            raise ValueError(f"no shard matches {name!r}{_nearest(name)}")
-        paths += found
-    return sorted(dict.fromkeys(paths))
-
-
-def _expand_ranges(pattern: str) -> list[str]:
-    parts = _RANGE.split(pattern)  # text, first, last, text, first, last, ..., text
-    choices: list[Sequence[str]] = [[parts[0]]]
-    total = 1
-    for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        count = int(last) - int(first) + 1
-        total *= max(count, 0)
-        if not 0 < total <= _MAX_SHARDS:
-            raise ValueError(f"the range {{{first}..{last}}} of {pattern!r} gives {total:,} shards; write {{000..015}}")
-        choices.append([f"{number:0{len(first)}d}{text}" for number in range(int(first), int(last) + 1)])
-    return ["".join(choice) for choice in itertools.product(*choices)]
-
-
-def _nearest(name: str) -> str:
-    """What exists that the user may have meant, as the end of an error message."""
-    folder = Path(name).parent
-    while not folder.is_dir():
-        if "*" not in folder.name and "?" not in folder.name:
-            return f"; the folder {str(folder)!r} does not exist (paths are relative to {os.getcwd()!r})"
-        folder = folder.parent
-    tars = sorted(entry.name for entry in itertools.islice(folder.iterdir(), 10_000) if entry.name.endswith(".tar"))
-    near = difflib.get_close_matches(Path(name).name, tars, n=3, cutoff=0.3) or tars[:3]
-    if not near:
-        return f"; the folder {str(folder)!r} holds no .tar files"
-    return f"; the nearest that exist: {', '.join(str(folder / tar) for tar in near)}"
-
-
 class Shards:
-    """The samples of a list of shards, numbered through, each with random access.
+    """The samples of a list of shards, numbered through, each with random access. `records.Records`.
 
     Listing reads the summaries of `index_cache`, beside the shards or in `cache`; where there is none, the headers of
     the tar, and a large tar's index is then kept in `cache`. What a shard holds is looked up when a sample of it is
@@ -89,6 +42,8 @@ class Shards:
     damage: shards that break off, by path.
     Raises ValueError naming the shard when one cannot be opened or holds no usable member.
     """
+
+    window = 0
 
     def __init__(self, paths: Sequence[str], cache: Path | None = None) -> None:
         self.paths, self.cache = list(paths), cache
@@ -112,6 +67,11 @@ class Shards:
     def keys(self) -> Sequence[str]:
         """Of every sample; looked up as they are asked for."""
         return _Keys(self)
+
+    @property
+    def bounds(self) -> list[int]:
+        """`first_sample`, and the number of all samples."""
+        return [*self.first_sample, len(self)]
 
     def _list(self, number: int, path: str) -> Summary:
         try:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.decode import TASK_FIELDS, Decoder, field_bytes, wanted_endings
-from megatron_gemini.data.document import Document, Encodes, build_document
+from megatron_gemini.data.decode import Decoder, field_bytes
+from megatron_gemini.data.document import Document, Encodes
+from megatron_gemini.data.operations.pipeline import Pipeline
+from megatron_gemini.data.operations.registry import Setting
 from megatron_gemini.data.order import Order
 from megatron_gemini.data.pack import check_fits, row_limits
-from megatron_gemini.data.shards import Shards, expand_shards
-from megatron_gemini.data.tasks import ask, check_prompts, random_stream
+from megatron_gemini.data.records.attachments import read_attachment
+from megatron_gemini.data.records.records import open_records
+from megatron_gemini.data.schema import TASK_FIELDS, Schema
+from megatron_gemini.data.tasks import check_prompts, random_stream
 from megatron_gemini.modalities.bad_sample import BadSample
 
 CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
@@ -67,14 +72,21 @@ class Source:
     ) -> None:
         check_prompts(source.task, source.prompts, label)
         _check_encoders(source.task, label, config)
-        self.label, self.task, self.prompts = label, source.task, source.prompts
+        self.label, self.task, self.seed = label, source.task, config.train.seed
         self.weight, self.epochs, self.tokens = source.weight, source.epochs, source.tokens
-        self.seed, self.caption_dropout = config.train.seed, caption_dropout
-        self.limits = row_limits(config.data)
-        self.layout, self.text_tokenizer, self.cache = layout, text_tokenizer, cache
-        self.decoder = Decoder.from_config(config)
-        self.shards = Shards(expand_shards(source.shards), Path(config.train.output_dir) / "shard-index")
-        self.order = Order([*self.shards.first_sample, len(self.shards)], self.seed, label)
+        self.limits, self.cache = row_limits(config.data), cache
+        try:
+            self.schema = Schema.of(source)
+            decoder = Decoder.from_config(config)
+            setting = Setting(
+                source.task, decoder, self.schema, layout, text_tokenizer, source.prompts, caption_dropout
+            )
+            self.pipeline = Pipeline(source.operations, setting)
+        except ValueError as error:
+            raise ValueError(f"the data source {label!r}: {error}") from None
+        self.names = self.schema.members(source.task)
+        self.shards = open_records(source, self.names, Path(config.train.output_dir) / "shard-index")
+        self.order = Order(self.shards.bounds, self.seed, label, self.shards.window)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -88,28 +100,27 @@ class Source:
         epoch, sample = self.sample_at(position)
         key = self.shards.keys[sample]
         random = random_stream(self.seed, "prompt", self.label, epoch, key)
-        prompt, answer = ask(self.task, self.fields(sample), self.prompts, random, self.caption_dropout)
-        document = build_document(
-            prompt,
-            answer,
-            layout=self.layout,
-            text_tokenizer=self.text_tokenizer,
-            vision=self.decoder.vision,
-            audio=self.decoder.audio,
-            key=f"{self.label}/{key}",
-            loss_on_prompt=answer is None,
-        )
+        document = self.pipeline.document(self.fields(sample), random)
         check_fits(document, self.limits)
         return document
 
     def fields(self, sample: int) -> dict[str, Any]:
-        """The decoded sample, from the cache if it is there."""
+        """What the sample is in every epoch, from the cache if it is there. Raises BadSample, LeftOut."""
         fields = self.cache.get(self.label, sample)
         if fields is None:
-            members = self.shards.read(sample, wanted_endings(self.task, self.shards.endings(sample)))
-            fields = self.decoder.decode(members, self.task, self.shards.keys[sample])
+            members = self.shards.read(sample, self.names)
+            self.schema.check(members)
+            key = f"{self.label}/{self.shards.keys[sample]}"
+            fields = self.pipeline.fixed({"key": key, "members": members, "fetch": partial(self._fetch, sample)})
             self.cache.put(self.label, sample, fields)
         return fields
+
+    def _fetch(self, sample: int, name: str) -> bytes | None:
+        """A file that a document names: a member of its sample, or a file in the folder of its shard."""
+        for member in dict.fromkeys((name, name.lower())):
+            if found := self.shards.read(sample, [member]).get(member):
+                return found
+        return read_attachment(self.shards.path(sample), name)
 
     def check_shards(self) -> None:
         """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from megatron_gemini.data.paths import open_binary
+
 BLOCK = 512
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_MEMBERS = 2_000_000
@@ -49,7 +51,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
     counted. A tar that breaks off gives what is whole before the break and says so in `damage`.
     """
     index, seen = TarIndex(), set()
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         try:
             for name, kind, offset, size in _walk(file):
                 reason = refusal(name, kind, size, max_member_bytes)
@@ -81,7 +83,7 @@ def refusal(name: str, kind: bytes, size: int, max_member_bytes: int = MAX_MEMBE
 
 def _walk(file: BinaryIO) -> Iterator[tuple[str, bytes, int, int]]:
     """(name, type flag, offset of the data, size) of every member whose data is all there."""
-    end = os.fstat(file.fileno()).st_size
+    end = file.seek(0, os.SEEK_END)
     position, long_name, extended = 0, "", {}
     while position < end:
         header = _read(file, position, BLOCK)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.decode import IMAGE_ENDINGS, Decoder, decode_text
+from megatron_gemini.data.decode import Decoder, decode_text
 from megatron_gemini.data.document import Item
+from megatron_gemini.data.schema import IMAGE_ENDINGS
 from megatron_gemini.data.shards import Shards
 from megatron_gemini.data.tasks import ask, random_stream
 from megatron_gemini.generation.evaluation.images import resized

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_gemini.config.data import TASKS, SourceConfig
 from megatron_gemini.data.loader import Loader
 from megatron_gemini.data.prefetch import Prefetch
-from tests.tiny_shards import LAYOUT, Characters, document, png, run_config, sample, texts, wav, write_tar
+from tests.tiny_shards import LAYOUT, Characters, chat, document, png, run_config, sample, texts, wav, write_tar
 
 
 def load(config, rank=0, size=1):
@@ -46,7 +46,8 @@ def mixture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     all_tasks = write_tar(folder / "all.tar", ((f"s{i}", sample(i)) for i in range(7)))
     interleaved = write_tar(folder / "interleave.tar", ((f"d{i}", document(i)) for i in range(5)))
-    paths = {task: interleaved if task == "interleave" else all_tasks for task in TASKS}
+    chats = write_tar(folder / "chat.tar", ((f"c{i}", chat(i)) for i in range(5)))
+    paths = {task: {"interleave": interleaved, "chat": chats}.get(task, all_tasks) for task in TASKS}
     sources = [
         SourceConfig(shards=path, task=task, weight=i + 1)  # type: ignore[arg-type]
         for i, (task, path) in enumerate(paths.items())
