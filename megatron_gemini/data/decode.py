@@ -42,13 +42,15 @@ class Decoder:
     def from_config(cls, config: RunConfig) -> Decoder:
         return cls(config.vision, config.audio, config.image_tokenizer)
 
-    def decode(self, members: dict[str, bytes], task: str, key: str) -> dict[str, Any]:
-        """The fields of `TASK_FIELDS[task]` as a tar has them, ready for their encoders.
+    def decode(
+        self, members: dict[str, bytes], task: str, key: str, schema: Schema = USUAL, fetch: Fetch | None = None
+    ) -> dict[str, Any]:
+        """The fields of `TASK_FIELDS[task]`, ready for their encoders.
 
         text: str; codes: ImageCodes; image, audio, video: EncoderInput; items: list of items; messages: list of Turn.
         Raises BadSample as `fields` does.
         """
-        fields = self.fields(members, task, key)
+        fields = self.fields(members, task, key, schema, fetch)
         return over_media(fields, lambda item: prepare(item, self.vision, self.audio))
 
     def fields(

@@ -16,7 +16,7 @@ from megatron_gemini.data.operations.pipeline import Pipeline
 from megatron_gemini.data.operations.registry import Setting
 from megatron_gemini.data.order import Order
 from megatron_gemini.data.pack import check_fits, row_limits
-from megatron_gemini.data.records.attachments import read_attachment
+from megatron_gemini.data.records.attachments import read_named
 from megatron_gemini.data.records.records import open_records
 from megatron_gemini.data.schema import TASK_FIELDS, Schema
 from megatron_gemini.data.tasks import check_prompts, random_stream
@@ -111,16 +111,11 @@ class Source:
             members = self.shards.read(sample, self.names)
             self.schema.check(members)
             key = f"{self.label}/{self.shards.keys[sample]}"
-            fields = self.pipeline.fixed({"key": key, "members": members, "fetch": partial(self._fetch, sample)})
+            fields = self.pipeline.fixed(
+                {"key": key, "members": members, "fetch": partial(read_named, self.shards, sample)}
+            )
             self.cache.put(self.label, sample, fields)
         return fields
-
-    def _fetch(self, sample: int, name: str) -> bytes | None:
-        """A file that a document names: a member of its sample, or a file in the folder of its shard."""
-        for member in dict.fromkeys((name, name.lower())):
-            if found := self.shards.read(sample, [member]).get(member):
-                return found
-        return read_attachment(self.shards.path(sample), name)
 
     def check_shards(self) -> None:
         """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly

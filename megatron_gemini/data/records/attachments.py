@@ -5,8 +5,20 @@ from __future__ import annotations
 import os
 
 from megatron_gemini.data.paths import is_url, open_binary
+from megatron_gemini.data.records.records import Records
 from megatron_gemini.data.tar_index import MAX_MEMBER_BYTES
 from megatron_gemini.modalities.bad_sample import BadSample
+
+
+def read_named(records: Records, sample: int, name: str) -> bytes | None:
+    """A file that a document names: a member of its sample, otherwise a file in the folder of its shard.
+
+    None if there is none. Raises BadSample as `read_attachment` and `Records.read` do.
+    """
+    for member in dict.fromkeys((name, name.lower())):
+        if found := records.read(sample, [member]).get(member):
+            return found
+    return read_attachment(records.path(sample), name)
 
 
 def read_attachment(shard: str, name: str) -> bytes | None:

@@ -37,6 +37,9 @@ class Records(Protocol):
     @property
     def window(self) -> int: ...
 
+    def endings(self, sample: int) -> list[str]:
+        """Names of the sample's members; of a table, of the whole record alone."""
+
     def path(self, sample: int) -> str:
         """The file that holds the sample."""
 

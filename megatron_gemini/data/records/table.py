@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import overload
 
+from megatron_gemini.data.records.records import RECORD
+
 
 class Table:
     """Records of a list of files, numbered through. A record's key is `file/number in the file`."""
@@ -34,6 +36,10 @@ class Table:
     @property
     def keys(self) -> Sequence[str]:
         return _Keys(self)
+
+    def endings(self, sample: int) -> list[str]:
+        """The name of the whole record."""
+        return [RECORD]
 
     def path(self, sample: int) -> str:
         """The file that holds the sample."""
