@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CONTROL_TOKENS = (
     "pad",  # fills the end of a row; never attended to, never a target
     "bos",  # begins every document
-    "eos",  # ends every document
+    "eos",  # ends every document, and every answer of a conversation
     "user",  # begins a prompt
     "model",  # begins an answer
     "image",  # placeholder: one embedding of an input image

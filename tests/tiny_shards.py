@@ -73,6 +73,15 @@ def document(number: int) -> dict[str, bytes]:
     return {"json": json.dumps({"items": items}).encode(), "0.png": png(number), "1.codes.json": codes(number)}
 
 
+def chat(number: int) -> dict[str, bytes]:
+    """A conversation of two questions, about a picture and a sound."""
+    picture = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "this?"}]
+    sound = [{"type": "audio", "audio": "1.wav"}]
+    said = (("user", picture), ("assistant", f"one {number}"), ("user", sound), ("assistant", "two"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    return {"json": json.dumps({"messages": messages}).encode(), "0.png": png(number), "1.wav": wav()}
+
+
 def write_tar(path: Path, samples: Iterable[tuple[str, Members]]) -> str:
     """A plain tar, written by the standard library; returns its path."""
     with tarfile.open(path, "w") as tar:

@@ -16,68 +16,84 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 
+from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.load import load_config
-from megatron_gemini.data.decode import decode_json, decode_text
-from megatron_gemini.data.shards import Shards, expand_shards
+from megatron_gemini.data.decode import decode_text
+from megatron_gemini.data.decode_json import decode_json
+from megatron_gemini.data.interleaved import conversation, document_entries
+from megatron_gemini.data.records.records import RECORD, open_records
+from megatron_gemini.data.schema import Schema
 from megatron_gemini.data.tasks import PROMPTS
 from megatron_gemini.modalities.bad_sample import BadSample
 
 BYTES = 256  # pieces that byte fallback takes, beside the one for unknown
 SMALL = 512  # default size: enough for a few hundred words, the least that a toy needs
 LONGEST_LINE = 4000  # bytes; SentencePiece ignores longer ones
+DESCRIBED = ("interleave", "chat")  # tasks whose texts stand in a description
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Shards to read, and the prompts that are asked of them."""
+    """What to read, each set of shards once, and the prompts that are asked of it."""
 
-    shards: list[str]
+    sources: list[SourceConfig]
     prompts: list[str]
 
 
 def corpus_of(patterns: Sequence[str], config_path: str | None) -> tuple[Corpus, str]:
     """What to read, and the model file that the config names ("" without one)."""
     if config_path is None:
-        shards = [path for pattern in patterns for path in expand_shards(pattern)]
         prompts = [prompt for choices in PROMPTS.values() for prompt in choices]
-        return Corpus(list(dict.fromkeys(shards)), list(dict.fromkeys(prompts))), ""
+        return Corpus([SourceConfig(shards=p) for p in dict.fromkeys(patterns)], list(dict.fromkeys(prompts))), ""
     data = load_config(["--config", config_path]).data
     if not data.sources:
         raise ValueError(f"{config_path} has no data.sources to train on")
-    shards = [path for source in data.sources for path in expand_shards(source.shards)]
+    sources = list({(source.shards, source.fields): source for source in data.sources}.values())
     prompts = [prompt for source in data.sources for prompt in source.prompts or PROMPTS.get(source.task, ())]
-    return Corpus(list(dict.fromkeys(shards)), list(dict.fromkeys(prompts))), data.text_model
+    return Corpus(sources, list(dict.fromkeys(prompts))), data.text_model
 
 
 def lines(corpus: Corpus, limit: int, skipped: Counter[str]) -> Iterator[str]:
-    """Texts of at most `limit` samples, evenly spaced, each followed by the next prompt, with the text filled in."""
-    shards = Shards(corpus.shards)
+    """Texts of about `limit` samples, evenly spaced, each followed by the next prompt, with the text filled in."""
+    opened = [(open_records(source, wanted(source)), source) for source in corpus.sources]
+    step = -(-sum(len(records) for records, _ in opened) // limit)
     prompts = itertools.cycle(corpus.prompts or ["{text}"])
-    for sample in range(0, len(shards), -(-len(shards) // limit)):
-        try:
-            texts = sample_texts(shards, sample)
-        except BadSample as error:
-            skipped[error.reason] += 1
-            continue
-        for text in texts:
-            yield from split_lines(text)
-            yield from split_lines(next(prompts).replace("{text}", text))
+    for records, source in opened:
+        for sample in range(0, len(records), step):
+            try:
+                texts = sample_texts(source, records.read(sample, wanted(source)))
+            except BadSample as error:
+                skipped[error.reason] += 1
+                continue
+            for text in texts:
+                yield from split_lines(text)
+                yield from split_lines(next(prompts).replace("{text}", text))
 
 
-def sample_texts(shards: Shards, sample: int) -> list[str]:
-    """The caption or transcript of a sample, and the texts of an interleaved document."""
-    members = shards.read(sample, ("txt", "json"))
-    texts = [decode_text(members["txt"])] if "txt" in members else []
-    description = decode_json(members["json"]) if "json" in members else None
-    items = description.get("items") if isinstance(description, dict) else None
-    if isinstance(items, list):
-        texts += [item["text"] for item in items if isinstance(item, dict) and isinstance(item.get("text"), str)]
+def wanted(source: SourceConfig) -> list[str]:
+    """The members or columns that may hold text."""
+    schema = Schema.of(source)
+    return [*schema.members("text"), *(schema.members(source.task) if source.task in DESCRIBED else [RECORD])]
+
+
+def sample_texts(source: SourceConfig, members: Mapping[str, bytes]) -> list[str]:
+    """The caption or transcript of a sample; the texts of a document or a conversation."""
+    schema = Schema.of(source)
+    if source.task == "chat":
+        turns = [turn for _, content in schema.find("messages", members) for turn in conversation(decode_json(content))]
+        return [value for turn in turns for kind, value in turn.entries if kind == "text"]
+    texts = [decode_text(content) for _, content in schema.find("text", members)]
+    description = decode_json(members[RECORD]) if RECORD in members else None
+    named = isinstance(description, dict) and {"items", "texts", "text_list"} & set(description)
+    if source.task == "interleave" or named:
+        entries = [e for _, content in schema.find("items", members) for e in document_entries(decode_json(content))]
+        texts += [value for kind, value in entries if kind == "text"]
     return texts
 
 
@@ -141,7 +157,9 @@ def run(given: argparse.Namespace) -> None:
     skipped: Counter[str] = Counter()
     texts = list(lines(corpus, given.samples, skipped))
     if not texts:
-        raise ValueError(f"there is no text in {len(corpus.shards)} shards ({corpus.shards[0]}, ...): {dict(skipped)}")
+        raise ValueError(
+            f"there is no text in {', '.join(source.shards for source in corpus.sources)}: {dict(skipped)}"
+        )
     model = train(iter(texts), given.vocab_size or SMALL, given.vocab_size is not None, given.character_coverage)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -149,7 +167,7 @@ def run(given: argparse.Namespace) -> None:
     os.replace(partial, out)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).GetPieceSize()
     left_out = f"; skipped {dict(skipped)}" if skipped else ""
-    print(f"{out}: {size} pieces from {len(texts)} lines of {len(corpus.shards)} shards{left_out}")
+    print(f"{out}: {size} pieces from {len(texts)} lines of {len(corpus.sources)} sets of shards{left_out}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,28 +7,73 @@ from typing import Literal
 
 from megatron_gemini.config.check import at_least, one_of, positive
 
-TASKS = ("caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text")
+TASKS = ("caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text", "chat")
+FORMATS = ("auto", "webdataset", "jsonl", "parquet")
+
+
+@dataclass(frozen=True)
+class FieldsConfig:
+    """Where a sample has each field: members of a tar by their endings, columns of a table, or MEMBER:KEY for a key of
+    a JSON member. Of several names the first that the sample has counts; an empty list means the usual names.
+    """
+
+    text: tuple[str, ...] = ()
+    image: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    audio: tuple[str, ...] = ()
+    video: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+    """The description of an interleaved document."""
+    messages: tuple[str, ...] = ()
+    """A conversation."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One set of WebDataset-style tar shards, read for one task."""
+    """One set of shards, read for one task."""
 
     shards: str = ""
-    """Path of the tars; globs and {000..015} ranges are expanded. Relative to the working directory."""
-    task: Literal["caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text"] = (
-        "caption"
-    )
+    """Path or fsspec URL; globs, {000..015} ranges and {a,b} lists are expanded. Relative to the working directory."""
+    task: Literal[
+        "caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text", "chat"
+    ] = "caption"
     weight: float = 1.0
     """Share of the documents drawn from here, relative to the other sources."""
     prompts: tuple[str, ...] = ()
     """Questions to choose from (the task's own when empty). For `generate`, templates with {text}."""
     name: str = ""
     """In logs and error messages; the task and the file name when empty."""
+    format: Literal["auto", "webdataset", "jsonl", "parquet"] = "auto"
+    """`auto` goes by the ending of the path."""
+    fields: FieldsConfig = FieldsConfig()
+    filters: tuple[str, ...] = ()
+    """Conditions on the sample's JSON member or columns, which must all hold: similarity >= 0.3, NSFW in UNLIKELY."""
+    operations: tuple[str, ...] = ()
+    """What is done to a sample, in order, such as resize(tokens=256), in place of the usual list; see docs/data.md."""
+    epochs: float = 0.0
+    """The source drops out of the mixture after so many epochs; 0 for never."""
+    tokens: int = 0
+    """The source drops out of the mixture after about so many tokens; 0 for never."""
 
     def __post_init__(self) -> None:
         one_of(self, "data.sources", "task", TASKS)
+        one_of(self, "data.sources", "format", FORMATS)
         positive(self, "data.sources", "weight")
+        at_least(self, "data.sources", 0, "epochs", "tokens")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """Weights of the sources from a step on."""
+
+    step: int = 0
+    weights: tuple[float, ...] = ()
+    """One for each of data.sources, in their order; 0 leaves a source out."""
+
+    def __post_init__(self) -> None:
+        at_least(self, "data.curriculum", 0, "step")
+        if any(weight < 0 for weight in self.weights) or not any(self.weights):
+            raise ValueError(f"data.curriculum.weights is {list(self.weights)}; none below 0, and one above it")
 
 
 @dataclass(frozen=True)
@@ -46,19 +91,44 @@ class DataConfig:
     """Independent streams of rows; the order of samples depends on this number but never on ranks."""
     look_ahead: int = 16
     """Documents that the packer may choose from."""
+    row_patches: int = 0
+    """Most image and video patches of a row, to bound the encoders' memory; 0 for no limit but row_tokens."""
+    row_audio_frames: int = 0
+    """Most log-mel frames (100 a second) of a row; 0 for no limit but row_tokens."""
+    temperature: float = 1.0
+    """Weights are raised to 1 / temperature: above 1 they come closer to each other."""
+    curriculum: tuple[PhaseConfig, ...] = ()
+    """Weights that take the place of the sources' own from a step on."""
     caption_dropout: float = 0.1
     """Share of image-generating prompts left empty, for classifier-free guidance."""
     max_bad_share: float = 0.05
     """Stop when more than this share of the samples read is unreadable (after the first 200 samples)."""
     prefetch: int = 2
     """Global steps that a background thread reads ahead; 0 reads in the training loop."""
-
+    workers: int = 0
+    """Processes of a rank that read and decode; 0 does it in the rank's own process."""
+    sample_seconds: float = 60.0
+    """A sample that takes a worker process longer is given up, counted and never tried again."""
     cache_bytes: int = 256 * 1024 * 1024
     """Memory of a rank for decoded samples, so that small data sets are decoded once, not once an epoch; 0 for none."""
 
     def __post_init__(self) -> None:
-        positive(self, "data", "row_tokens", "lanes", "look_ahead")
-        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch", "cache_bytes")
+        positive(self, "data", "row_tokens", "lanes", "look_ahead", "sample_seconds")
+        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch", "workers", "cache_bytes")
         for name in ("caption_dropout", "max_bad_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")
+        at_least(self, "data", 0, "row_patches", "row_audio_frames")
+        positive(self, "data", "temperature")
+        self._check_curriculum()
+
+    def _check_curriculum(self) -> None:
+        steps = [phase.step for phase in self.curriculum]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"data.curriculum begins phases at the steps {steps}; put them in increasing order")
+        for phase in self.curriculum:
+            if len(phase.weights) != len(self.sources):
+                raise ValueError(
+                    f"data.curriculum gives {len(phase.weights)} weights from step {phase.step} on, and there are "
+                    f"{len(self.sources)} data.sources; give one for each"
+                )

@@ -20,7 +20,8 @@ from megatron_gemini.config.yaml_file import read_yaml
 
 _DESCRIPTION = """Train a model. Values come from the defaults, a preset, the file and the options, each over the last.
 
-Lists of sections (data.sources, data.held_out) are written in the file; --data.sources.0.weight changes an item."""
+Lists of sections (data.sources, data.held_out, data.curriculum) are written in the file; --data.sources.0.weight
+changes an item."""
 
 Presets = Callable[[str], Mapping[str, Mapping[str, Any]]]
 

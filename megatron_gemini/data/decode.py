@@ -1,14 +1,14 @@
-"""Members of one sample (dict of bytes) to what a task needs of it (dict of fields), ready for its encoder."""
+"""Members of one sample (dict of bytes) to what a task needs of it (dict of fields)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.data.decode_json import decode_json
 from megatron_gemini.data.document import (
     Audio,
     EncoderInput,
@@ -16,34 +16,18 @@ from megatron_gemini.data.document import (
     ImageCodes,
     Item,
     Text,
+    Turn,
     Video,
-    prepare_audio,
-    prepare_image,
-    prepare_video,
+    prepare,
 )
+from megatron_gemini.data.interleaved import conversation, document_entries
+from megatron_gemini.data.schema import TASK_FIELDS, USUAL, Schema
 from megatron_gemini.modalities.audio.preprocess import decode_audio
-from megatron_gemini.modalities.bad_sample import BadSample, one_line
+from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.video.preprocess import decode_video
 
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
-ENDINGS = {
-    "text": ("txt",),
-    "image": IMAGE_ENDINGS,
-    "codes": ("codes.json",),
-    "audio": ("wav", "flac"),
-    "video": ("mp4",),
-    "items": ("json",),
-}
-TASK_FIELDS = {
-    "caption": ("image", "text"),
-    "generate": ("text", "codes"),
-    "transcribe": ("audio", "text"),
-    "speech_to_image": ("audio", "codes"),
-    "video_caption": ("video", "text"),
-    "interleave": ("items",),
-    "text": ("text",),
-}
+Fetch = Callable[[str], bytes | None]  # a file that a document or conversation names; None if there is none
 
 
 @dataclass(frozen=True)
@@ -58,22 +42,42 @@ class Decoder:
     def from_config(cls, config: RunConfig) -> Decoder:
         return cls(config.vision, config.audio, config.image_tokenizer)
 
-    def decode(self, members: dict[str, bytes], task: str, key: str) -> dict[str, Any]:
-        """The fields of `TASK_FIELDS[task]`, decoded.
+    def decode(
+        self, members: dict[str, bytes], task: str, key: str, schema: Schema = USUAL, fetch: Fetch | None = None
+    ) -> dict[str, Any]:
+        """The fields of `TASK_FIELDS[task]`, ready for their encoders.
 
-        text: str, stripped; codes: ImageCodes; image, audio, video: EncoderInput; items: list of items.
+        text: str; codes: ImageCodes; image, audio, video: EncoderInput; items: list of items; messages: list of Turn.
+        Raises BadSample as `fields` does.
+        """
+        fields = self.fields(members, task, key, schema, fetch)
+        return over_media(fields, lambda item: prepare(item, self.vision, self.audio))
+
+    def fields(
+        self, members: dict[str, bytes], task: str, key: str, schema: Schema = USUAL, fetch: Fetch | None = None
+    ) -> dict[str, Any]:
+        """The fields of `TASK_FIELDS[task]`, decoded: text, codes, image, audio and video as str, ImageCodes, Image,
+        Audio and Video, items as a list of these, messages as a list of Turn; and `captions`, every text there is.
+
+        fetch: where files that a document names come from, `members` if it is None.
         Raises BadSample with the decoder's own reason, or missing_<field>, bad_json, bad_codes, empty_text.
         """
         fields: dict[str, Any] = {}
         for name in TASK_FIELDS[task]:
-            ending = next((ending for ending in ENDINGS[name] if ending in members), None)
-            if ending is None:
+            found = schema.find(name, members)
+            if not found:
                 hint = "; tools/encode_images.py adds it" if name == "codes" else ""
-                raise BadSample(f"missing_{name}", f"{key} has no member .{' or .'.join(ENDINGS[name])}{hint}")
+                where = " or ".join(schema.names[name])
+                raise BadSample(f"missing_{name}", f"{key} has no member or column {where}{hint}")
             try:
-                fields[name] = self.items(members) if name == "items" else self.field(name, members[ending])
+                fields[name] = self._described(name, found[0][1], fetch or members.get) or self.field(name, found[0][1])
+                if name == "text":
+                    fields["captions"] = [
+                        fields["text"],
+                        *(decode_text(content) for _, content in found[1:] if content.strip()),
+                    ]
             except BadSample as error:
-                raise BadSample(error.reason, f"{key}.{ending}: {error}") from None
+                raise BadSample(error.reason, f"{key}.{found[0][0]}: {error}") from None
         return fields
 
     def field(self, name: str, data: bytes) -> Any:
@@ -83,40 +87,53 @@ class Decoder:
         if name == "codes":
             return decode_codes(data, self.image_tokenizer)
         if name == "image":
-            return prepare_image(Image(decode_image(data)), self.vision)
+            return Image(decode_image(data, shrink_to=self.vision.max_side))
         if name == "video":
-            return prepare_video(Video(*decode_video(data, self.vision.max_frames)), self.vision)
-        return prepare_audio(Audio(decode_audio(data, self.audio.max_seconds)), self.audio)
+            return Video(*decode_video(data, self.vision.max_frames))
+        return Audio(decode_audio(data, self.audio.max_seconds))
 
-    def items(self, members: dict[str, bytes]) -> list[Item]:
-        """An interleaved document: `{"items": [{"text": ...}, {"image": "0.png"}, {"codes": "1.codes.json"}, ...]}`."""
-        description = decode_json(members["json"])
-        entries = description.get("items") if isinstance(description, dict) else None
-        if not isinstance(entries, list) or not entries:
-            raise BadSample("bad_json", 'an interleaved document needs {"items": [...]} with at least one item')
-        decoded: dict[str, Any] = {}  # an image that is named twice is decoded once
-        return [self._item(entry, members, decoded) for entry in entries]
+    def _described(self, name: str, data: bytes, fetch: Fetch) -> list[Item] | list[Turn] | None:
+        """The items of a document or the turns of a conversation; None for any other field."""
+        decoded: dict[tuple[str, str], Item] = {}  # an image that is named twice is decoded once
+        if name == "items":
+            return [self._item(*entry, fetch, decoded) for entry in document_entries(decode_json(data))]
+        if name == "messages":
+            return [
+                Turn(answer, [self._item(*entry, fetch, decoded) for entry in entries])
+                for answer, entries in conversation(decode_json(data))
+            ]
+        return None
 
-    def _item(self, entry: object, members: dict[str, bytes], decoded: dict[str, Any]) -> Item:
-        name, value = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else ("", "")
-        if name not in ("text", "image", "codes") or not isinstance(value, str):
-            raise BadSample(
-                "bad_json", f"an item is one of text, image and codes, with a string; not {str(entry)[:80]}"
-            )
-        if name == "text":
+    def _item(self, kind: str, value: str, fetch: Fetch, decoded: dict[tuple[str, str], Item]) -> Item:
+        if kind == "text":
             return Text(value)
-        if value not in members:
-            raise BadSample(f"missing_{name}", f"the document names {value[:80]!r}, which the shard does not hold")
-        if value not in decoded:
-            decoded[value] = self.field(name, members[value])
-        return decoded[value]
+        if (kind, value) not in decoded:
+            data = fetch(value)
+            if data is None:
+                raise BadSample(f"missing_{kind}", f"the document names {value[:80]!r}, which is not there")
+            decoded[kind, value] = self.field(kind, data)
+        return decoded[kind, value]
 
 
-def wanted_endings(task: str, present: Iterable[str]) -> Sequence[str]:
-    """Which members of a sample the task reads, of those that are present."""
-    if task == "interleave":
-        return list(present)
-    return [ending for name in TASK_FIELDS[task] for ending in ENDINGS[name]]
+def over_media(fields: dict[str, Any], change: Callable[[Item], Item]) -> dict[str, Any]:
+    """The fields with every item in them changed: images, clips and sounds as well as those in documents and turns.
+
+    An item that stands in several places is changed once.
+    """
+    changed: dict[int, Item] = {}
+
+    def once(value: Any) -> Any:
+        if isinstance(value, list):
+            return [once(item) for item in value]
+        if isinstance(value, Turn):
+            return Turn(value.answer, once(value.items))
+        if not isinstance(value, (Image, Video, Audio, EncoderInput)):
+            return value
+        if id(value) not in changed:
+            changed[id(value)] = change(value)
+        return changed[id(value)]
+
+    return {name: once(value) for name, value in fields.items()}
 
 
 def decode_text(data: bytes) -> str:
@@ -128,14 +145,6 @@ def decode_text(data: bytes) -> str:
     if not text:
         raise BadSample("empty_text", "the text is empty")
     return text
-
-
-def decode_json(data: bytes) -> Any:
-    """Any JSON value. Raises BadSample: bad_json."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample("bad_json", f"not JSON: {one_line(error)}") from None
 
 
 def decode_codes(data: bytes, image_tokenizer: ImageTokenizerConfig) -> ImageCodes:
@@ -156,9 +165,13 @@ def decode_codes(data: bytes, image_tokenizer: ImageTokenizerConfig) -> ImageCod
 
 def field_bytes(value: Any) -> int:
     """About how much memory a decoded field takes."""
-    if isinstance(value, EncoderInput):
-        return value.values_PC.nbytes + 512
+    if isinstance(value, Turn):
+        return field_bytes(value.items)
     if isinstance(value, list):
         return sum(map(field_bytes, value))
+    arrays = ("values_PC", "pixels_HW3", "frames_FHW3", "wave")
+    held = next((getattr(value, name).nbytes for name in arrays if hasattr(value, name)), None)
+    if held is not None:
+        return held + 512
     text = value.text if isinstance(value, Text) else value if isinstance(value, str) else ""
     return 2 * len(text) + 8 * len(getattr(value, "codes", ())) + 128

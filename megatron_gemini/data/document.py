@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from megatron_gemini.config.model import AudioConfig, VisionConfig
-from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, TokenLayout
+from megatron_gemini.contracts import AUDIO, ENCODERS, IMAGE, TEXT, VISION, TokenLayout
 from megatron_gemini.modalities.audio.preprocess import audio_output_length, log_mel
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import fit_image, patchify, vision_grid
@@ -80,6 +80,22 @@ class EncoderInput:
 Item = Text | Image | ImageCodes | Video | Audio | EncoderInput
 
 
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What one side of a conversation says; `answer`: the model does."""
+
+    answer: bool
+    items: Sequence[Item]
+
+
+class Size(NamedTuple):
+    """What a document takes of a row: tokens, image and video patches, log-mel frames."""
+
+    tokens: int
+    patches: int = 0
+    audio_frames: int = 0
+
+
 @dataclass(eq=False)
 class Document:
     """One document, not yet placed in a row.
@@ -100,6 +116,11 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.token_L)
+
+    @property
+    def size(self) -> Size:
+        inputs = {encoder: sum(len(i.values_PC) for i in self.media if i.encoder == encoder) for encoder in ENCODERS}
+        return Size(len(self), inputs[VISION], inputs[AUDIO])
 
 
 def prepare_image(image: Image, vision: VisionConfig) -> EncoderInput:
@@ -174,6 +195,31 @@ def build_document(
             writer.item(prepare(item, vision, audio), loss=True, key=key)
     if answer is None or answer:
         writer.control("eos", loss=answer is not None or loss_on_prompt)
+    return writer.document(key)
+
+
+def build_conversation(
+    turns: Sequence[Turn],
+    *,
+    layout: TokenLayout,
+    text_tokenizer: Encodes,
+    vision: VisionConfig,
+    audio: AudioConfig,
+    key: str,
+) -> Document:
+    """Lay the turns out as one document: `bos user <items> model <items> eos user <items> model <items> eos`.
+
+    Loss is on the model's turns and the eos that ends each of them. With one question and one answer the document is
+    that of `build_document`. Raises as `build_document` does.
+    """
+    writer = _Writer(layout, text_tokenizer)
+    writer.control("bos", loss=False)
+    for turn in turns:
+        writer.control("model" if turn.answer else "user", loss=False)
+        for item in turn.items:
+            writer.item(prepare(item, vision, audio), loss=turn.answer, key=key)
+        if turn.answer:
+            writer.control("eos", loss=True)
     return writer.document(key)
 
 

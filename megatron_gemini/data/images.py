@@ -17,8 +17,9 @@ import torch
 from megatron_gemini.config.check import divides
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.data.decode import IMAGE_ENDINGS
-from megatron_gemini.data.shards import Shards, expand_shards
+from megatron_gemini.data.paths import expand_shards
+from megatron_gemini.data.schema import IMAGE_ENDINGS
+from megatron_gemini.data.shards import Shards
 from megatron_gemini.data.tasks import random_stream
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image, signed_pixels, square_image

@@ -1,4 +1,4 @@
-"""The loader: packed rows for every step, the same on any number of ranks, resumable to the sample."""
+"""The loader: packed rows for every step, the same on any number of ranks and workers, resumable to the sample."""
 
 from __future__ import annotations
 
@@ -12,61 +12,54 @@ from typing import Any
 from megatron_gemini.config.check import divides
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
-from megatron_gemini.data.document import Document, Encodes
-from megatron_gemini.data.lane import Lane
+from megatron_gemini.data.document import Encodes
+from megatron_gemini.data.lane import skipped_in, with_given_up
 from megatron_gemini.data.prefetch import Prefetch
-from megatron_gemini.data.source import Cache, Source, source_labels
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.data.reader import Reader, make_sources, skipped_table
+from megatron_gemini.data.wire import pinned
+from megatron_gemini.data.workers import Lanes, WorkerPool
 
 logger = logging.getLogger(__name__)
-FIRST_SAMPLES = 200  # before the share of bad ones is judged
+Step = tuple[list[Batch], dict[str, Any]]  # this rank's rows, and the states of its lanes after them
 
 
 class Loader:
     """Rows of global step s are the rows s*R .. s*R + R-1 (R = train.rows_per_step) of one endless sequence.
 
     Row n comes from lane n mod data.lanes and goes to data-parallel rank n mod data_size. So each lane belongs to one
-    rank, and neither the rows nor their order depend on the ranks. A rank runs only its own lanes.
+    rank, and neither the rows nor their order depend on the ranks, nor on the processes that data.workers gives each
+    of them. A rank runs only its own lanes.
 
-    skipped: number of samples left out by this rank, and on rank 0 of members of tars, by (source, reason).
+    sources: of the lanes. pin: rows in page-locked memory, for a GPU.
     Raises ValueError for sizes that do not divide, missing or unusable shards, and, after 200 samples, for more than
     data.max_bad_share bad ones.
     """
 
     def __init__(
-        self, config: RunConfig, data_rank: int, data_size: int, layout: TokenLayout, tokenizer: Encodes
+        self,
+        config: RunConfig,
+        data_rank: int,
+        data_size: int,
+        layout: TokenLayout,
+        tokenizer: Encodes,
+        pin: bool = False,
     ) -> None:
         data, rows = config.data, config.train.rows_per_step
         if not data.sources:
             raise ValueError("data.sources is empty; name at least one set of shards")
         divides(data_size, rows, f"{data_size} data-parallel ranks", "train.rows_per_step")
         divides(data_size, data.lanes, f"{data_size} data-parallel ranks", "data.lanes")
-        self.skipped: Counter[tuple[str, str]] = Counter()
-        self._read = self._bad = 0
-        self._config, self._rows, self._rank, self._size = config, rows, data_rank, data_size
+        self._config, self._layout, self._tokenizer, self._pin = config, layout, tokenizer, pin
+        self._rows, self._rank, self._size = rows, data_rank, data_size
         self._first_row = data_rank
-        cache = Cache(data.cache_bytes)
-        self.sources = [
-            Source(source, label, config, layout, tokenizer, cache, data.caption_dropout)
-            for source, label in zip(data.sources, source_labels(data.sources), strict=True)
-        ]
-        if data_rank == 0:  # every rank sees all shards
-            self._report_shards()
-        self._lanes = {
-            number: Lane(
-                number,
-                data.lanes,
-                self.sources,
-                self._draw,
-                seed=config.train.seed,
-                row_tokens=data.row_tokens,
-                look_ahead=data.look_ahead,
-                loss=config.loss,
-            )
-            for number in range(data_rank, data.lanes, data_size)
-        }
-        self._handed_out = self._lane_states()
-        self._ahead = Prefetch(self._make, data.prefetch)
+        self.sources = make_sources(config, layout, tokenizer, 0 if data.workers else data.cache_bytes)
+        for source in self.sources:
+            source.check_shards()
+        self._of_shards = self._report_shards() if data_rank == 0 else Counter()  # every rank sees all shards
+        self._reader = Reader(config, self.sources, range(data_rank, data.lanes, data_size))
+        self._pool: WorkerPool | None = None
+        self._ahead: Prefetch[Step] | None = None
+        self._begin(self._reader.states())
 
     @classmethod
     def held_out(
@@ -81,19 +74,35 @@ class Loader:
         rows = config.train.held_out_rows
         divides(data_size, rows, f"{data_size} data-parallel ranks", "train.held_out_rows")
         data = dataclasses.replace(
-            config.data, sources=config.data.held_out, caption_dropout=0.0, prefetch=0, lanes=rows, cache_bytes=0
+            config.data,
+            sources=config.data.held_out,
+            curriculum=(),
+            caption_dropout=0.0,
+            prefetch=0,
+            workers=0,
+            lanes=rows,
+            cache_bytes=0,
         )
         train = dataclasses.replace(config.train, rows_per_step=rows)
         return cls(dataclasses.replace(config, data=data, train=train), data_rank, data_size, layout, tokenizer)
 
     def next(self) -> list[Batch]:
         """This rank's rows of the next global step, rows_per_step / data_size of them, in the order of the rows."""
+        if self._ahead is None:
+            self._ahead = self._start()
         batches, self._handed_out = self._ahead.next()
         return batches
 
     def state(self) -> dict[str, Any]:
-        """State of this rank's lanes after the rows handed out so far, by lane number as a string; fit for JSON."""
-        return self._handed_out
+        """State of this rank's lanes after the rows handed out so far, by lane number as a string; fit for JSON.
+
+        It names the samples that workers have given up since, so that whoever goes on from it does not try them.
+        """
+        lanes, given_up = self._config.data.lanes, self._lanes.given_up
+        return {
+            number: with_given_up(state, int(number), lanes, given_up.get(int(number), []))
+            for number, state in self._handed_out.items()
+        }
 
     def load_state(self, lanes: Mapping[str, Any]) -> None:
         """Go on where the states of all lanes (the union over all ranks) were taken, also on other numbers of ranks.
@@ -109,16 +118,38 @@ class Loader:
                 f"the checkpoint was made after {rows} rows, which train.rows_per_step ({self._rows}) does not divide; "
                 "keep train.rows_per_step as it was"
             )
-        self._ahead.close()
-        for number, lane in self._lanes.items():
-            lane.load_state(lanes[str(number)])
+        self.close()
+        mine = {str(number): lanes[str(number)] for number in self._reader.lanes}
+        if self._config.data.workers:
+            for number, lane in self._reader.lanes.items():
+                lane.check_sources(mine[str(number)])
+        else:
+            self._reader.load_states(mine)
         self._first_row = rows + self._rank
-        self._handed_out = self._lane_states()
-        self._ahead = Prefetch(self._make, self._config.data.prefetch)
+        self._begin(mine)
+
+    def _begin(self, states: dict[str, Any]) -> None:
+        """states: of this rank's lanes, which the next rows begin from."""
+        self._handed_out, self._lanes = states, Lanes(dict(states))
+        self._ahead = None
+
+    def _start(self) -> Prefetch[Step]:
+        """Begin to read: not before the first row is wanted, as the run may be one that first goes on elsewhere."""
+        config = self._config
+        if config.data.workers:
+            first, step = self._first_row, self._size
+            self._pool = WorkerPool(config, self._layout, self._tokenizer, self._lanes, first, step, self._pin)
+        return Prefetch(self._make, config.data.prefetch)
 
     def close(self) -> None:
-        """Stop reading ahead. Safe to call twice."""
-        self._ahead.close()
+        """Stop reading ahead and end the workers. Safe to call twice."""
+        if self._pool is not None:
+            self._pool.interrupt()
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def __enter__(self) -> Loader:
         return self
@@ -128,45 +159,35 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _make(self) -> tuple[list[Batch], dict[str, Any]]:
+    def _make(self) -> Step:
         """One step's rows of this rank, and the state after them."""
-        rows = range(self._first_row, self._first_row + self._rows, self._size)
-        batches = [self._lanes[row % self._config.data.lanes].row() for row in rows]
+        batches = []
+        for row in range(self._first_row, self._first_row + self._rows, self._size):
+            batch, state = self._pool.row(row) if self._pool else self._reader.row(row)
+            self._lanes.states[str(row % self._config.data.lanes)] = state
+            batches.append(pinned(batch) if self._pin and not self._pool else batch)
         self._first_row += self._rows
-        return batches, self._lane_states()
+        return batches, dict(self._lanes.states)
 
-    def _lane_states(self) -> dict[str, Any]:
-        return {str(number): lane.state() for number, lane in self._lanes.items()}
-
-    def _draw(self, source: Source, position: int) -> Document | None:
-        self._read += 1
-        try:
-            return source.document(position)
-        except BadSample as error:
-            self._bad += 1
-            self._skip(source.label, error)
-        allowed = min(self._config.data.max_bad_share * self._read, self._read - 1)  # without a good one, no row ends
-        if self._read > FIRST_SAMPLES and self._bad > allowed:
-            raise ValueError(
-                f"{self._bad} of {self._read} samples are bad, more than data.max_bad_share "
-                f"({self._config.data.max_bad_share:g}):\n{self.skipped_table()}"
-            )
-        return None
-
-    def _skip(self, label: str, error: BadSample) -> None:
-        self.skipped[label, error.reason] += 1
-        if self.skipped[label, error.reason] == 1:
-            logger.warning(
-                "skipped a sample of %s (%s); more of this kind are only counted: %s", label, error.reason, error
-            )
+    @property
+    def skipped(self) -> Counter[tuple[str, str]]:
+        """Number of samples left out by this rank's lanes until the rows handed out last, since the beginning of the
+        run, and on rank 0 of members of tars, by (source, reason)."""
+        total = Counter(self._of_shards)
+        for state in self._handed_out.values():
+            total.update(skipped_in(state))
+        return total
 
     def skipped_table(self) -> str:
         """`skipped` as lines of source, reason and count, the most frequent first."""
-        return "\n".join(f"  {label}  {reason}  {count}" for (label, reason), count in self.skipped.most_common())
+        return skipped_table(self.skipped)
 
-    def _report_shards(self) -> None:
+    def _report_shards(self) -> Counter[tuple[str, str]]:
+        """Members that the tars' indices left out, after a warning for each damaged shard."""
+        found: Counter[tuple[str, str]] = Counter()
         for source in self.sources:
             for reason, count in source.shards.rejected.items():
-                self.skipped[source.label, reason] += count
+                found[source.label, reason] += count
             for path, damage in source.shards.damage.items():
                 logger.warning("%s: the shard %r is damaged (%s); reading what is whole", source.label, path, damage)
+        return found

@@ -6,30 +6,75 @@ I items, O encoder output embeddings.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from megatron_gemini.config.data import DataConfig
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import ENCODERS, IMAGE, Batch, Media
-from megatron_gemini.data.document import Document
+from megatron_gemini.data.document import Document, Size
 from megatron_gemini.modalities.bad_sample import BadSample
 
-
-def best_fit(lengths: Sequence[int], room: int) -> int | None:
-    """Index of the longest document that still fits into `room` tokens, the oldest of equals; None if none fits."""
-    fitting = [i for i, length in enumerate(lengths) if length <= room]
-    return max(fitting, key=lambda i: (lengths[i], -i)) if fitting else None
+NO_LIMIT = sys.maxsize
 
 
-def check_fits(document: Document, row_tokens: int) -> None:
-    """Raise BadSample("too_long") for a document that no row can hold."""
-    if len(document) > row_tokens:
-        raise BadSample(
-            "too_long",
-            f"{document.key}: {len(document)} tokens do not fit into a row of {row_tokens}; raise data.row_tokens",
-        )
+def row_limits(data: DataConfig) -> Size:
+    """What one row may hold."""
+    return Size(data.row_tokens, data.row_patches or NO_LIMIT, data.row_audio_frames or NO_LIMIT)
+
+
+def choose(waiting: Sequence[Size], room: Size) -> list[int]:
+    """Places of the waiting documents that together fill what is left of a row best, in increasing order.
+
+    waiting: the oldest first. All of them if they fit. Otherwise those that fill the most tokens, and of equals those
+    with the older documents. Where all of them would need more patches or audio frames than there is room for, the
+    documents are chosen from as many as keep the limits together, the oldest first: then any choice of them does.
+    """
+    places, left = [], room
+    for place, size in enumerate(waiting):
+        if size.tokens <= room.tokens and size.patches <= left.patches and size.audio_frames <= left.audio_frames:
+            places.append(place)
+            left = left._replace(
+                patches=left.patches - size.patches, audio_frames=left.audio_frames - size.audio_frames
+            )
+    return [places[i] for i in fullest([waiting[place].tokens for place in places], room.tokens)]
+
+
+def fullest(lengths: Sequence[int], room: int) -> list[int]:
+    """Indices of the numbers whose sum is the largest that is at most `room`; of equal choices, that of low indices.
+
+    Exact: bit s of `sums[k]` says whether some of the last k numbers have the sum s, so a number costs one shift.
+    """
+    if sum(lengths) <= room:
+        return list(range(len(lengths)))
+    mask = (1 << room + 1) - 1
+    sums = [1]
+    for length in reversed(lengths):
+        sums.append((sums[-1] | sums[-1] << length) & mask)
+    left, chosen = sums.pop().bit_length() - 1, []
+    for index, length in enumerate(lengths):
+        rest = sums.pop()
+        if length <= left and rest >> (left - length) & 1:
+            chosen.append(index)
+            left -= length
+    return chosen
+
+
+def check_fits(document: Document, limits: Size) -> None:
+    """Raise BadSample for a document that no row can hold: too_long, too_many_patches, too_much_audio."""
+    size = document.size
+    for reason, count, limit, what, option in (
+        ("too_long", size.tokens, limits.tokens, "tokens", "row_tokens"),
+        ("too_many_patches", size.patches, limits.patches, "patches", "row_patches"),
+        ("too_much_audio", size.audio_frames, limits.audio_frames, "log-mel frames", "row_audio_frames"),
+    ):
+        if count > limit:
+            raise BadSample(
+                reason, f"{document.key}: {count} {what} do not fit into a row of {limit}; raise data.{option}"
+            )
 
 
 def pack(documents: Sequence[Document], row_tokens: int, loss_weights: LossConfig) -> Batch:
@@ -39,7 +84,7 @@ def pack(documents: Sequence[Document], row_tokens: int, loss_weights: LossConfi
     Raises BadSample("too_long") for a document longer than a row, ValueError when they do not fit together.
     """
     for document in documents:
-        check_fits(document, row_tokens)
+        check_fits(document, Size(row_tokens, NO_LIMIT, NO_LIMIT))
     total = sum(map(len, documents))
     if total > row_tokens:
         raise ValueError(f"{len(documents)} documents have {total} tokens; the row holds {row_tokens}")

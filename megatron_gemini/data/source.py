@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.decode import TASK_FIELDS, Decoder, field_bytes, wanted_endings
-from megatron_gemini.data.document import Document, Encodes, build_document
-from megatron_gemini.data.pack import check_fits
-from megatron_gemini.data.shards import Shards, expand_shards
-from megatron_gemini.data.tasks import ask, check_prompts, random_stream
+from megatron_gemini.data.decode import Decoder, field_bytes
+from megatron_gemini.data.document import Document, Encodes
+from megatron_gemini.data.operations.pipeline import Pipeline
+from megatron_gemini.data.operations.registry import Setting
+from megatron_gemini.data.order import Order
+from megatron_gemini.data.pack import check_fits, row_limits
+from megatron_gemini.data.records.attachments import read_named
+from megatron_gemini.data.records.records import open_records
+from megatron_gemini.data.schema import TASK_FIELDS, Schema
+from megatron_gemini.data.tasks import check_prompts, random_stream
 from megatron_gemini.modalities.bad_sample import BadSample
+
+CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
 
 
 def source_labels(sources: tuple[SourceConfig, ...]) -> list[str]:
@@ -50,7 +57,7 @@ class Cache:
 class Source:
     """Documents by position in an endless sequence of epochs; position p is in epoch p // len(source).
 
-    Raises ValueError for shards that are missing, empty or in which no sample can be used, naming the shard.
+    Raises ValueError for shards that are missing or empty, naming the shard.
     """
 
     def __init__(
@@ -65,59 +72,57 @@ class Source:
     ) -> None:
         check_prompts(source.task, source.prompts, label)
         _check_encoders(source.task, label, config)
-        self.label, self.task, self.prompts = label, source.task, source.prompts
-        self.weight, self.seed, self.caption_dropout = source.weight, config.train.seed, caption_dropout
-        self.row_tokens = config.data.row_tokens
-        self.layout, self.text_tokenizer, self.cache = layout, text_tokenizer, cache
-        self.decoder = Decoder.from_config(config)
-        self.shards = Shards(expand_shards(source.shards))
-        self._orders: dict[int, np.ndarray] = {}
-        self._check_shards()
+        self.label, self.task, self.seed = label, source.task, config.train.seed
+        self.weight, self.epochs, self.tokens = source.weight, source.epochs, source.tokens
+        self.limits, self.cache = row_limits(config.data), cache
+        try:
+            self.schema = Schema.of(source)
+            decoder = Decoder.from_config(config)
+            setting = Setting(
+                source.task, decoder, self.schema, layout, text_tokenizer, source.prompts, caption_dropout
+            )
+            self.pipeline = Pipeline(source.operations, setting)
+        except ValueError as error:
+            raise ValueError(f"the data source {label!r}: {error}") from None
+        self.names = self.schema.members(source.task)
+        self.shards = open_records(source, self.names, Path(config.train.output_dir) / "shard-index")
+        self.order = Order(self.shards.bounds, self.seed, label, self.shards.window)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def sample_at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample) of a position; every epoch is its own permutation of all samples."""
-        epoch, place = divmod(position, len(self))
-        if epoch not in self._orders:
-            while len(self._orders) > 1:  # two, since some lanes begin an epoch while others finish the one before
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = random_stream(self.seed, "order", self.label, epoch).permutation(len(self))
-        return epoch, int(self._orders[epoch][place])
+        """(epoch, sample) of a position; every epoch has an order of its own of all samples."""
+        return self.order.at(position)
 
     def document(self, position: int) -> Document:
         """The document at a position. Raises BadSample."""
         epoch, sample = self.sample_at(position)
         key = self.shards.keys[sample]
         random = random_stream(self.seed, "prompt", self.label, epoch, key)
-        prompt, answer = ask(self.task, self.fields(sample), self.prompts, random, self.caption_dropout)
-        document = build_document(
-            prompt,
-            answer,
-            layout=self.layout,
-            text_tokenizer=self.text_tokenizer,
-            vision=self.decoder.vision,
-            audio=self.decoder.audio,
-            key=f"{self.label}/{key}",
-            loss_on_prompt=answer is None,
-        )
-        check_fits(document, self.row_tokens)
+        document = self.pipeline.document(self.fields(sample), random)
+        check_fits(document, self.limits)
         return document
 
     def fields(self, sample: int) -> dict[str, Any]:
-        """The decoded sample, from the cache if it is there."""
+        """What the sample is in every epoch, from the cache if it is there. Raises BadSample, LeftOut."""
         fields = self.cache.get(self.label, sample)
         if fields is None:
-            members = self.shards.read(sample, wanted_endings(self.task, self.shards.endings(sample)))
-            fields = self.decoder.decode(members, self.task, self.shards.keys[sample])
+            members = self.shards.read(sample, self.names)
+            self.schema.check(members)
+            key = f"{self.label}/{self.shards.keys[sample]}"
+            fields = self.pipeline.fixed(
+                {"key": key, "members": members, "fetch": partial(read_named, self.shards, sample)}
+            )
             self.cache.put(self.label, sample, fields)
         return fields
 
-    def _check_shards(self) -> None:
-        """Every shard has a sample that can be used. As a rule the first can, so this reads one sample a shard."""
+    def check_shards(self) -> None:
+        """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly
+        spread ones."""
         bounds = [*self.shards.first_sample, len(self)]
-        for path, first, end in zip(self.shards.paths, bounds[:-1], bounds[1:], strict=True):
+        for number in range(0, len(self.shards.paths), -(-len(self.shards.paths) // CHECKED_SHARDS)):
+            path, first, end = self.shards.paths[number], bounds[number], bounds[number + 1]
             reasons: Counter[str] = Counter()
             for sample in range(first, end):
                 try:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from megatron_gemini.data.paths import open_binary
+
 BLOCK = 512
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 MAX_MEMBERS = 2_000_000
@@ -49,10 +51,10 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
     counted. A tar that breaks off gives what is whole before the break and says so in `damage`.
     """
     index, seen = TarIndex(), set()
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         try:
             for name, kind, offset, size in _walk(file):
-                reason = _refusal(name, kind, size, max_member_bytes)
+                reason = refusal(name, kind, size, max_member_bytes)
                 if not reason and name in seen:
                     reason = "tar_duplicate"
                 if reason:
@@ -68,7 +70,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
     return index
 
 
-def _refusal(name: str, kind: bytes, size: int, max_member_bytes: int) -> str:
+def refusal(name: str, kind: bytes, size: int, max_member_bytes: int = MAX_MEMBER_BYTES) -> str:
     """Why a member is left out; empty when it is not."""
     if kind == _FOLDER:
         return ""
@@ -81,7 +83,7 @@ def _refusal(name: str, kind: bytes, size: int, max_member_bytes: int) -> str:
 
 def _walk(file: BinaryIO) -> Iterator[tuple[str, bytes, int, int]]:
     """(name, type flag, offset of the data, size) of every member whose data is all there."""
-    end = os.fstat(file.fileno()).st_size
+    end = file.seek(0, os.SEEK_END)
     position, long_name, extended = 0, "", {}
     while position < end:
         header = _read(file, position, BLOCK)

@@ -59,6 +59,10 @@ def ask(
         return Question([Text(fields["text"])], None)
     if task == "interleave":
         return Question(fields["items"], None)
+    if task == "chat":  # its first exchange; as a document it has all of them
+        turns = fields["messages"]
+        first = next(place for place, turn in enumerate(turns) if turn.answer)
+        return Question([item for turn in turns[:first] for item in turn.items], list(turns[first].items))
     choices = prompts or PROMPTS[task]
     words = choices[int(random.integers(len(choices)))]
     answer: list[Item] = [fields["codes"] if task in DRAWING else Text(fields["text"])]

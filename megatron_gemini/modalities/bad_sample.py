@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+FILTERED = "filtered:"
+
 
 class BadSample(ValueError):
     """An image, clip, recording or text that cannot be used.
@@ -17,6 +19,13 @@ class BadSample(ValueError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class LeftOut(BadSample):
+    """A sample that a filter of its source leaves out: counted, but nothing is wrong with it.
+
+    Its reason begins with `FILTERED`.
+    """
 
 
 def one_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from megatron_gemini.training.progress import Progress
 from megatron_gemini.training.schedule import learning_rate
 from megatron_gemini.training.stop import StopRequest, reason
 from megatron_gemini.training.throughput import peak_memory_bytes
+
+WATCHED_STEPS, DATA_SHARE = 20, 0.1
 
 
 class Task(ABC):
@@ -114,6 +116,8 @@ class Loop:
         if self.resumed_from:
             self.state = training_state.load(self.engine, self.resumed_from)
             task.load_data_state(self.state.data)
+        self.waits: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # (waited for data, seconds) of steps
+        self.waits_told = False
         self.saved_at = self.state.step if self.resumed_from else -1
         self.data = task.data_state()
 
@@ -176,7 +180,20 @@ class Loop:
         if writer.due(step):
             writer.write(step, record)
         progress.update(step, record)
+        self.watch_data(waited, seconds, progress)
         return 0
+
+    def watch_data(self, waited: float, seconds: float, progress: Progress) -> None:
+        """Say once when the newest steps have waited for their data for more than a tenth of their time."""
+        self.waits.append((waited, seconds))
+        of_data, whole = map(sum, zip(*self.waits, strict=True))
+        enough = self.state.step > 2 * WATCHED_STEPS  # the first ones also wait for what has to start
+        if enough and of_data > DATA_SHARE * whole and not self.waits_told:
+            self.waits_told = True
+            progress.note(
+                f"the newest {len(self.waits)} steps waited for data for {of_data / whole:.0%} of their time "
+                "(data_seconds of step_seconds); raise data.workers or data.prefetch"
+            )
 
     def read(self) -> tuple[list[Any], str]:
         """(this rank's batches of the next step, why there are none): who cannot go on tells the others first."""

@@ -7,6 +7,7 @@ held_out_loss, held_out_loss_text, ...   the same on held-out data, only in the 
 learning_rate, gradient_norm
 tokens, tokens_per_second                tokens of the global step, without padding
 share_text, share_image_codes, share_image, share_video, share_audio, of those tokens (`token_shares`)
+documents/LABEL, tokens/LABEL            of the global step, by data source
 peak_memory_bytes, mfu                   `throughput`
 
 Shape suffixes: T packed tokens.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.jsonl"
 TOKEN_KINDS = ("text", "image_codes", "image", "video", "audio")
+MIXTURE = ("documents/", "tokens/")
 
 
 class MetricsWriter:
@@ -134,6 +136,23 @@ def count_tokens(batches: Iterable[Batch], layout: TokenLayout) -> torch.Tensor:
         codes = (token_T >= layout.first_image_code) & (token_T < layout.size)
         found = torch.stack([codes.sum(), *((token_T == placeholder).sum() for placeholder in placeholders)])
         counts += torch.cat([token_T.numel() - found.sum(dim=0, keepdim=True), found]).to(counts)
+    return counts
+
+
+def mixture_of(batches: Iterable[Batch], labels: Sequence[str]) -> dict[str, int]:
+    """Documents and tokens of the rows by data source: what the weights, budgets and phases came to.
+
+    A document's name begins with its source's label and a slash.
+    """
+    longest_first = sorted(labels, key=len, reverse=True)  # one label may be the beginning of another
+    counts = {f"{kind}{label}": 0 for kind in MIXTURE for label in labels}
+    for batch in batches:
+        lengths = batch.segment_T.bincount(minlength=len(batch.samples) + 1)[1:].tolist()
+        for key, length in zip(batch.samples, lengths, strict=True):
+            label = next((label for label in longest_first if key.startswith(f"{label}/")), None)
+            if label is not None:
+                counts[f"documents/{label}"] += 1
+                counts[f"tokens/{label}"] += length
     return counts
 
 

@@ -13,6 +13,7 @@ from megatron_gemini.checkpoint.training_state import Asset
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
 from megatron_gemini.data.loader import Loader
+from megatron_gemini.data.source import source_labels
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.kernels.attention import attention_backend
 from megatron_gemini.kernels.softmax_chunk import loss_backend
@@ -24,7 +25,7 @@ from megatron_gemini.models.stage import LossOutput
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.agreement import Signature, config_digest, sign
 from megatron_gemini.training.loop import Task, mean
-from megatron_gemini.training.metrics import TOKEN_KINDS, count_tokens, token_shares
+from megatron_gemini.training.metrics import MIXTURE, TOKEN_KINDS, count_tokens, mixture_of, token_shares
 from megatron_gemini.training.throughput import utilisation
 
 
@@ -39,7 +40,10 @@ class Pretraining(Task):
         self.layout = TokenLayout(self.tokenizer.size, config.image_tokenizer.codes)
         self.image_tokenizer = self._load_image_tokenizer()
         self.digest = config_digest(config)
-        self.loader = Loader(config, topology.data_rank, topology.data_size, self.layout, self.tokenizer)
+        self.labels = source_labels(config.data.sources)
+        self.loader = Loader(
+            config, topology.data_rank, topology.data_size, self.layout, self.tokenizer, pin=device.type == "cuda"
+        )
         self.engine = MultimodalEngine(config, self.layout, topology, device)
 
     def _load_image_tokenizer(self) -> ImageTokenizer | None:
@@ -94,6 +98,7 @@ class Pretraining(Task):
         counts["row_tokens"] = sum(batch.token_T.numel() for batch in batches)
         counts["targets"] = sum(int((batch.weight_T > 0).sum()) for batch in batches)
         counts["documents"] = sum(len(batch.samples) for batch in batches)
+        counts |= mixture_of(batches, self.labels)
         counts["visible_keys"] = sum(float((batch.position_T + 1)[batch.segment_T > 0].sum()) for batch in batches)
         return counts
 
@@ -105,6 +110,7 @@ class Pretraining(Task):
             record[f"loss_{name}"] = mean(loss, weight)
         record |= token_shares(torch.tensor([int(sums[kind]) for kind in TOKEN_KINDS]))
         record["documents"] = int(sums["documents"])
+        record |= {name: int(count) for name, count in sums.items() if name.startswith(MIXTURE)}
         record["fill"] = mean(record["tokens"], sums["row_tokens"])
         record["flops_per_token"] = model_flops_per_token(
             self.config.model,
@@ -126,7 +132,7 @@ class Pretraining(Task):
         self.loader.load_state(state)
 
     def left_out(self) -> Counter[tuple[str, str]]:
-        return self.loader.skipped.copy()
+        return self.loader.skipped
 
     def held_out(self) -> dict[str, float]:
         if not self.config.data.held_out:

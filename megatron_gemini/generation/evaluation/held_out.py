@@ -9,14 +9,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.decode import IMAGE_ENDINGS, Decoder, decode_text
+from megatron_gemini.data.decode import Decoder, decode_text
 from megatron_gemini.data.document import Item
-from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.records.attachments import read_named
+from megatron_gemini.data.records.records import RECORD, open_records
+from megatron_gemini.data.schema import Schema
 from megatron_gemini.data.tasks import ask, random_stream
 from megatron_gemini.generation.evaluation.images import resized
 from megatron_gemini.generation.evaluation.separation import Fingerprint
@@ -56,13 +59,16 @@ def read_examples(
     source: SourceConfig, decoder: Decoder, limit: int, seed: int, skipped: Counter[str]
 ) -> list[Example]:
     """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
-    shards = Shards.from_pattern(source.shards)
+    schema = Schema.of(source)
+    names = list(dict.fromkeys([*schema.members(source.task), "txt", RECORD]))
+    records = open_records(source, names)
     examples = []
-    for sample in spaced(len(shards), limit):
-        key = shards.keys[sample]
+    for sample in spaced(len(records), limit):
+        key = records.keys[sample]
         try:
-            members = shards.read(sample, shards.endings(sample))
-            fields = decoder.decode(members, source.task, key)
+            members = records.read(sample, names)
+            schema.check(members)
+            fields = decoder.decode(members, source.task, key, schema, partial(read_named, records, sample))
             text, label = text_of(members), label_of(members)
         except BadSample as error:
             skipped[error.reason] += 1
@@ -75,15 +81,16 @@ def read_examples(
 def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealImages:
     """Images that have a class, from the sources' shards, at most `limit` of every set of shards, resized to `side`."""
     real = RealImages([], [], [])
-    for pattern in dict.fromkeys(source.shards for source in sources if source.task in ("caption", "generate")):
-        shards = Shards.from_pattern(pattern)
-        for sample in spaced(len(shards), limit):
-            wanted = [*IMAGE_ENDINGS, "txt", "json"]
+    for source in {source.shards: source for source in sources if source.task in ("caption", "generate")}.values():
+        schema = Schema.of(source)
+        wanted = list(dict.fromkeys([*schema.members("caption"), "txt", RECORD]))
+        records = open_records(source, wanted)
+        for sample in spaced(len(records), limit):
             try:
-                members = shards.read(sample, wanted)
-                data = next((members[ending] for ending in IMAGE_ENDINGS if ending in members), None)
-                if data is not None and (label := label_of(members)):
-                    real.images.append(resized(decode_image(data), side))
+                members = records.read(sample, wanted)
+                found = schema.find("image", members)
+                if found and (label := label_of(members)):
+                    real.images.append(resized(decode_image(found[0][1]), side))
                     real.labels.append(label)
                     real.augmented.append(metadata_of(members).get("augmented") is True)
             except BadSample:
@@ -94,14 +101,14 @@ def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealI
 def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limit: int) -> Fingerprint:
     """The content of the sources' shards, at most `limit` samples of every set of shards."""
     fingerprint = Fingerprint()
-    for pattern in dict.fromkeys(source.shards for source in sources):
-        shards = Shards.from_pattern(pattern)
-        for sample in spaced(len(shards), limit):
+    for source in {source.shards: source for source in sources}.values():
+        records = open_records(source, [RECORD])
+        for sample in spaced(len(records), limit):
             try:
-                members = shards.read(sample, shards.endings(sample))
+                members = records.read(sample, records.endings(sample))
             except BadSample:
                 continue
-            fingerprint.add(shards.keys[sample], members, names)
+            fingerprint.add(records.keys[sample], members, names)
     return fingerprint
 
 

@@ -19,12 +19,15 @@ MAX_ASPECT = 200
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L")
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) -> np.ndarray:
     """The first frame of an image file as uint8[H, W, 3].
 
     The format is found from the content, whatever the file was called. Palette, grey, CMYK and 16-bit images
     become 8-bit RGB; transparency is composited on white; the EXIF orientation is applied. The size is read
     from the header and checked before anything is decoded.
+
+    shrink_to: the caller will make the longer side at most this, so a JPEG of at least twice the size is decoded at
+    1/2, 1/4 or 1/8 of it, which skips most of the inverse transform; the longer side stays at least this long.
 
     Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt.
     """
@@ -41,10 +44,20 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     with image:
         check_size(*image.size, max_pixels)
         try:
+            if shrink_to and image.format == "JPEG":
+                _shrink(image, shrink_to)
             image.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
         except Exception as error:  # as above: truncated data, bad checksums, broken colour tables
             raise BadSample("image_corrupt", f"the image cannot be decoded: {one_line(error)}") from None
+
+
+def _shrink(image: Image.Image, side: int) -> None:
+    """Let a JPEG that is not loaded yet be decoded at a fraction of its size, of which the longer side is >= `side`."""
+    width, height = image.size
+    factor = next((factor for factor in (8, 4, 2) if max(width, height) >= factor * side), 1)
+    if factor > 1:
+        image.draft(image.mode, (max(width // factor, 1), max(height // factor, 1)))
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, kind: str = "image") -> None:

@@ -265,7 +265,8 @@ def test_help_shows_every_setting_with_the_value_it_has_now(write, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for name in setting_names(RunConfig):
-        assert f"--{name} " in shown or f"--{name}," in shown or name in ("data.sources", "data.held_out"), name
+        lists = ("data.sources", "data.held_out", "data.curriculum")
+        assert f"--{name} " in shown or f"--{name}," in shown or name in lists, name
     assert "12345" in shown
     assert "0.0625" in shown
     assert "\x1b" not in shown

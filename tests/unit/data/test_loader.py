@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_gemini.config.data import TASKS, SourceConfig
 from megatron_gemini.data.loader import Loader
 from megatron_gemini.data.prefetch import Prefetch
-from tests.tiny_shards import LAYOUT, Characters, document, png, run_config, sample, texts, wav, write_tar
+from tests.tiny_shards import LAYOUT, Characters, chat, document, png, run_config, sample, texts, wav, write_tar
 
 
 def load(config, rank=0, size=1):
@@ -46,7 +46,8 @@ def mixture(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     all_tasks = write_tar(folder / "all.tar", ((f"s{i}", sample(i)) for i in range(7)))
     interleaved = write_tar(folder / "interleave.tar", ((f"d{i}", document(i)) for i in range(5)))
-    paths = {task: interleaved if task == "interleave" else all_tasks for task in TASKS}
+    chats = write_tar(folder / "chat.tar", ((f"c{i}", chat(i)) for i in range(5)))
+    paths = {task: {"interleave": interleaved, "chat": chats}.get(task, all_tasks) for task in TASKS}
     sources = [
         SourceConfig(shards=path, task=task, weight=i + 1)  # type: ignore[arg-type]
         for i, (task, path) in enumerate(paths.items())
@@ -128,9 +129,19 @@ def test_documents_come_in_the_shares_of_their_weights(tmp_path):
 
 
 def test_rows_are_nearly_full(mixture):
-    loader = load(mixture)
+    loader = load(dataclasses.replace(mixture, data=dataclasses.replace(mixture.data, look_ahead=16)))
     used = [float((batch.segment_T > 0).float().mean()) for _ in range(30) for batch in loader.next()]
-    assert sum(used) / len(used) > 0.85
+    assert sum(used) / len(used) > 0.97
+
+
+def test_rows_keep_the_budgets_of_the_encoders(mixture):
+    data = dataclasses.replace(mixture.data, row_patches=9, row_audio_frames=25)
+    loader = load(dataclasses.replace(mixture, data=data))
+    rows = [batch for _ in range(20) for batch in loader.next()]
+    for name, limit in (("vision", 9), ("audio", 25)):
+        used = [len(row.media[name].values_PC) for row in rows if name in row.media]
+        assert limit - 5 <= max(used) <= limit
+    assert not loader.skipped
 
 
 def test_held_out_rows_are_the_same_every_time_and_never_have_an_empty_prompt(mixture):
@@ -216,11 +227,21 @@ def test_bad_samples_are_skipped_and_counted_by_reason(tmp_path):
             ("../../up", good),
         ],
     )
-    loader = load(run_config([SourceConfig(shards=shard, task="caption", name="c")]))
-    drawn = [loader._draw(loader.sources[0], position) for position in range(2 * 11)]  # two epochs
-    assert sum(document is None for document in drawn) == 2 * 5
-    reasons = ("image_corrupt", "image_too_large", "image_unreadable", "missing_image", "too_long")
-    assert loader.skipped == {("c", reason): 2 for reason in reasons} | {("c", "tar_unsafe_name"): 3}
+    loader = load(run_config([SourceConfig(shards=shard, task="caption", name="c")], lanes=1))
+    for _ in range(4):
+        loader.next()
+    (state,), (source,) = loader.state().values(), loader.sources
+    drawn = Counter(source.shards.keys[source.sample_at(position)[1]] for position in range(state["read"]))
+    assert state["read"] > 2 * 11
+    expected = {
+        ("c", "image_corrupt"): drawn["half"],
+        ("c", "image_too_large"): drawn["bomb"],
+        ("c", "image_unreadable"): drawn["pickle"],
+        ("c", "missing_image"): drawn["nothing"],
+        ("c", "too_long"): drawn["long"],
+        ("c", "tar_unsafe_name"): 3,
+    }
+    assert loader.skipped == expected
     assert "  c  tar_unsafe_name  3" in loader.skipped_table()
     assert not hasattr(builtins, "exploded")
 

@@ -1,5 +1,7 @@
 """A packed row says what its documents say, token for token, whatever they are."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import IMAGE, TEXT
-from megatron_gemini.data.document import Audio, Image, ImageCodes, Text, Video, build_document
-from megatron_gemini.data.pack import best_fit, pack
+from megatron_gemini.data.document import Audio, Image, ImageCodes, Size, Text, Video, build_document
+from megatron_gemini.data.pack import check_fits, choose, fullest, pack
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import AUDIO, LAYOUT, VISION, Characters
 
@@ -172,8 +174,39 @@ def test_codes_outside_the_codebook_are_a_bad_sample(codes):
     assert error.value.reason == "bad_codes"
 
 
-@given(st.lists(st.integers(1, 20), max_size=8), st.integers(0, 20))
-def test_best_fit_is_the_longest_that_fits_and_the_oldest_of_equals(lengths, room):
-    chosen = best_fit(lengths, room)
-    fitting = [length for length in lengths if length <= room]
-    assert chosen == (lengths.index(max(fitting)) if fitting else None)
+@given(st.lists(st.integers(1, 20), max_size=9), st.integers(0, 60))
+def test_a_row_is_filled_as_full_as_any_choice_could(lengths, room):
+    chosen = fullest(lengths, room)
+    every = [c for n in range(len(lengths) + 1) for c in itertools.combinations(range(len(lengths)), n)]
+    sums = {c: sum(lengths[i] for i in c) for c in every}
+    best = max(s for s in sums.values() if s <= room)
+    assert chosen == sorted(chosen)
+    assert sums[tuple(chosen)] == best
+    older = [c for c, s in sums.items() if s == best]
+    assert [i in chosen for i in range(len(lengths))] == max([i in c for i in range(len(lengths))] for c in older)
+
+
+sizes = st.builds(Size, st.integers(1, 20), st.integers(0, 8), st.integers(0, 30))
+
+
+@given(st.lists(sizes, max_size=9), st.builds(Size, st.integers(0, 60), st.integers(0, 20), st.integers(0, 60)))
+def test_no_choice_exceeds_what_is_left_of_a_row(waiting, room):
+    chosen = [waiting[place] for place in choose(waiting, room)]
+    for axis in range(3):
+        assert sum(size[axis] for size in chosen) <= room[axis]
+    if waiting and all(part <= left for part, left in zip(waiting[0], room, strict=True)):
+        assert chosen  # the oldest alone would have fitted
+
+
+def test_a_document_beyond_the_encoders_budget_is_a_bad_sample():
+    document = build([Image(pixels(8, 8)), Audio(np.ones(1600, np.float32))], [Text("a")])
+    assert document.size == (12, 4, 10)
+    check_fits(document, Size(12, 4, 10))
+    for limits, reason in (
+        (Size(11, 4, 10), "too_long"),
+        (Size(12, 3, 10), "too_many_patches"),
+        (Size(12, 4, 9), "too_much_audio"),
+    ):
+        with pytest.raises(BadSample) as error:
+            check_fits(document, limits)
+        assert error.value.reason == reason

@@ -1,6 +1,7 @@
 """Tars are read by their headers, and what they may not hold is left out and counted."""
 
 import io
+import json
 import os
 import tarfile
 
@@ -8,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_gemini.data import shards as shards_module
+from megatron_gemini.data.index_cache import read_members, read_summary, write_index
 from megatron_gemini.data.shards import MAX_TEXT_BYTES, Shards, expand_shards
 from megatron_gemini.data.tar_index import index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
@@ -41,7 +44,7 @@ def test_every_tar_format_reads_as_the_standard_library_does(tmp_path, format):
 def test_members_of_one_key_are_one_sample_wherever_they_lie(tmp_path):
     path = tar_of(tmp_path / "x.tar", *((n, tarfile.REGTYPE, n.encode()) for n in ("a.txt", "d/a.txt", "a.codes.json")))
     shards = Shards([path])
-    assert shards.keys == ["a", "d/a"]
+    assert list(shards.keys) == ["a", "d/a"]
     assert shards.endings(0) == ["txt", "codes.json"]
     assert shards.read(0, ["codes.json", "png"]) == {"codes.json": b"a.codes.json"}
     assert shards.read(1, ["txt"]) == {"txt": b"d/a.txt"}
@@ -64,7 +67,7 @@ def test_what_a_tar_may_not_hold_is_left_out_and_counted(tmp_path):
         ("good.txt", tarfile.REGTYPE, b"again"),
     )
     shards = Shards([path])
-    assert shards.keys == ["good"]
+    assert list(shards.keys) == ["good"]
     assert shards.read(0, ["txt"]) == {"txt": b"good"}
     assert shards.rejected == {"tar_unsafe_name": 5, "tar_link": 2, "tar_special_file": 2, "tar_duplicate": 1}
 
@@ -98,7 +101,7 @@ def test_a_truncated_tar_gives_what_is_whole_and_is_named(tmp_path, length, keys
     path = write_tar(tmp_path / "x.tar", [("a", {"txt": b"a" * 100}), ("b", {"txt": b"b" * 100})])
     os.truncate(path, length)
     shards = Shards([path])
-    assert shards.keys == keys
+    assert list(shards.keys) == keys
     assert [shards.read(i, ["txt"])["txt"] for i in range(len(keys))] == [key.encode() * 100 for key in keys]
     assert where in shards.damage[path]
     assert shards.rejected == {"tar_damaged": 1}
@@ -169,3 +172,87 @@ def test_no_match_names_the_pattern_and_the_nearest_files(tmp_path):
         expand_shards("t-{1..1000000000}.tar")
     with pytest.raises(ValueError, match="set its `shards`"):
         expand_shards("")
+
+
+def many(path, count):
+    return write_tar(path, ((f"s{i:05d}", {"txt": b"%05d" % i, "png": b"p"}) for i in range(count)))
+
+
+def test_listed_shards_are_not_opened_until_a_sample_is_asked_for(tmp_path, monkeypatch):
+    paths = [many(tmp_path / f"{n}.tar", 3 + n) for n in range(4)]
+    for path in paths:
+        write_index(path)
+    expected = [(f"s{i:05d}", {"txt": b"%05d" % i, "png": b"p"}) for n in range(4) for i in range(3 + n)]
+    monkeypatch.setattr(shards_module, "index_tar", lambda path: pytest.fail(f"{path} was opened"))
+    opened = []
+    real = shards_module.read_members
+    monkeypatch.setattr(shards_module, "read_members", lambda path, *rest: opened.append(path) or real(path, *rest))
+    shards = Shards(paths)
+    assert (len(shards), shards.first_sample, opened) == (18, [0, 3, 7, 12], [])
+    assert shards.read(12, ["txt"]) == {"txt": b"00000"}
+    assert opened == [paths[3]]
+    assert [(shards.keys[i], shards.read(i, ["txt", "png"])) for i in range(18)] == expected
+    assert opened == [paths[3], *paths[:3]]
+
+
+def test_an_index_of_another_tar_is_passed_over(tmp_path):
+    path = many(tmp_path / "x.tar", 5)
+    write_index(path)
+    assert read_summary(path).samples == 5
+    os.utime(path, ns=(1, 1))  # a copy: other times, the same headers
+    assert read_summary(path).samples == 5
+    write_tar(tmp_path / "x.tar", ((f"t{i:05d}", {"txt": b"%05d" % i, "png": b"p"}) for i in range(5)))
+    assert read_summary(path) is None
+    assert Shards([path]).keys[0] == "t00000"
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.integers(0, 2000), byte=st.integers(0, 255), length=st.integers(0, 2000))
+def test_a_damaged_index_is_never_trusted_beyond_its_tar(tmp_path_factory, place, byte, length):
+    folder = tmp_path_factory.getbasetemp()
+    path = many(folder / "indexed.tar", 3)
+    write_index(path)
+    file = folder / "indexed.tar.index.json"
+    data = bytearray(file.read_bytes())
+    data[place % len(data)] = byte
+    file.write_bytes(data[: max(length, len(data) // 2)] if length < len(data) else data)
+    summary = read_summary(path)
+    members = None if summary is None else read_members(path, summary)
+    for member in members or []:
+        assert 512 <= member.offset <= member.offset + member.size <= os.path.getsize(path)
+        assert ".." not in member.name.split("/")
+    file.unlink()
+
+
+def test_an_index_that_lies_about_its_members_is_not_used(tmp_path):
+    path = many(tmp_path / "x.tar", 3)
+    write_index(path)
+    file = tmp_path / "x.tar.index.json"
+    honest = file.read_text()
+    assert json.loads(honest)["summary"]["samples"] == 3
+    for lie in (honest.replace("s00000.txt", "../up.txt"), honest.replace("s00001.txt", "s00000.txt")):
+        file.write_text(lie)
+        assert list(Shards([path]).keys) == ["s00000", "s00001", "s00002"]
+    file.write_text(honest.replace('"samples": 3', '"samples": 4'))
+    with pytest.raises(BadSample, match="had 4 samples and has 3 now"):
+        Shards([path]).read(0, ["txt"])
+
+
+def test_the_index_of_a_large_tar_is_kept_in_the_folder_of_the_run(tmp_path, monkeypatch):
+    path, cache = many(tmp_path / "x.tar", 500), tmp_path / "run" / "index"
+    small = many(tmp_path / "y.tar", 5)
+    assert len(Shards([path, small], cache)) == 505
+    assert [file.name.split(".")[0] for file in cache.iterdir()] == ["x"]
+    monkeypatch.setattr(shards_module, "index_tar", lambda path: pytest.fail(f"{path} was read again"))
+    again = Shards([path], cache)
+    assert again.read(499, ["txt"]) == {"txt": b"00499"}
+
+
+def test_only_the_shards_used_last_are_kept_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_OPEN_MEMBERS", 25)
+    shards = Shards([many(tmp_path / f"{n}.tar", 5) for n in range(5)])
+    for sample in (*range(25), *range(24, -1, -3)):
+        assert shards.read(sample, ["txt"]) == {"txt": b"%05d" % (sample % 5)}
+        assert len(shards._open) <= 2
+    with pytest.raises(IndexError):
+        shards.key(25)

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from megatron_gemini.data.decode import Decoder, wanted_endings
+from megatron_gemini.data.decode import Decoder
 from megatron_gemini.data.document import EncoderInput, ImageCodes, Text
+from megatron_gemini.data.schema import USUAL
 from megatron_gemini.data.tasks import PROMPTS, ask, check_prompts, random_stream
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, VISION, codes, document, png, sample, wav
@@ -85,8 +86,8 @@ def test_prompts_that_a_task_cannot_use_are_refused():
 
 
 def test_only_the_members_that_a_task_needs_are_read():
-    assert set(wanted_endings("caption", sample(0))) & set(sample(0)) == {"png", "txt"}
-    assert wanted_endings("interleave", document(0)) == list(document(0))
+    assert set(USUAL.members("caption")) & set(sample(0)) == {"png", "txt"}
+    assert set(USUAL.members("interleave")) & set(document(0)) == {"json"}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,14 @@ import torch
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LoggingConfig, TrainConfig
 from megatron_gemini.contracts import Batch, TokenLayout
-from megatron_gemini.training.metrics import TOKEN_KINDS, MetricsWriter, count_tokens, read_metrics, token_shares
+from megatron_gemini.training.metrics import (
+    TOKEN_KINDS,
+    MetricsWriter,
+    count_tokens,
+    mixture_of,
+    read_metrics,
+    token_shares,
+)
 
 QUIET = RunConfig(logging=LoggingConfig(tensorboard=False), train=TrainConfig(steps=10))
 
@@ -165,3 +172,18 @@ def test_tokens_are_counted_by_kind_without_padding():
     assert shares["tokens"] == 20
     assert shares["share_text"] == 0.4
     assert token_shares(count_tokens([], layout))["share_text"] == 0
+
+
+def test_the_mixture_of_a_row_is_counted_by_source_even_where_one_name_begins_another():
+    empty = torch.zeros(10, dtype=torch.int64)
+    segment = torch.tensor([1, 1, 1, 2, 2, 3, 4, 4, 0, 0], dtype=torch.int32)
+    samples = ["web/en/1", "web/2", "web/en/3", "other/4"]
+    row = Batch(empty, empty, empty, empty, segment, empty, empty, samples=samples)
+    assert mixture_of([row, row], ["web", "web/en", "unused"]) == {
+        "documents/web": 2,
+        "documents/web/en": 4,
+        "documents/unused": 0,
+        "tokens/web": 4,
+        "tokens/web/en": 8,
+        "tokens/unused": 0,
+    }

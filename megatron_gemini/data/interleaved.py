@@ -1,0 +1,126 @@
+"""Descriptions of interleaved documents and conversations, in the layouts that people have, as ordered references.
+
+Nothing is read here: an entry is ("text", the text) or (kind, name of a member or file).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from megatron_gemini.modalities.bad_sample import BadSample
+
+KINDS = ("text", "image", "codes", "audio", "video")
+Entry = tuple[str, str]
+_ASSISTANT = ("assistant", "model", "gpt")
+_USER = ("user", "human", "system")
+
+
+class Said(NamedTuple):
+    """A turn of a conversation; `answer`: it is the model's, and learned."""
+
+    answer: bool
+    entries: list[Entry]
+
+
+def document_entries(description: Any) -> list[Entry]:
+    """What a document holds, in order.
+
+    {"items": [{"text": "..."}, {"image": "NAME"}, ...]}; or {"text_list": [...], "image_info": [{"image_name": NAME,
+    "matched_text_index": i}, ...]} (MMC4: an image stands before its sentence); or {"texts": [...], "images": [...]},
+    of which at each place one is null (OBELICS). Raises BadSample: bad_json.
+    """
+    if isinstance(description, list):  # a column `items` of a table
+        description = {"items": description}
+    if not isinstance(description, Mapping):
+        raise BadSample("bad_json", "an interleaved document needs {...} with its items")
+    if "text_list" in description:
+        entries = _mmc4(description)
+    elif "texts" in description:
+        entries = _obelics(description)
+    else:
+        entries = [_entry(item) for item in _list(description, "items")]
+    if not entries:
+        raise BadSample("bad_json", 'an interleaved document needs {"items": [...]} with at least one item')
+    return entries
+
+
+def conversation(description: Any) -> list[Said]:
+    """The turns of a conversation up to the model's last, those of one side that follow each other as one.
+
+    {"messages": [{"role": ..., "content": ...}, ...]} or {"conversations": [{"from": ..., "value": ...}, ...]}, or the
+    list alone. Content is text or a list of typed parts: {"type": "text", "text": ...}, {"type": "image", "image":
+    NAME}, the same with codes, audio and video. A system message belongs to the user's side.
+    Raises BadSample: bad_json, no_answer.
+    """
+    if isinstance(description, Mapping):
+        description = _list(description, "messages" if "messages" in description else "conversations")
+    if not isinstance(description, list):
+        raise BadSample("bad_json", "a conversation needs a list of messages")
+    turns: list[Said] = []
+    for message in description:
+        answer, entries = _message(message)
+        if turns and turns[-1].answer == answer:
+            turns[-1].entries.extend([("text", "\n"), *entries])
+        else:
+            turns.append(Said(answer, entries))
+    while turns and not turns[-1].answer:
+        turns.pop()
+    if not turns:
+        raise BadSample("no_answer", "the conversation has no message of the assistant to learn from")
+    return turns
+
+
+def _message(message: Any) -> Said:
+    if not isinstance(message, Mapping):
+        raise BadSample("bad_json", f"a message is a mapping, not {str(message)[:80]}")
+    role = message.get("role", message.get("from"))
+    if role not in _ASSISTANT and role not in _USER:
+        raise BadSample("bad_json", f"the role {str(role)[:80]!r} is none of {', '.join(_USER + _ASSISTANT)}")
+    content = message.get("content", message.get("value"))
+    parts = [{"text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, Sequence) or not parts:
+        raise BadSample("bad_json", "the content of a message is text or a list of parts")
+    return Said(role in _ASSISTANT, [_part(part) for part in parts])
+
+
+def _part(part: Any) -> Entry:
+    if isinstance(part, Mapping) and "type" in part:
+        kind = part["type"]
+        if kind not in KINDS:
+            raise BadSample("bad_json", f"a part of the type {str(kind)[:80]!r}; there are {', '.join(KINDS)}")
+        part = {kind: part.get(kind)}
+    return _entry(part)
+
+
+def _entry(item: Any) -> Entry:
+    name, value = next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else ("", "")
+    if name not in KINDS or not isinstance(value, str):
+        raise BadSample("bad_json", f"an item is one of {', '.join(KINDS)}, with a string; not {str(item)[:80]}")
+    return name, value
+
+
+def _mmc4(description: Mapping[str, Any]) -> list[Entry]:
+    texts, images = _list(description, "text_list"), _list(description, "image_info")
+    before: dict[int, list[Entry]] = {}
+    for image in images:
+        place = image.get("matched_text_index") if isinstance(image, Mapping) else None
+        if type(place) is not int or not 0 <= place < len(texts):
+            raise BadSample("bad_json", f"an image without its place in the text: {str(image)[:80]}")
+        before.setdefault(place, []).append(_entry({"image": image.get("image_name")}))
+    return [entry for i, text in enumerate(texts) for entry in (*before.get(i, ()), _entry({"text": text}))]
+
+
+def _obelics(description: Mapping[str, Any]) -> list[Entry]:
+    texts, images = _list(description, "texts"), _list(description, "images")
+    if len(texts) != len(images):
+        raise BadSample("bad_json", f"{len(texts)} texts and {len(images)} images; they stand beside each other")
+    both = [("text", text) if text is not None else ("image", image) for text, image in zip(texts, images, strict=True)]
+    return [_entry({kind: value}) for kind, value in both]
+
+
+def _list(description: Mapping[str, Any], name: str) -> list[Any]:
+    value = description.get(name)
+    if not isinstance(value, list):
+        raise BadSample("bad_json", f'it has no list "{name}"')
+    return value

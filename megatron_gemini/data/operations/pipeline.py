@@ -1,0 +1,47 @@
+"""A source's list of operations: what is the same in every epoch, and what is drawn anew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_gemini.data.document import Document
+from megatron_gemini.data.operations import media, text
+from megatron_gemini.data.operations.registry import OPERATIONS, Sample, Setting, make_operation
+
+USUAL_OPERATIONS = ("decode", "resize", "patches", "log_mel", "format", "tokenise")
+assert all(name in OPERATIONS for name in USUAL_OPERATIONS), (media, text)  # which register them
+
+
+class Pipeline:
+    """The operations in `names`, or `USUAL_OPERATIONS` if there are none.
+
+    Raises ValueError for an operation that does not exist or cannot stand where it does.
+    """
+
+    def __init__(self, names: Sequence[str], setting: Setting) -> None:
+        names = tuple(names) or USUAL_OPERATIONS
+        plain = [name.partition("(")[0].strip() for name in names]
+        if plain[:1] != ["decode"] or plain[-2:] != ["format", "tokenise"] or len(set(plain)) < len(plain):
+            raise ValueError(
+                f"the operations {', '.join(names)} must begin with decode, end with format and tokenise, and name "
+                f"each one once; the usual ones are {', '.join(USUAL_OPERATIONS)}"
+            )
+        made = [make_operation(name, setting) for name in names]
+        first = next(place for place, (_, random) in enumerate(made) if random)
+        self._fixed = [operation for operation, _ in made[:first]]
+        self._random = [operation for operation, _ in made[first:]]
+        self._none = np.random.default_rng(0)  # which a fixed operation never asks
+
+    def fixed(self, sample: Sample) -> Sample:
+        """From `key`, `members` and perhaps `fetch` to what is the same in every epoch. Raises BadSample."""
+        for operation in self._fixed:
+            sample = operation(sample, self._none)
+        return sample
+
+    def document(self, sample: Sample, random: np.random.Generator) -> Document:
+        """From there to a document, by `random` alone. Raises BadSample."""
+        for operation in self._random:
+            sample = operation(sample, random)
+        return sample["document"]
