@@ -15,6 +15,7 @@ from megatron_gemini.building.examine import Examined, Examiner
 from megatron_gemini.building.journal import Dropped, Entry, Journal, Kept
 from megatron_gemini.building.parallel import Workers
 from megatron_gemini.building.records import Record
+from megatron_gemini.data.index_cache import write_index
 from megatron_gemini.data.shard_writer import Sample, json_member, write_shard
 
 SLACK = 30.0  # seconds that a record may take beside its download
@@ -95,6 +96,7 @@ def _shards(
 def _write(kept: list[Examined], dropped: Dropped, folder: Path, name: str, position: int) -> Entry:
     path = folder / name
     write_shard(path, map(_sample, kept))
+    write_index(str(path))
     samples = tuple(
         Kept(item.sha256, f"{item.picture:x}", item.width, item.height, len(item.caption), len(item.data))
         for item in kept

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_gemini.data.decode import ENDINGS, decode_json, decode_text
+from megatron_gemini.data.decode import decode_text
+from megatron_gemini.data.decode_json import decode_json
+from megatron_gemini.data.schema import USUAL_NAMES
 from megatron_gemini.data.shards import Shards
 from megatron_gemini.data.tar_index import index_tar
 from megatron_gemini.modalities.audio.preprocess import SAMPLE_RATE, decode_audio
@@ -82,9 +84,9 @@ def _check(ending: str, data: bytes) -> dict[str, float]:
     """Decode a member by its ending. Sizes worth a plot; nothing of members that are of no known kind."""
     last = ending.rpartition(".")[2]
     checks: dict[str, Callable[[bytes], dict[str, float]]] = {
-        **dict.fromkeys(ENDINGS["image"], _image),
-        **dict.fromkeys(ENDINGS["audio"], _audio),
-        **dict.fromkeys(ENDINGS["video"], _video),
+        **dict.fromkeys(USUAL_NAMES["image"], _image),
+        **dict.fromkeys(USUAL_NAMES["audio"], _audio),
+        **dict.fromkeys(USUAL_NAMES["video"], _video),
         "txt": _text,
         "json": _json,
     }
