@@ -62,12 +62,12 @@ TILINGS = {
 
 
 def choose_tilings(q: torch.Tensor) -> Tilings:
-    table = "float32" if q.dtype == torch.float32 else "hopper" if _is_hopper(q.device) else "ampere"
+    table = "float32" if q.dtype == torch.float32 else "hopper" if is_hopper(q.device) else "ampere"
     return TILINGS[table][max(64, padded_width(q.shape[2]))]
 
 
 @lru_cache(maxsize=64)
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
     """Or newer. The interpreter counts as one."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
@@ -95,7 +95,7 @@ def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
 def takes_descriptors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether blocks come by the tensor memory accelerator, which wants everything at multiples of 16 bytes."""
     group = q.shape[1] // k.shape[1]
-    if group & (group - 1) or not _is_hopper(q.device):
+    if group & (group - 1) or not is_hopper(q.device):
         return False
     places = [place for x in (q, k, v) for place in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:2]))]
     return all(place % 16 == 0 for place in places) and q.shape[2] * q.element_size() % 16 == 0

@@ -2,7 +2,7 @@
 
     python tools/bench/attention.py                  # the CPU's three comparisons, one thread, JSON lines
     python tools/bench/attention.py --device cuda    # one card, under ten minutes: all backends, TFLOP/s, ratios
-    python tools/bench/attention.py --device cuda --tune    # times of other block sizes than those of the table
+    python tools/bench/attention.py --device cuda --tune --widths 128    # times of other block sizes, as long
 
 Forward and backward of N query heads and K key/value heads of width H. The candidates of a comparison run in turn, so
 that a noisy machine disturbs all of them; times are medians and minima, on CPU of the process's CPU time. TFLOP/s count
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -26,6 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_gemini.kernels import attention_tiling
 from megatron_gemini.kernels.attention import AttentionPlan, attention, plan_attention
 from megatron_gemini.kernels.attention_backends import BACKENDS
+
+CHOICES = tuple(attention_tiling.Tiling(*sizes) for sizes in product((32, 64, 128), (32, 64, 128), (8,), (2, 3)))
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -144,7 +146,7 @@ def in_turn(candidates: dict[str, Runner], rounds: int) -> dict[str, Runner]:
                 runner()
             runner.seconds.clear()
             able[name] = runner
-        except (RuntimeError, ValueError) as error:  # a kernel that does not take this card or head width
+        except Exception as error:  # whatever a library raises where it does not take this card or head width
             print(json.dumps({"candidate": name, "unable": str(error).splitlines()[0]}), flush=True)
     for _ in range(rounds):
         for runner in able.values():
@@ -230,14 +232,18 @@ def compare_on_card(
 
 
 def tune(
-    device: str, dtype: torch.dtype, tokens: int, widths: tuple[int, ...], heads: int
+    device: str,
+    dtype: torch.dtype,
+    tokens: int,
+    widths: tuple[int, ...],
+    heads: int,
+    choices: Sequence[attention_tiling.Tiling] = CHOICES,
 ) -> Iterator[dict[str, object]]:
     """Each kernel's time with other block sizes, the others' left as the table has them."""
     plan, tables = Row((tokens,)).plan(device), attention_tiling.TILINGS
-    table = "hopper" if torch.cuda.get_device_capability(device) >= (9, 0) else "ampere"
+    table = "hopper" if attention_tiling.is_hopper(torch.device(device)) else "ampere"
     for width, kernel in product(widths, ("forward", "query_gradient", "key_gradient")):
-        for m, n, warps, stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)):
-            tiling = attention_tiling.Tiling(m, n, warps, stages)
+        for tiling in choices:
             kept = tables[table][attention_tiling.padded_width(width)]
             fields = {name: getattr(kept, name) for name in ("forward", "query_gradient", "key_gradient")}
             changed = attention_tiling.Tilings(**{**fields, kernel: tiling})
@@ -256,11 +262,12 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=10, help="times every candidate runs (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=8192, help="of a row on the card (default: %(default)s)")
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256], help="of heads (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="time block sizes instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps({"torch": torch.__version__, "device": options.device}), flush=True)
-    card = (options.device, torch.bfloat16, options.tokens, (128, 256))
+    card = (options.device, torch.bfloat16, options.tokens, tuple(options.widths))
     if options.tune:
         found = tune(*card, heads=16)
     elif options.device == "cuda":

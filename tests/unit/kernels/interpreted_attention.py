@@ -15,6 +15,7 @@ from megatron_gemini.kernels.attention_reference import attend_densely
 from megatron_gemini.kernels.attention_tiling import Tiling, Tilings
 from megatron_gemini.kernels.attention_triton import flash_attention, flash_attention_backward
 from tests.attention_rows import heads, only_backend, row, rows_and_queries
+from tools.bench import attention as bench
 
 SMALL = Tilings(Tiling(32, 16, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 16, 4, 1))
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}  # of the norm; measured ones are half
@@ -182,3 +183,21 @@ def test_named_it_runs_and_no_other_backend_does(monkeypatch):
     only_backend(monkeypatch, "triton")
     inputs, plan = heads(4, 2, 1, 16), plan_attention(*row([4], [], 0))
     torch.testing.assert_close(attention(*inputs, plan, backend="triton"), attend_densely(*inputs, plan)[0])
+
+
+@pytest.mark.long
+def test_what_the_benchmark_runs_on_a_card_runs_here_and_counts_the_pairs_that_are_seen(capsys):
+    """Without a card: our kernels and SDPA with a mask; what cannot run says so."""
+    size = ("cpu", torch.bfloat16, 32, (64,))
+    found = list(bench.compare_on_card(*size, heads=(2,), rounds=1))
+    assert {(r["case"].split(",")[0], r["candidate"]) for r in found} >= {
+        ("causal", "triton"),
+        ("mixed", "triton"),
+        ("mixed", "SDPA, dense mask"),
+    }
+    assert "unable" in capsys.readouterr().out
+    tiling = Tiling(32, 32, 4, 2)
+    tuned = list(bench.tune(*size, heads=2, choices=[tiling]))
+    assert [r["kernel"] for r in tuned] == ["forward", "query_gradient", "key_gradient"]
+    assert bench.pairs_seen(bench.Row((4, 2)).plan("cpu")) == 10 + 3
+    assert int(bench.dense_mask(bench.Row((8,), 2, 4).plan("cpu")).sum()) == 36 + 2
