@@ -16,6 +16,7 @@ from megatron_gemini.modalities.bad_sample import BadSample, one_line
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
+_LEAST_SHORTER = 64
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L")
 
 
@@ -27,7 +28,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
     from the header and checked before anything is decoded.
 
     shrink_to: the caller will make the longer side at most this, so a JPEG of at least twice the size is decoded at
-    1/2, 1/4 or 1/8 of it, which skips most of the inverse transform; the longer side stays at least this long.
+    1/2, 1/4 or 1/8 of it, which skips most of the inverse transform. The longer side stays at least this long, the
+    shorter one 64 pixels.
 
     Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt.
     """
@@ -53,11 +55,16 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
 
 
 def _shrink(image: Image.Image, side: int) -> None:
-    """Let a JPEG that is not loaded yet be decoded at a fraction of its size, of which the longer side is >= `side`."""
-    width, height = image.size
-    factor = next((factor for factor in (8, 4, 2) if max(width, height) >= factor * side), 1)
+    """Let a JPEG that is not loaded yet be decoded at a fraction of its size, of which the longer side is >= `side`.
+
+    The shorter side of a strip stays long enough that rounding it to whole patches does not enlarge it by much.
+    """
+    longer, shorter = max(image.size), min(image.size)
+    enough = (factor for factor in (8, 4, 2) if longer >= factor * side and shorter >= factor * _LEAST_SHORTER)
+    factor = next(enough, 1)
     if factor > 1:
-        image.draft(image.mode, (max(width // factor, 1), max(height // factor, 1)))
+        width, height = image.size
+        image.draft(image.mode, (width // factor, height // factor))
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, kind: str = "image") -> None:

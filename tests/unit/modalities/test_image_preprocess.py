@@ -195,3 +195,37 @@ def test_square_image_takes_the_centre():
     assert (square_image(image, 4) == 255).all()
     assert square_image(_photo(30, 20), 16).shape == (16, 16, 3)
     assert signed_pixels(np.array([0, 255], np.uint8)).tolist() == [-1.0, 1.0]
+
+
+def jpeg(height: int, width: int) -> bytes:
+    """A JPEG of soft shapes and an edge, as photographs have them."""
+    y, x = np.mgrid[:height, :width] / 64
+    pixels_HW3 = np.stack([127 + 100 * np.sin(x + phase) * np.cos(y * (1 + phase)) for phase in range(3)], axis=-1)
+    pixels_HW3[height // 3 : height // 2] = 30
+    file = io.BytesIO()
+    Image.fromarray(pixels_HW3.astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "factor"),
+    [(512, 512, 2), (447, 300, 1), (448, 300, 2), (900, 1000, 4), (1800, 1800, 8), (300, 1800, 4), (100, 1800, 1)],
+)
+def test_a_jpeg_is_decoded_at_the_smallest_fraction_that_the_target_allows(height, width, factor):
+    data = jpeg(height, width)
+    small_HW3 = decode_image(data, shrink_to=224)
+    assert small_HW3.shape[:2] == (-(-height // factor), -(-width // factor))
+    assert max(small_HW3.shape) >= 224 or factor == 1
+    whole_HW3 = decode_image(data)
+    assert whole_HW3.shape[:2] == (height, width)
+    one, other = (fit_image(image_HW3, 14, 224).astype(int) for image_HW3 in (small_HW3, whole_HW3))
+    assert one.shape == other.shape
+    error = np.abs(one - other)
+    assert error.mean() < 2.0  # of 255
+    assert np.percentile(error, 99) <= 16
+
+
+def test_other_formats_are_decoded_whole():
+    file = io.BytesIO()
+    Image.new("RGB", (600, 600)).save(file, "PNG")
+    assert decode_image(file.getvalue(), shrink_to=100).shape == (600, 600, 3)
