@@ -24,7 +24,7 @@ from megatron_gemini.data.loader import Loader
 from tests.end_to_end.launches import ROOT, environment
 from tests.tiny_shards import LAYOUT, Characters, run_config, write_tar
 
-ROWS, LANES, STEPS = 12, 24, 14
+ROWS, LANES, STEPS = 12, 24, 60
 SHARDS, SAMPLES = 3, 40
 
 
@@ -57,6 +57,7 @@ def rank_process(folder: Path, rank: int, ranks: int, workers: int) -> None:
                 rows = [row for each in zip(*(part["rows"] for part in found), strict=True) for row in each]
                 write(whole, {"lanes": lanes, "rows": rows})
             wait_for([whole])
+            time.sleep(0.02)  # as a step of training takes its time
 
 
 def write(path: Path, value: object) -> None:
