@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_gemini.engine.build_locks import remove_stale_locks
+
 
 def choose_device() -> torch.device:
     """This rank's device: its GPU where CUDA is there, else the CPU."""
@@ -29,6 +31,7 @@ def join(device: torch.device) -> None:
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     if not dist.is_initialized():
+        remove_stale_locks()
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
         if device.type == "cpu":
             _forget_shared_memory()
