@@ -9,7 +9,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from megatron_gemini.data.index_cache import (
     sample_key,
     write_index,
 )
+from megatron_gemini.data.keys import Keys
 from megatron_gemini.data.paths import expand_shards
 from megatron_gemini.data.tar_index import Member, index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
@@ -66,7 +66,7 @@ class Shards:
     @property
     def keys(self) -> Sequence[str]:
         """Of every sample; looked up as they are asked for."""
-        return _Keys(self)
+        return Keys(len(self), self.key)
 
     @property
     def bounds(self) -> list[int]:
@@ -162,25 +162,6 @@ class Shards:
         if len(data) < size:
             raise BadSample("read_error", f"{key}.{ending}: the shard has become shorter while it was being read")
         return data
-
-
-class _Keys(Sequence[str]):
-    """The keys of all samples of some shards."""
-
-    def __init__(self, shards: Shards) -> None:
-        self._shards = shards
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    @overload
-    def __getitem__(self, sample: int) -> str: ...
-    @overload
-    def __getitem__(self, sample: slice) -> list[str]: ...
-    def __getitem__(self, sample: int | slice) -> str | list[str]:
-        if isinstance(sample, slice):
-            return [self._shards.key(number) for number in range(*sample.indices(len(self)))]
-        return self._shards.key(sample + len(self) if sample < 0 else sample)
 
 
 class _Contents:

@@ -6,8 +6,8 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from pathlib import PurePosixPath
-from typing import overload
 
+from megatron_gemini.data.keys import Keys
 from megatron_gemini.data.records.records import RECORD
 
 
@@ -35,7 +35,7 @@ class Table:
 
     @property
     def keys(self) -> Sequence[str]:
-        return _Keys(self)
+        return Keys(len(self), self.key)
 
     def endings(self, sample: int) -> list[str]:
         """The name of the whole record."""
@@ -56,22 +56,3 @@ class Table:
             raise IndexError(f"record {sample} of {self._samples}")
         file = bisect.bisect_right(self.first_sample, sample) - 1
         return file, sample - self.first_sample[file]
-
-
-class _Keys(Sequence[str]):
-    """The keys of all records, made when asked for."""
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    @overload
-    def __getitem__(self, sample: int) -> str: ...
-    @overload
-    def __getitem__(self, sample: slice) -> list[str]: ...
-    def __getitem__(self, sample: int | slice) -> str | list[str]:
-        if isinstance(sample, slice):
-            return [self._table.key(number) for number in range(*sample.indices(len(self)))]
-        return self._table.key(sample + len(self) if sample < 0 else sample)
