@@ -120,6 +120,8 @@ def _problems(problem: str, topology: Topology, device: torch.device) -> str:
         said = bytes(line.tolist()).rstrip(b"\0").decode(errors="ignore")
         if said:
             ranks.setdefault(said, []).append(rank)
+    if len(ranks) == 1 and len(next(iter(ranks.values()))) == topology.world:
+        return next(iter(ranks))  # everybody has it
     return "\n".join(f"{_name(numbers)}: {said}" for said, numbers in ranks.items())
 
 

@@ -145,3 +145,7 @@ def test_the_digest_of_rows_sees_tokens_weights_and_sizes_of_media():
 def test_another_configuration_has_another_digest():
     other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, layers=3))
     assert config_digest(CONFIG) == config_digest(dataclasses.replace(CONFIG)) != config_digest(other)
+
+
+def test_a_problem_that_all_ranks_have_is_told_without_naming_them(outcomes):
+    assert set(outcomes(world(data=3), [SAME] * 3, problems=["no shards"] * 3)) == {"no shards"}
