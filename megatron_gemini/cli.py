@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from megatron_gemini import __version__
 
@@ -37,6 +38,19 @@ def main(argv: list[str] | None = None) -> int:
     """`megatron-gemini COMMAND ...`. Returns the exit status."""
     arguments = sys.argv[1:] if argv is None else argv
     return run_command(_dispatch, arguments)
+
+
+def script() -> NoReturn:
+    """The console script."""
+    end(main())
+
+
+def end(status: int) -> NoReturn:
+    """End the process with an exit status, without the interpreter's teardown if it joined a process group."""
+    distributed = sys.modules.get("megatron_gemini.engine.distributed")
+    if distributed is not None:
+        distributed.end_process(status)
+    sys.exit(status)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -118,4 +132,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_gemini.cli import run_command
+from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.data import TASKS, SourceConfig
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import SampleSettings
@@ -151,4 +151,4 @@ def _parser() -> OptionParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    end(run_command(main, sys.argv[1:]))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_gemini.cli import run_command
+from megatron_gemini.cli import end, run_command
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import ANSWERS, SampleSettings
 
@@ -145,4 +145,4 @@ def _parser() -> OptionParser:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    end(run_command(main, sys.argv[1:]))

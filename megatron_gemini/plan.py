@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_gemini.cli import run_command
+from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
@@ -122,4 +122,4 @@ def _add(group: argparse._ArgumentGroup, name: str, kind: type, what: str, **mor
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    end(run_command(main, sys.argv[1:]))

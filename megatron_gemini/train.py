@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_gemini.cli import run_command
+from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.layout import check_layout
 from megatron_gemini.config.load import load_config
 from megatron_gemini.training.schedule import check_schedule
@@ -37,4 +37,4 @@ def _preset(name: str) -> Mapping[str, Mapping[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, sys.argv[1:]))
+    end(run_command(main, sys.argv[1:]))

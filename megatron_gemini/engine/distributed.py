@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -51,6 +54,18 @@ def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_process(status: int = 0) -> NoReturn:
+    """End this process without the interpreter's teardown, after what `atexit` was given to do.
+
+    Gloo's threads give tensors back some time after their collective. One that needs the interpreter for it while that
+    is being torn down aborts the process (pytorch/pytorch#190489), and a run that ended well looks like one that died.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _free_port() -> int:

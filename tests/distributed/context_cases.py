@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_gemini.contracts import Batch
+from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.models.stage import DecoderStage, Row
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize, placement_of
@@ -122,8 +123,9 @@ def main() -> None:
                 found = result(model, batch(name), topology, settings.get("recompute", "none"))
                 if topology.rank == 0:
                     save_file(found, out / f"{layout}-{model}-{name}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
     main()
+    end_process()

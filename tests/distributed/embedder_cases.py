@@ -21,7 +21,7 @@ from megatron_gemini.config.engine import EmbeddersConfig, ParallelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.embedders import Embedders, groups_of_world
 from megatron_gemini.engine.encoder import Encoder
 from megatron_gemini.engine.groups import EngineGroups
@@ -253,3 +253,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()

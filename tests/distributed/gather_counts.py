@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import LAYOUT, rows, total_weight, with_layout
@@ -69,3 +69,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels import head_chunks
 from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
 from megatron_gemini.kernels.sigmoid_loss import sigmoid_contrastive_loss
@@ -154,8 +155,9 @@ def main() -> None:
     found = {name: x.detach().contiguous() for name, x in found.items()}
     save_file(found, out / f"rank{rank}.safetensors")
     (out / f"rank{rank}.txt").write_text(error_of_different_widths(rank, group))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -22,6 +22,7 @@ from torch import nn
 
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.attention import plan_attention
 from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy
 from megatron_gemini.kernels.rope import rotation
@@ -135,8 +136,9 @@ def main() -> None:
     if topology.rank == 0:
         models = [Stack(CONFIG.model, Layers(place)) for place in (Topology.serial(), topology)]
         (Path(out) / "names.json").write_text(json.dumps([sorted(model.state_dict()) for model in models]))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from megatron_gemini.checkpoint import training_state
 from megatron_gemini.checkpoint.pieces import WEIGHT
 from megatron_gemini.engine import engine as engine_module
-from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
@@ -124,3 +124,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.stage import DecoderStage, Row
@@ -92,3 +92,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process()

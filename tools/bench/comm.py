@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.attention import AttentionPlan, plan_attention
 from megatron_gemini.kernels.rope import Rotation, rotation
 from megatron_gemini.models.decoder import Attention, DecoderLayer
@@ -322,9 +323,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = kept(divided)
         if topology.rank == 0:
             print(f"{'a layer keeps':<22}{layout:<36}{'':>11}{size:>14,}")
-    dist.destroy_process_group()
+    leave()
     return 0 if right else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

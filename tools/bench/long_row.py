@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.attention import plan_attention
 from megatron_gemini.models.decoder import Decoder, Part
 from megatron_gemini.parallel.layers import Layers
@@ -125,9 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     topology = build_topology(ParallelConfig(context=options.ranks), "gloo")
     model = ModelConfig(**{name: getattr(options, name) for name in names}, init_std=0.2)  # attention far from uniform
     same = compare(model, options.tokens, topology)
-    dist.destroy_process_group()
+    leave()
     return 0 if same else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -36,7 +36,7 @@ from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import Batch, TokenLayout
-from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.engine.optimizer import parameter_groups
 from megatron_gemini.models.decoder import DecoderLayer
@@ -300,7 +300,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank_of:
         rank(options.rank_of, options.pairs)
-        return
+        end_process()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for name in [options.only] if options.only else CASES:
         launch = [

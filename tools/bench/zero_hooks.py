@@ -22,7 +22,7 @@ from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.stage import DecoderStage, Row
@@ -82,4 +82,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_process(main())

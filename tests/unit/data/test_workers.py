@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,6 +18,8 @@ from megatron_gemini.data.loader import Loader
 from megatron_gemini.data.wire import from_bytes, parse_header, to_bytes
 from tests.tiny_shards import LAYOUT, Characters, run_config, sample, texts, write_tar
 from tests.unit.data.test_loader import content, steps
+
+ROOT = Path(__file__).parents[3]
 
 
 class Unruly(Characters):
@@ -197,7 +200,10 @@ def test_no_process_outlives_its_rank_not_even_one_that_hangs(tmp_path, end):
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
     command = [sys.executable, str(script), texts(tmp_path / "t.tar", 30), end]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     ready = child.stdout.readline()
     session = {process.pid for process in psutil.process_iter() if _session(process) == child.pid}
     assert child.wait(20) == (-signal.SIGKILL if end == "kill" else 0), child.stderr.read()

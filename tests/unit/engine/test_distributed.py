@@ -1,8 +1,9 @@
-"""Joining the job's process group."""
+"""Joining and leaving the job's process group."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,35 @@ def test_no_shared_memory_stays_behind():
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True)
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+
+
+# Gloo's thread is the last to hold the tensor, waits for the interpreter, and gets it when that is being torn down.
+ENDING = """
+import sys, time
+import torch, torch.distributed as dist
+from megatron_gemini.engine.distributed import end_process, join
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.5)
+join(torch.device("cpu"))
+slow, tensor = Slow(), torch.ones(3)
+sys.setswitchinterval(60)
+dist.all_reduce(tensor, async_op=True)
+end = time.monotonic() + 0.3
+while time.monotonic() < end:
+    pass
+END
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("import atexit; atexit.register(print, 'atexit ran'); end_process(7)", 7), ("", -signal.SIGABRT)],
+)
+def test_a_rank_that_ends_is_not_aborted_by_its_last_collective(end, status):
+    """Where torch no longer aborts the second case, `end_process` can go."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", ENDING.replace("END", end)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert ("atexit ran" in done.stdout) == bool(end)
