@@ -25,7 +25,7 @@ CONFIG = RunConfig(
     audio=AudioConfig(width=16, layers=1, heads=2, mlp_width=24, mels=16, max_seconds=1.0),
     image_tokenizer=ImageTokenizerConfig(codes=9),
     data=DataConfig(row_tokens=T),
-    optimizer=OptimizerConfig(lr=3e-3, eps=1e-4),
+    optimizer=OptimizerConfig(lr=1e-3, eps=1e-4),
     loss=LossConfig(text=1.0, image=0.5, z_loss=1e-3),
     train=TrainConfig(rows_per_step=ROWS, seed=3),
     engine=EngineConfig(zero_stage=0, offload_optimizer="none", gradient_clipping=0.5),
