@@ -132,3 +132,26 @@ class Batch:
     def without_media(self) -> Batch:
         """The same row without the inputs of its encoders."""
         return dataclasses.replace(self, media={})
+
+    def without_values(self) -> Batch:
+        """The same row with the sizes and places of its media, but none of their values: `values_PC` is [0, C]."""
+        media = {name: dataclasses.replace(each, values_PC=each.values_PC[:0]) for name, each in self.media.items()}
+        return dataclasses.replace(self, media=media)
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """What a rank has of the packed rows of a global step, all on the CPU.
+
+    Row n belongs to data-parallel rank n mod data_size: its tokens are with all ranks of that data-parallel rank, and
+    the values of its media with the one rank of the world that has read it.
+
+    rows: those of this rank's data-parallel rank, in order; not all of them if a rank could not read. The values of
+        their media may be missing (`Batch.without_values`).
+    read: by number, the rows that this rank has read, with the values of their media.
+    readers: of every row, the rank that has read it; -1 for a row that is missing.
+    """
+
+    rows: list[Batch]
+    read: dict[int, Batch]
+    readers: list[int]

@@ -103,7 +103,7 @@ def _write_rank(engine: Engine, stem: Path, progress: Progress) -> None:
     save_file(tensors, stem.with_suffix(".safetensors"))
     description = {
         "pieces": [describe(fragment).to_json() for fragment in pieces],
-        "data": progress.data if engine.topology.speaks_for_row else {},
+        "data": progress.data,
     }
     layout.write_text(stem.with_suffix(".json"), json.dumps(description))
 

@@ -103,7 +103,6 @@ def _check_world(config: RunConfig, world: int) -> None:
         divides(size, train.images_per_step, who, "train.images_per_step")
         return
     divides(size, train.rows_per_step, who, "train.rows_per_step")
-    divides(size, config.data.lanes, who, "data.lanes")
     if train.held_out_every and config.data.held_out:
         divides(size, train.held_out_rows, who, "train.held_out_rows")
 

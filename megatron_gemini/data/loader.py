@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from megatron_gemini.config.check import divides
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.data.document import Encodes
@@ -20,51 +19,54 @@ from megatron_gemini.data.wire import pinned
 from megatron_gemini.data.workers import Lanes, WorkerPool
 
 logger = logging.getLogger(__name__)
-Step = tuple[list[Batch], dict[str, Any]]  # this rank's rows, and the states of its lanes after them
+Step = tuple[dict[int, Batch], dict[str, Any]]  # this rank's rows by number, and the states of its lanes after them
+
+
+def lanes_of(rank: int, ranks: int, lanes: int) -> range:
+    """The lanes that a rank reads: their numbers mod ranks, or spread over all ranks where these are more."""
+    if lanes >= ranks:
+        return range(rank, lanes, ranks)
+    first, after = -(-rank * lanes // ranks), -(-(rank + 1) * lanes // ranks)
+    return range(first, after)
 
 
 class Loader:
     """Rows of global step s are the rows s*R .. s*R + R-1 (R = train.rows_per_step) of one endless sequence.
 
-    Row n comes from lane n mod data.lanes and goes to data-parallel rank n mod data_size. So each lane belongs to one
-    rank, and neither the rows nor their order depend on the ranks, nor on the processes that data.workers gives each
-    of them. A rank runs only its own lanes.
+    Row n comes from lane n mod data.lanes. Each lane belongs to one rank of the job, whatever the layout, so that no
+    sample is read or decoded twice; neither the rows nor their order depend on the ranks, nor on the processes that
+    data.workers gives each of them. A rank runs only its own lanes.
 
     sources: of the lanes. pin: rows in page-locked memory, for a GPU.
-    Raises ValueError for sizes that do not divide, missing or unusable shards, and, after 200 samples, for more than
-    data.max_bad_share bad ones.
+    Raises ValueError for missing or unusable shards and, after 200 samples, for more than data.max_bad_share bad ones.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        data_rank: int,
-        data_size: int,
+        rank: int,
+        ranks: int,
         layout: TokenLayout,
         tokenizer: Encodes,
         pin: bool = False,
     ) -> None:
-        data, rows = config.data, config.train.rows_per_step
+        """rank, ranks: which of how many readers this is."""
+        data = config.data
         if not data.sources:
             raise ValueError("data.sources is empty; name at least one set of shards")
-        divides(data_size, rows, f"{data_size} data-parallel ranks", "train.rows_per_step")
-        divides(data_size, data.lanes, f"{data_size} data-parallel ranks", "data.lanes")
         self._config, self._layout, self._tokenizer, self._pin = config, layout, tokenizer, pin
-        self._rows, self._rank, self._size = rows, data_rank, data_size
-        self._first_row = data_rank
+        self._rows, self._first_row = config.train.rows_per_step, 0
         self.sources = make_sources(config, layout, tokenizer, 0 if data.workers else data.cache_bytes)
         for source in self.sources:
             source.check_shards()
-        self._of_shards = self._report_shards() if data_rank == 0 else Counter()  # every rank sees all shards
-        self._reader = Reader(config, self.sources, range(data_rank, data.lanes, data_size))
+        self._of_shards = self._report_shards() if rank == 0 else Counter()  # every rank sees all shards
+        self._reader = Reader(config, self.sources, lanes_of(rank, ranks, data.lanes))
         self._pool: WorkerPool | None = None
         self._ahead: Prefetch[Step] | None = None
         self._begin(self._reader.states())
 
     @classmethod
-    def held_out(
-        cls, config: RunConfig, data_rank: int, data_size: int, layout: TokenLayout, tokenizer: Encodes
-    ) -> Loader:
+    def held_out(cls, config: RunConfig, rank: int, ranks: int, layout: TokenLayout, tokenizer: Encodes) -> Loader:
         """A loader of data.held_out, whose every step is train.held_out_rows rows and whose prompts are never empty.
 
         Its first `next()` gives this rank's share of the rows of the held-out loss, the same ones in every run.
@@ -72,7 +74,6 @@ class Loader:
         if not config.data.held_out:
             raise ValueError("data.held_out is empty; name the shards of the held-out loss or leave held_out_every 0")
         rows = config.train.held_out_rows
-        divides(data_size, rows, f"{data_size} data-parallel ranks", "train.held_out_rows")
         data = dataclasses.replace(
             config.data,
             sources=config.data.held_out,
@@ -84,10 +85,13 @@ class Loader:
             cache_bytes=0,
         )
         train = dataclasses.replace(config.train, rows_per_step=rows)
-        return cls(dataclasses.replace(config, data=data, train=train), data_rank, data_size, layout, tokenizer)
+        return cls(dataclasses.replace(config, data=data, train=train), rank, ranks, layout, tokenizer)
 
-    def next(self) -> list[Batch]:
-        """This rank's rows of the next global step, rows_per_step / data_size of them, in the order of the rows."""
+    def next(self) -> dict[int, Batch]:
+        """The rows of the next global step that come from this rank's lanes, by their number in the step, ascending.
+
+        There may be none: a rank has no lane when there are fewer of them than ranks.
+        """
         if self._ahead is None:
             self._ahead = self._start()
         batches, self._handed_out = self._ahead.next()
@@ -125,7 +129,7 @@ class Loader:
                 lane.check_sources(mine[str(number)])
         else:
             self._reader.load_states(mine)
-        self._first_row = rows + self._rank
+        self._first_row = rows
         self._begin(mine)
 
     def _begin(self, states: dict[str, Any]) -> None:
@@ -136,9 +140,8 @@ class Loader:
     def _start(self) -> Prefetch[Step]:
         """Begin to read: not before the first row is wanted, as the run may be one that first goes on elsewhere."""
         config = self._config
-        if config.data.workers:
-            first, step = self._first_row, self._size
-            self._pool = WorkerPool(config, self._layout, self._tokenizer, self._lanes, first, step, self._pin)
+        if config.data.workers and self._reader.lanes:
+            self._pool = WorkerPool(config, self._layout, self._tokenizer, self._lanes, self._first_row, self._pin)
         return Prefetch(self._make, config.data.prefetch)
 
     def close(self) -> None:
@@ -161,11 +164,15 @@ class Loader:
 
     def _make(self) -> Step:
         """One step's rows of this rank, and the state after them."""
-        batches = []
-        for row in range(self._first_row, self._first_row + self._rows, self._size):
+        batches = {}
+        for number in range(self._rows):
+            row = self._first_row + number
+            lane = row % self._config.data.lanes
+            if lane not in self._reader.lanes:
+                continue
             batch, state = self._pool.row(row) if self._pool else self._reader.row(row)
-            self._lanes.states[str(row % self._config.data.lanes)] = state
-            batches.append(pinned(batch) if self._pin and not self._pool else batch)
+            self._lanes.states[str(lane)] = state
+            batches[number] = pinned(batch) if self._pin and not self._pool else batch
         self._first_row += self._rows
         return batches, dict(self._lanes.states)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import signal
 import time
@@ -26,7 +27,7 @@ LANE, SOURCE, POSITION, STARTED = range(4)  # of what a worker says that it is d
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is to do: its lanes, and which rows of the run they make, from `first` on, every `step`-th."""
+    """What a worker is to do: its lanes, and the row of the run from which on it makes theirs."""
 
     config: RunConfig
     layout: TokenLayout
@@ -38,15 +39,11 @@ class Work:
     states: dict[str, Any] | None
     """Of its lanes; None at the beginning of a run."""
     first: int
-    step: int
 
     def rows(self) -> Iterator[int]:
         """Numbers of the rows of its lanes, endlessly."""
-        number, mine = self.first, set(self.lanes)
-        while True:
-            if number % self.config.data.lanes in mine:
-                yield number
-            number += self.step
+        mine = set(self.lanes)
+        return (number for number in itertools.count(self.first) if number % self.config.data.lanes in mine)
 
 
 def run_worker(work: Work, rows: Connection, lifeline: Connection, now_decoding: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import multiprocessing
 import threading
 import time
@@ -60,9 +61,10 @@ class WorkerPool:
     """
 
     def __init__(
-        self, config: RunConfig, layout: TokenLayout, tokenizer: Encodes, lanes: Lanes, first: int, step: int, pin: bool
+        self, config: RunConfig, layout: TokenLayout, tokenizer: Encodes, lanes: Lanes, first: int, pin: bool
     ) -> None:
-        """lanes: with the states of all lanes of the rank. first, step: of the rank's rows. pin: page-locked rows."""
+        """lanes: with the states of all lanes of the rank, of which there must be some. first: row of the run to begin
+        with. pin: page-locked rows."""
         self._config, self._lanes, self._pin, self._closing = config, lanes, pin, threading.Event()
         self._labels = source_labels(config.data.sources)
         self._context = multiprocessing.get_context("forkserver")
@@ -71,10 +73,11 @@ class WorkerPool:
         count = min(config.data.workers, len(numbers))
         # In the order in which rows need them, so that consecutive rows come from different workers.
         shares: list[Sequence[int]] = [numbers[place::count] for place in range(count)]
-        ahead = max(1, config.data.prefetch) * -(-config.train.rows_per_step // (step * count))
+        cache, each_step = config.data.cache_bytes // count, config.train.rows_per_step / config.data.lanes
+        ahead = [max(1, config.data.prefetch) * math.ceil(len(share) * each_step) for share in shares]
         self._workers = [
-            _Worker(Work(config, layout, tokenizer, share, config.data.cache_bytes // count, ahead, None, first, step))
-            for share in shares
+            _Worker(Work(config, layout, tokenizer, share, cache, rows, None, first))
+            for share, rows in zip(shares, ahead, strict=True)
         ]
         self._of_lane = {lane: worker for worker in self._workers for lane in worker.work.lanes}
         atexit.register(self.close)
@@ -98,7 +101,7 @@ class WorkerPool:
         worker.deaths = 0
         state = header["state"]
         self._lanes.states[str(lane)] = state
-        worker.work = replace(worker.work, first=number + worker.work.step)
+        worker.work = replace(worker.work, first=number + 1)
         return batch, state
 
     def _receive(self, worker: _Worker) -> tuple[dict[str, Any], Batch]:

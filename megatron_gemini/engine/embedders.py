@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import Batch, Media
+from megatron_gemini.contracts import Batch, Media, StepRows
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.encoder import Encoder
 from megatron_gemini.engine.frozen import FrozenEngine
@@ -40,7 +40,7 @@ def groups_of_world(topology: Topology) -> EngineGroups:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Forward:
     """What a backward needs of its forward. leaves: the embeddings of every row that has some."""
 
     plan: EncodingPlan
@@ -62,7 +62,7 @@ class Embedders:
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._trained = np.array([encoder.trained for encoder in self.encoders], bool)
         self._streams: dict[int, Streams] = {}
-        self._step: _Step | None = None
+        self._last: _Forward | None = None
 
     @property
     def parts(self) -> list[ZeroEngine]:
@@ -74,24 +74,23 @@ class Embedders:
         """The engines of frozen encoders, whose weights checkpoints hold."""
         return [encoder.engine for encoder in self.encoders if not encoder.trained]
 
-    def forward(self, batches: Sequence[Batch], training: bool = True) -> list[Embeddings | None]:
-        """What the encoders give for the tokens of each row that this rank's stream holds.
+    def forward(self, step: StepRows, training: bool = True) -> list[Embeddings | None]:
+        """What the encoders give for the tokens that this rank's stream holds of each of its rows.
 
-        batches: this data-parallel rank's rows, the same on all its peers, with all their media; their values are best
-            on the CPU, as only some of them are needed on this rank's device. Checked with `encoding_plan.check_media`.
+        step: whole, its rows checked with `encoding_plan.check_media`.
         Returns None where a stream has no media, as on all ranks without the embedding stage. training: the embeddings
         are leaves that want a gradient, and `backward` follows the decoder's.
         """
         if not self.encoders:
-            return [None] * len(batches)
-        tables = gather_tables(size_table(batches, self.config), self.topology.data_group, self.device)
-        plan = make_plan(tables, self.config, self.topology, training)
+            return [None] * len(step.rows)
+        tables = gather_tables(size_table(step.rows, self.config), self.topology.data_group, self.device)
+        plan = make_plan(tables, step.readers, self.config, self.topology, training)
         self.balance = plan.balance
-        made_XD = self._encode(plan, batches, training)
-        routes = embedding_routes(plan.items, self._streams_of(batches), len(batches), self._trained)
+        made_XD = self._encode(plan, step.read, training)
+        routes = embedding_routes(plan.items, self._streams_of(step.rows), len(step.rows), self._trained)
         leaves = [e_OD.detach().requires_grad_(training) for e_OD in routes.forth.carry(made_XD).split(routes.counts)]
         if training:
-            self._step = _Step(plan, routes, leaves)
+            self._last = _Forward(plan, routes, leaves)
         positions = routes.position.to(self.device).split(routes.counts)
         pairs = zip(positions, leaves, strict=True)
         return [Embeddings(position_O, e_OD) if len(e_OD) else None for position_O, e_OD in pairs]
@@ -102,22 +101,22 @@ class Embedders:
         The decoder's loss was multiplied by the number of ranks that share its weights, since DeepSpeed divides by it;
         the encoders' engines divide by the whole world.
         """
-        step, self._step = self._step, None
-        if step is None or not self._trained.any():
+        last, self._last = self._last, None
+        if last is None or not self._trained.any():
             return
-        items = step.plan.items
-        grad_OD = torch.cat([torch.zeros_like(e_OD) if e_OD.grad is None else e_OD.grad for e_OD in step.leaves])
-        grad_XD = step.routes.back.carry(grad_OD).float() * (self.topology.world / self.topology.shard_size)
+        items = last.plan.items
+        grad_OD = torch.cat([torch.zeros_like(e_OD) if e_OD.grad is None else e_OD.grad for e_OD in last.leaves])
+        grad_XD = last.routes.back.carry(grad_OD).float() * (self.topology.world / self.topology.shard_size)
         mine = np.flatnonzero((items.rank == self.topology.rank) & self._trained[items.encoder])
         grads = dict(zip(mine.tolist(), grad_XD.split(items.outputs[mine].tolist()), strict=True))
-        for encoder, chunks in reversed(list(zip(self.encoders, step.plan.chunks, strict=True))):
+        for encoder, chunks in reversed(list(zip(self.encoders, last.plan.chunks, strict=True))):
             if encoder.trained:
                 encoder.backward([torch.cat([grads[item] for item in chunk]) for chunk in chunks])
 
-    def _encode(self, plan: EncodingPlan, batches: Sequence[Batch], training: bool) -> torch.Tensor:
+    def _encode(self, plan: EncodingPlan, read: dict[int, Batch], training: bool) -> torch.Tensor:
         """[X, D]: the embeddings of the items that this rank encodes, item after item."""
         widths = [input_width(self.config, name) for name in self.names]
-        values = exchange_inputs(self._own_values(plan, batches), plan.items, widths, self.topology, self._like)
+        values = exchange_inputs(self._own_values(plan, read), plan.items, widths, self.topology, self._like)
         made: dict[int, torch.Tensor] = {}
         for encoder, chunks, forwards in zip(self.encoders, plan.chunks, plan.forwards, strict=True):
             outputs = encoder.forward([self._media(plan, values, chunk) for chunk in chunks], forwards, training)
@@ -126,14 +125,15 @@ class Embedders:
         nothing = self._like.new_empty(0, self.config.model.width)
         return torch.cat([nothing, *(made[item] for item in sorted(made))])
 
-    def _own_values(self, plan: EncodingPlan, batches: Sequence[Batch]) -> dict[int, torch.Tensor]:
-        """The inputs [n, C] of all items of this rank's rows, by their number."""
-        items = plan.items
-        mine = np.flatnonzero(items.home == self.topology.data_rank)
+    def _own_values(self, plan: EncodingPlan, read: dict[int, Batch]) -> dict[int, torch.Tensor]:
+        """The inputs [n, C] of all items of the rows that this rank has read, by the items' numbers."""
+        mine = np.flatnonzero(plan.items.holder == self.topology.rank)
+        size = self.topology.data_size
+        in_order = [read[row] for row in sorted(read, key=lambda row: (row % size, row))]  # as `Items` are
         values = [
             piece
             for name in self.names
-            for batch in batches
+            for batch in in_order
             if name in batch.media
             for piece in batch.media[name].values_PC.split(batch.media[name].grid_I3.prod(1).tolist())
         ]

@@ -50,15 +50,15 @@ class Engine(ABC):
         return self.parts[0].dtype
 
     @abstractmethod
-    def forward_backward(self, batches: Sequence[Any], weight: float, collect: Callable[[Any], None]) -> None:
-        """Gradients of sum(loss) / weight over this rank's microbatches and all data-parallel ranks.
+    def forward_backward(self, step: Any, weight: float, collect: Callable[[Any], None]) -> None:
+        """Gradients of sum(loss) / weight over the microbatches of all data-parallel ranks.
 
-        weight: the global step's sum of loss weights, over all ranks. collect: called with every output that has a
-        loss, on the ranks that hold it.
+        step: what this rank has of a global step. weight: its sum of loss weights, over all ranks. collect: called with
+        every output that has a loss, on the ranks that hold it.
         """
 
     @abstractmethod
-    def evaluate(self, batches: Sequence[Any], collect: Callable[[Any], None]) -> None:
+    def evaluate(self, step: Any, collect: Callable[[Any], None]) -> None:
         """Forward only, without a graph."""
 
     @property
@@ -93,7 +93,7 @@ class Engine(ABC):
 class WholeModelEngine(Engine):
     """One module, whole on every data-parallel rank, whose forward(batch) returns something with a `.loss` to sum.
 
-    build: makes it, values not yet set. batches: microbatches of a global step over all ranks.
+    build: makes it, values not yet set. step: microstep of a global step over all ranks.
     """
 
     def __init__(
@@ -102,21 +102,21 @@ class WholeModelEngine(Engine):
         config: RunConfig,
         topology: Topology,
         device: torch.device,
-        batches: int,
+        step: int,
     ) -> None:
         super().__init__(config, topology, device)
-        settings = deepspeed_config(config, batches // topology.data_size, topology.data_size)
+        settings = deepspeed_config(config, step // topology.data_size, topology.data_size)
         self.whole = ZeroEngine(build, config, EngineGroups.of_decoder(topology), settings, device)
         self.parts = [self.whole]
 
-    def forward_backward(self, batches: Sequence[Any], weight: float, collect: Callable[[Any], None]) -> None:
+    def forward_backward(self, step: Sequence[Any], weight: float, collect: Callable[[Any], None]) -> None:
         scale = self.topology.data_size / weight  # DeepSpeed averages over the data-parallel ranks
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(step):
             output = self.whole.forward(batch)
-            self.whole.backward(output.loss * scale, boundary=index == len(batches) - 1)
+            self.whole.backward(output.loss * scale, boundary=index == len(step) - 1)
             collect(output)
 
-    def evaluate(self, batches: Sequence[Any], collect: Callable[[Any], None]) -> None:
+    def evaluate(self, step: Sequence[Any], collect: Callable[[Any], None]) -> None:
         with self.whole.evaluating():
-            for batch in batches:
+            for batch in step:
                 collect(self.whole.forward(batch))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.embedders import Embedders
 from megatron_gemini.engine.engine import Engine
@@ -59,21 +59,22 @@ class MultimodalEngine(Engine):
     def lr_scale(self, part: ZeroEngine) -> float:
         return 1.0 if part in self.decoder else self.config.embedders.lr_scale
 
-    def forward_backward(self, batches: Sequence[Batch], weight: float, collect: Collect) -> None:
-        """As `Engine.forward_backward`; the batches lie on the CPU, with all peers that share a row.
+    def forward_backward(self, step: StepRows, weight: float, collect: Collect) -> None:
+        """As `Engine.forward_backward`, of a whole step.
 
-        They have been checked (`encoding_plan.check_media`): an error of one rank alone would leave the others waiting.
+        Its rows have been checked (`encoding_plan.check_media`): an error of one rank alone would leave the others
+        waiting.
         """
-        rows = self._rows(batches, self.embedders.forward(batches, training=True))
+        rows = self._rows(step.rows, self.embedders.forward(step, training=True))
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         self._through(rows, collect, scale)
         self.embedders.backward()
 
-    def evaluate(self, batches: Sequence[Batch], collect: Collect) -> None:
+    def evaluate(self, step: StepRows, collect: Collect) -> None:
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluating())
-            self._through(self._rows(batches, self.embedders.forward(batches, training=False)), collect, None)
+            self._through(self._rows(step.rows, self.embedders.forward(step, training=False)), collect, None)
 
     def _rows(self, batches: Sequence[Batch], embeddings: list[Embeddings | None]) -> list[Row]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)

@@ -14,7 +14,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.encoders import costs, enabled, input_counts, is_frozen, output_counts
 from megatron_gemini.models.placement import check_placeholders
-from megatron_gemini.parallel.deal import Items, chunks, deal, loads, peers
+from megatron_gemini.parallel.deal import Items, chunks, deal, loads
 from megatron_gemini.parallel.topology import Topology
 
 # Columns of a table of sizes: float64, which holds all of them exactly. SECONDS: between two frames, `Media.time_I`.
@@ -72,8 +72,11 @@ class EncodingPlan:
     balance: float
 
 
-def make_plan(tables: Sequence[np.ndarray], config: RunConfig, topology: Topology, training: bool) -> EncodingPlan:
-    """tables: `size_table` of every data-parallel rank. training: a trained encoder runs at least once.
+def make_plan(
+    tables: Sequence[np.ndarray], readers: Sequence[int], config: RunConfig, topology: Topology, training: bool
+) -> EncodingPlan:
+    """tables: `size_table` of every data-parallel rank. readers: as in `StepRows`. training: a trained encoder runs at
+    least once.
 
     Items of each encoder are dealt on their own: ranks run one encoder after the other and under ZeRO-3 wait for each
     other in each. A rank with much to do for one encoder is the last to be given items of the next.
@@ -86,14 +89,14 @@ def make_plan(tables: Sequence[np.ndarray], config: RunConfig, topology: Topolog
     encoder, grid_I3 = whole[:, ENCODER], whole[:, FRAMES : COLUMNS + 1]
     outputs, rank = np.zeros_like(encoder), np.zeros_like(encoder)
     names, load_R = enabled(config), np.zeros(topology.world)
-    holders = [peers(topology, data_rank) for data_rank in range(topology.data_size)]
+    holder = np.array(readers, np.int64)[whole[:, ROW] * topology.data_size + home]
     for number, name in enumerate(names):
         of = encoder == number
         cost_I = costs(name, grid_I3[of], config.embedders)
         outputs[of] = output_counts(name, grid_I3[of])
-        rank[of] = deal(cost_I, home[of], holders, load_R)
+        rank[of] = deal(cost_I, holder[of], load_R)
         load_R = load_R + loads(cost_I, rank[of], topology.world)
-    items = Items(encoder, home, whole[:, ROW], whole[:, START], input_counts(grid_I3), outputs, rank)
+    items = Items(encoder, home, whole[:, ROW], whole[:, START], input_counts(grid_I3), outputs, holder, rank)
     mine, forwards = [], []
     for number, name in enumerate(names):
         packed = _chunks(items, number, config.embedders.chunk_tokens, topology.world)

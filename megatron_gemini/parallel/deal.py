@@ -27,7 +27,7 @@ class Items:
     encoder: number of its encoder. home: data-parallel rank of its row. row: number among the rows of that rank. start:
     position in the row of its first embedding; the others follow. inputs, outputs: how many the encoder takes and
     gives.
-    rank: who encodes it.
+    holder: the rank that has read it. rank: the one that encodes it.
     """
 
     encoder: np.ndarray
@@ -36,6 +36,7 @@ class Items:
     start: np.ndarray
     inputs: np.ndarray
     outputs: np.ndarray
+    holder: np.ndarray
     rank: np.ndarray
 
 
@@ -57,13 +58,13 @@ def peers(topology: Topology, data_rank: int) -> list[int]:
     ]
 
 
-def deal(cost_I: np.ndarray, home_I: np.ndarray, holders: Sequence[Sequence[int]], load_R: np.ndarray) -> np.ndarray:
+def deal(cost_I: np.ndarray, holder_I: np.ndarray, load_R: np.ndarray) -> np.ndarray:
     """int64[I]: the rank that encodes each item.
 
     The dearest item first, to the rank with the least to do (Graham, 1969: longest processing time first); equal ones
-    in the items' order. An item goes to a rank that has it already, one of `holders[home_I[i]]`, whenever that rank
-    then has no more than some rank must have in any plan: the larger of the dearest item and the mean. Graham's bound
-    holds with that: the dearest rank has at most 4/3 - 1/(3 R) of what it has in the best plan.
+    in the items' order. An item stays with the rank that has read it, `holder_I[i]`, whenever that rank then has no
+    more than some rank must have in any plan: the larger of the dearest item and the mean. Graham's bound holds with
+    that: the dearest rank has at most 4/3 - 1/(3 R) of what it has in the best plan.
     load_R: float64, what the ranks have to do besides, which decides between ranks with equally much of these items.
     """
     rank_I = np.zeros(len(cost_I), np.int64)
@@ -77,7 +78,7 @@ def deal(cost_I: np.ndarray, home_I: np.ndarray, holders: Sequence[Sequence[int]
         while heap[0][0] != mine[heap[0][2]]:  # an entry of before that rank was given an item
             heapq.heappop(heap)
         rank = heap[0][2]
-        holder = min(holders[home_I[item]], key=lambda r: (mine[r], besides[r], r))
+        holder = int(holder_I[item])
         if mine[holder] + cost <= bound or mine[holder] <= mine[rank]:
             rank = holder
         mine[rank] += cost

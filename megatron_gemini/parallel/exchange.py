@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_gemini.parallel.deal import Items, peers, rank_at
+from megatron_gemini.parallel.deal import Items, rank_at
 from megatron_gemini.parallel.stream import stream_positions
 from megatron_gemini.parallel.topology import Topology
 
@@ -162,36 +162,23 @@ def exchange_inputs(
 ) -> dict[int, torch.Tensor]:
     """The inputs [n, C] of every item that this rank encodes, by its number.
 
-    own: those of all items of this rank's rows. widths: C of every encoder. like: tells the dtype and device in which
-    they travel. An item that has to travel is sent by one of the ranks that have it, by turns.
+    own: those of all items that this rank has read. widths: C of every encoder. like: tells the dtype and device in
+    which they travel.
     """
-    sent, to = [], []
-    for item in own:
-        if (
-            items.rank[item] not in peers(topology, topology.data_rank)
-            and _sender(items, item, topology) == topology.rank
-        ):
-            sent.append(item)
-            to.append(int(items.rank[item]))
-    order = sorted(range(len(sent)), key=to.__getitem__)
-    mine = np.flatnonzero(items.rank == topology.rank).tolist()
-    coming = [item for item in mine if items.home[item] != topology.data_rank]
-    source = {item: _sender(items, item, topology) for item in coming}
-    coming.sort(key=source.__getitem__)
-    size = {item: int(items.inputs[item]) * widths[items.encoder[item]] for item in (*sent, *coming)}
-    send, receive = [0] * topology.world, [0] * topology.world
-    for item, rank in zip(sent, to, strict=True):
-        send[rank] += size[item]
-    for item in coming:
-        receive[source[item]] += size[item]
-    flat = [own[sent[number]].to(like).reshape(-1) for number in order]
+    travels = items.holder != items.rank
+    leaving = np.flatnonzero(travels & (items.holder == topology.rank))
+    leaving = leaving[np.argsort(items.rank[leaving], kind="stable")]
+    coming = np.flatnonzero(travels & (items.rank == topology.rank))
+    coming = coming[np.argsort(items.holder[coming], kind="stable")]
+    size = items.inputs * np.array(widths, np.int64)[items.encoder]
+    send, receive = (
+        np.bincount(ranks, weights=size[chosen], minlength=topology.world).astype(np.int64).tolist()
+        for ranks, chosen in ((items.rank[leaving], leaving), (items.holder[coming], coming))
+    )
+    flat = [own[item].to(like).reshape(-1) for item in leaving.tolist()]
     arrived = all_to_all(torch.cat(flat) if flat else like.new_empty(0), send, receive)
-    pieces = arrived.split([size[item] for item in coming])
-    found = {item: own[item].to(like) for item in mine if item in own}
-    found |= {item: piece.view(int(items.inputs[item]), -1) for item, piece in zip(coming, pieces, strict=True)}
-    return found
-
-
-def _sender(items: Items, item: int, topology: Topology) -> int:
-    holders = peers(topology, int(items.home[item]))
-    return holders[item % len(holders)]
+    pieces = arrived.split(size[coming].tolist())
+    staying = np.flatnonzero(~travels & (items.rank == topology.rank))
+    found = {item: own[item].to(like) for item in staying.tolist()}
+    arriving = zip(coming.tolist(), pieces, strict=True)
+    return found | {item: piece.view(int(items.inputs[item]), -1) for item, piece in arriving}

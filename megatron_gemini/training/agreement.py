@@ -6,6 +6,8 @@ therefore carries a signature of what each rank is about to do, and a difference
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ import torch.distributed as dist
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import ENCODERS, Batch
+from megatron_gemini.data.source import Source
 from megatron_gemini.models.encoders import enabled
 from megatron_gemini.parallel.deal import peers
 from megatron_gemini.parallel.topology import Topology
@@ -68,6 +71,32 @@ def rows_digest(batches: Sequence[Batch]) -> int:
         for tensor in (batch.token_T, batch.target_T, batch.weight_T, batch.segment_T, batch.span_T, *media):
             digest = zlib.crc32(tensor.contiguous().numpy().data, digest)
     return digest
+
+
+def shards_digest(sources: Sequence[Source]) -> int:
+    """A number that differs for other shards or other samples in them; folders may have other names on other nodes."""
+    seen = [(source.label, len(source), [os.path.basename(path) for path in source.shards.paths]) for source in sources]
+    return zlib.crc32(json.dumps(seen).encode())
+
+
+def agree_on_setup(config: int, shards: int, topology: Topology, device: torch.device) -> None:
+    """Raise the same ValueError on every rank if some have other settings (`config_digest`) or other shards."""
+    every = _gather(torch.tensor([config, shards], dtype=torch.int64), topology, device)
+    differences = []
+    for column, what in enumerate(("another configuration", "other shards in data.sources")):
+        ranks, _ = _minorities(every[:, column].tolist())
+        differences += [f"{_name(numbers)}: {what} than {_others(ranks)}" for numbers in ranks.values()]
+    if differences:
+        raise ValueError(
+            f"the ranks do not have the same job: {'; '.join(differences)}. Every rank needs the same configuration "
+            "and must see the same files"
+        )
+
+
+def agree_on_problem(problem: str, topology: Topology, device: torch.device) -> None:
+    """Raise the same ValueError on every rank if some rank has a problem."""
+    if _gather(torch.tensor([float(bool(problem))]), topology, device).any():
+        raise ValueError(_problems(problem, topology, device))
 
 
 def agree(

@@ -37,21 +37,24 @@ class ImageTokenizerTraining(Task):
             lambda: SummedLoss(ImageTokenizer(config.image_tokenizer)), config, topology, device, topology.data_size
         )
 
-    def next_batches(self) -> list[torch.Tensor]:
-        return [self.loader.next()]
+    def read(self) -> tuple[list[torch.Tensor], str]:
+        try:
+            return [self.loader.next()], ""
+        except ValueError as error:
+            return [], str(error)
 
-    def weight(self, batches: list[torch.Tensor]) -> float:
-        return float(sum(len(images) for images in batches))
+    def weight(self, step: list[torch.Tensor]) -> float:
+        return float(sum(len(images) for images in step))
 
-    def signature(self, step: int, batches: list[torch.Tensor]) -> Signature:
-        return Signature(step, len(batches), config=self.digest)
+    def signature(self, number: int, step: list[torch.Tensor]) -> Signature:
+        return Signature(number, len(step), config=self.digest)
 
-    def to_device(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [images.to(self.device, self.engine.dtype, non_blocking=True) for images in batches]
+    def to_device(self, step: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [images.to(self.device, self.engine.dtype, non_blocking=True) for images in step]
 
-    def sums(self, outputs: list[TokenizerLoss], batches: list[torch.Tensor]) -> dict[str, float]:
+    def sums(self, outputs: list[TokenizerLoss], step: list[torch.Tensor]) -> dict[str, float]:
         sums = dict.fromkeys((*PARTS, "images"), 0.0)
-        for output, images in zip(outputs, batches, strict=True):
+        for output, images in zip(outputs, step, strict=True):
             sums["loss"] += float(output.loss.detach())
             sums["images"] += len(images)
             for part in PARTS[1:]:

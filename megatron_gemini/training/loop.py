@@ -42,26 +42,22 @@ class Task(ABC):
         self.run_dir = Path(config.train.output_dir)
 
     @abstractmethod
-    def next_batches(self) -> list[Any]:
-        """This rank's microbatches of the next global step, on the CPU."""
+    def read(self) -> tuple[Any, str]:
+        """(what this rank has of the next global step, on the CPU; why that cannot be trained on, empty if it can)."""
 
     @abstractmethod
-    def weight(self, batches: list[Any]) -> float:
+    def weight(self, step: Any) -> float:
         """Sum of the loss weights of this rank's microbatches."""
 
     @abstractmethod
-    def signature(self, step: int, batches: list[Any]) -> Signature:
-        """What this rank is about to do, which must fit what the others are about to do."""
-
-    def problem(self, batches: list[Any]) -> str:
-        """Why these batches cannot be trained on; empty if they can."""
-        return ""
+    def signature(self, number: int, step: Any) -> Signature:
+        """What this rank is about to do in a step, which must fit what the others are about to do."""
 
     @abstractmethod
-    def to_device(self, batches: list[Any]) -> list[Any]: ...
+    def to_device(self, step: Any) -> Any: ...
 
     @abstractmethod
-    def sums(self, outputs: list[Any], batches: list[Any]) -> dict[str, float]:
+    def sums(self, outputs: list[Any], step: Any) -> dict[str, float]:
         """What this rank adds to the figures of a step, zeros where another rank counts the same.
 
         outputs: none on a rank that does not hold the loss.
@@ -73,14 +69,14 @@ class Task(ABC):
 
     @abstractmethod
     def data_state(self) -> dict[str, Any]:
-        """State of this rank's data lanes by lane number."""
+        """State of this rank's data lanes by lane number; where ranks share lanes, the same on each."""
 
     @abstractmethod
     def load_data_state(self, state: dict[str, Any]) -> None: ...
 
     @abstractmethod
     def left_out(self) -> Counter[tuple[str, str]]:
-        """Samples that this rank could not use since the process started, by (source, reason)."""
+        """Samples that this rank alone read and could not use since the run began, by (source, reason)."""
 
     def utilisation(self, record: dict[str, float], seconds: float) -> dict[str, float]:
         """{"mfu": share of the devices' peak} where that is known."""
@@ -158,13 +154,13 @@ class Loop:
     def one_step(self, writer: MetricsWriter, progress: Progress) -> int:
         """Read, agree, train, record. Returns 0, or without training what the ranks agree to stop for."""
         step, started = self.state.step, time.perf_counter()
-        batches, problem = self.read()
+        rows, problem = self.task.read()
         waited = time.perf_counter() - started
-        weight, number = self.agree(batches, problem)
+        weight, number = self.agree(rows, problem)
         if number:
             # The step's rows have been handed out but not trained on: the state before them is what is saved.
             return number
-        record = self.step(self.task.to_device(batches), weight)
+        record = self.step(self.task.to_device(rows), weight)
         self.data = self.task.data_state()
         seconds = time.perf_counter() - started
         self.state.seconds += seconds
@@ -195,21 +191,14 @@ class Loop:
                 "(data_seconds of step_seconds); raise data.workers or data.prefetch"
             )
 
-    def read(self) -> tuple[list[Any], str]:
-        """(this rank's batches of the next step, why there are none): who cannot go on tells the others first."""
-        try:
-            return self.task.next_batches(), ""
-        except ValueError as error:
-            return [], str(error)
-
-    def step(self, batches: list[Any], weight: float) -> dict[str, float]:
+    def step(self, rows: Any, weight: float) -> dict[str, float]:
         """One global step. weight: the sum of its loss weights over all data-parallel ranks."""
         outputs: list[Any] = []
-        self.engine.forward_backward(batches, weight, outputs.append)
+        self.engine.forward_backward(rows, weight, outputs.append)
         lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
         result = self.engine.step(lr)
-        left_out = {"skipped_samples": float(self.left_out_here().total())}
-        sums = self.add_up(self.task.sums(outputs, batches) | left_out)
+        left_out = {"skipped_samples": float(self.task.left_out().total())}
+        sums = self.add_up(self.task.sums(outputs, rows) | left_out)
         record = self.task.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
         return self.advance(record, result, lr)
 
@@ -220,20 +209,15 @@ class Loop:
         self.state.optimizer_steps += not result.skipped
         return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
 
-    def agree(self, batches: list[Any], problem: str) -> tuple[float, int]:
+    def agree(self, rows: Any, problem: str) -> tuple[float, int]:
         """(sum of the step's loss weights, signal number to stop for or 0), the same on every rank; see `agreement`."""
-        problem = problem or self.task.problem(batches)
-        signature = Signature(self.state.step, 0) if problem else self.task.signature(self.state.step, batches)
-        weight = 0.0 if problem else self.task.weight(batches)
+        signature = Signature(self.state.step, 0) if problem else self.task.signature(self.state.step, rows)
+        weight = 0.0 if problem else self.task.weight(rows)
         stop = self.stop.requested()
         return agree(weight, stop, signature, self.task.topology, self.task.device, problem)
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
-
-    def left_out_here(self) -> Counter[tuple[str, str]]:
-        """What this rank counts of the samples left out; peers that share its rows leave out the same ones."""
-        return self.task.left_out() if self.task.topology.speaks_for_row else Counter()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
@@ -262,7 +246,7 @@ class Loop:
     def report_left_out(self, progress: Progress) -> None:
         """Show what samples of all ranks were left out, and why."""
         total: Counter[tuple[str, str]] = Counter()
-        for mine in self.engine.gather(self.left_out_here()):
+        for mine in self.engine.gather(self.task.left_out()):
             total.update(mine)
         if total:
             lines = [f"  {source}  {why}  {count}" for (source, why), count in total.most_common()]

@@ -11,7 +11,7 @@ import torch
 from megatron_gemini.checkpoint.inference import load_image_tokenizer, save_weights
 from megatron_gemini.checkpoint.training_state import Asset
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
+from megatron_gemini.contracts import MODALITIES, Batch, StepRows, TokenLayout
 from megatron_gemini.data.loader import Loader
 from megatron_gemini.data.source import source_labels
 from megatron_gemini.engine.multimodal import MultimodalEngine
@@ -23,9 +23,17 @@ from megatron_gemini.models.encoding_plan import check_media
 from megatron_gemini.models.flops import model_flops_per_token
 from megatron_gemini.models.stage import LossOutput
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.training.agreement import Signature, config_digest, sign
+from megatron_gemini.training.agreement import (
+    Signature,
+    agree_on_problem,
+    agree_on_setup,
+    config_digest,
+    shards_digest,
+    sign,
+)
 from megatron_gemini.training.loop import Task, mean
 from megatron_gemini.training.metrics import MIXTURE, TOKEN_KINDS, count_tokens, mixture_of, token_shares
+from megatron_gemini.training.row_exchange import RowExchange
 from megatron_gemini.training.throughput import utilisation
 
 
@@ -42,8 +50,10 @@ class Pretraining(Task):
         self.digest = config_digest(config)
         self.labels = source_labels(config.data.sources)
         self.loader = Loader(
-            config, topology.data_rank, topology.data_size, self.layout, self.tokenizer, pin=device.type == "cuda"
+            config, topology.rank, topology.world, self.layout, self.tokenizer, pin=device.type == "cuda"
         )
+        agree_on_setup(self.digest, shards_digest(self.loader.sources), topology, device)
+        self.exchange = RowExchange(topology, device)
         self.engine = MultimodalEngine(config, self.layout, topology, device)
 
     def _load_image_tokenizer(self) -> ImageTokenizer | None:
@@ -59,27 +69,34 @@ class Pretraining(Task):
             )
         return tokenizer
 
-    def next_batches(self) -> list[Batch]:
-        return self.loader.next()
+    def read(self) -> tuple[StepRows, str]:
+        return self._shared(self.loader, self.config.train.rows_per_step)
 
-    def weight(self, batches: list[Batch]) -> float:
-        return sum(float(batch.weight_T.sum()) for batch in batches)
-
-    def signature(self, step: int, batches: list[Batch]) -> Signature:
-        return sign(step, batches, self.config, self.digest)
-
-    def problem(self, batches: list[Batch]) -> str:
+    def _shared(self, loader: Loader, rows: int) -> tuple[StepRows, str]:
+        """The loader's next rows where they belong. A rank that cannot read takes part, or the others would wait."""
+        problem, read = "", {}
         try:
-            for batch in batches:
+            read = loader.next()
+        except ValueError as error:
+            problem = str(error)
+        step = self.exchange.share(read, rows)
+        try:
+            for batch in step.rows:
                 check_media(batch, self.layout, self.config)
         except ValueError as error:
-            return str(error)
-        return ""
+            problem = problem or str(error)
+        return step, problem
 
-    def to_device(self, batches: list[Batch]) -> list[Batch]:
-        return batches  # the engine takes to the device what this rank needs of them
+    def weight(self, step: StepRows) -> float:
+        return sum(float(batch.weight_T.sum()) for batch in step.rows)
 
-    def sums(self, outputs: list[LossOutput], batches: list[Batch]) -> dict[str, float]:
+    def signature(self, number: int, step: StepRows) -> Signature:
+        return sign(number, step.rows, self.config, self.digest)
+
+    def to_device(self, step: StepRows) -> StepRows:
+        return step  # the engine takes to the device what this rank needs of it
+
+    def sums(self, outputs: list[LossOutput], step: StepRows) -> dict[str, float]:
         if self.topology.tensor_rank != 0:  # the same losses as the first one's
             outputs = []
         nothing = torch.zeros(len(MODALITIES))
@@ -89,7 +106,7 @@ class Pretraining(Task):
         )
         sums = {f"nll_{name}": value for name, value in zip(MODALITIES, nll, strict=True)}
         sums |= {f"weight_{name}": value for name, value in zip(MODALITIES, weight, strict=True)}
-        counts = self._counts(batches)
+        counts = self._counts(step.rows)
         return sums | (counts if self.topology.speaks_for_row else dict.fromkeys(counts, 0.0))
 
     def _counts(self, batches: list[Batch]) -> dict[str, float]:
@@ -138,18 +155,18 @@ class Pretraining(Task):
         if not self.config.data.held_out:
             return {}
         outputs: list[LossOutput] = []
-        batches = self.to_device(self._held_out_rows())
-        self.engine.evaluate(batches, outputs.append)
-        sums = self.sums(outputs, batches)
+        step = self._held_out_rows()
+        self.engine.evaluate(step, outputs.append)
+        sums = self.sums(outputs, step)
         totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
         return {f"held_out_{key}": totals[key] for key in ("loss", "loss_text", "loss_image")}
 
-    def _held_out_rows(self) -> list[Batch]:
+    def _held_out_rows(self) -> StepRows:
         topology = self.topology
-        with Loader.held_out(
-            self.config, topology.data_rank, topology.data_size, self.layout, self.tokenizer
-        ) as loader:
-            return loader.next()
+        with Loader.held_out(self.config, topology.rank, topology.world, self.layout, self.tokenizer) as loader:
+            step, problem = self._shared(loader, self.config.train.held_out_rows)
+        agree_on_problem(problem, topology, self.device)
+        return step
 
     def backends(self) -> list[str]:
         chosen = {"attention": attention_backend(self.device), "loss": loss_backend(self.device)}

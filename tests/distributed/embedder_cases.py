@@ -31,9 +31,10 @@ from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.deal import rank_at
 from megatron_gemini.parallel.stream import stream_positions
 from megatron_gemini.parallel.topology import Topology, build_topology
-from megatron_gemini.training.agreement import Signature, agree
+from megatron_gemini.training.agreement import Signature, agree, agree_on_setup
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import CONFIG, LAYOUT, T, rows
+from megatron_gemini.training.row_exchange import RowExchange
+from tests.distributed.rows import CONFIG, LAYOUT, T, rows, step_rows
 
 STEPS, ROWS, LR = 3, 4, 1e-2
 PLAIN = {
@@ -105,7 +106,7 @@ def case_config(ranks: str, name: str) -> RunConfig:
     return config
 
 
-def step_rows(step: int) -> list[Batch]:
+def rows_of(step: int) -> list[Batch]:
     """The rows of a global step: the last row but one has text only, and in step 1 nobody has sound."""
     first, second = rows(step), rows(step + 100)
     return [first[0], first[3], first[1], first[2]] if step != 1 else [first[2], second[2], first[1], second[1]]
@@ -124,17 +125,17 @@ def pretend_loss(embeddings: Embeddings | None, row: int, positions: torch.Tenso
 def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
     device = torch.device("cpu")
     embedders = Embedders(config, topology, device)
-    share, found = ROWS // topology.data_size, {}
+    found: dict[str, torch.Tensor] = {}
     positions = stream_positions(T, topology)
     for step in range(STEPS):
-        first = topology.data_rank * share
-        batches = step_rows(step)[first : first + share]
-        for batch in batches:
+        mine = step_rows(rows_of(step), topology)
+        for batch in mine.rows:
             check_media(batch, LAYOUT, config)
-        given = embedders.forward(batches)
+        given = embedders.forward(mine)
         assert topology.pipeline_rank == 0 or all(each is None for each in given)
         if topology.pipeline_rank == 0:
-            for number, embeddings in enumerate(given, start=first):
+            for place, embeddings in enumerate(given):
+                number = place * topology.data_size + topology.data_rank
                 if embeddings is not None:
                     found[f"{step}/embeddings/{number}"] = embeddings.e_OD.detach().clone()
                     found[f"{step}/positions/{number}"] = positions[embeddings.position_O]
@@ -222,7 +223,23 @@ def disagreements(topology: Topology) -> dict[str, str]:
         agree(1.0, 0, usual, topology, torch.device("cpu"), problem)
     except ValueError as error:
         found["problem"] = str(error)
+    setups = {"settings": (7, int(rank == odd)), "shards": (7 + (rank == odd), 7), "same setup": (7, 7)}
+    for name, (shards, settings) in setups.items():
+        try:
+            found[name] = str(agree_on_setup(settings, shards, topology, torch.device("cpu")))
+        except ValueError as error:
+            found[name] = str(error)
     return found
+
+
+def missing_rows(topology: Topology) -> list[int]:
+    """The readers of a step whose row 2 its reader could not read."""
+    everything = rows_of(0)
+    read = {number: row for number, row in enumerate(everything) if number % topology.world == topology.rank}
+    read.pop(2, None)
+    shared = RowExchange(topology, torch.device("cpu")).share(read, len(everything))
+    assert len(shared.rows) == ROWS // topology.data_size - (topology.data_rank == 2 % topology.data_size)
+    return shared.readers
 
 
 def main() -> None:
@@ -243,7 +260,8 @@ def main() -> None:
         stem = Path(out) / f"{name}-{topology.rank}"
         save_file(train(config, topology), stem.with_suffix(".safetensors"))
         if ranks == "4":
-            stem.with_suffix(".json").write_text(json.dumps(disagreements(topology)))
+            told = {**disagreements(topology), "readers": missing_rows(topology)}
+            stem.with_suffix(".json").write_text(json.dumps(told))
         if ranks == "1":
             save_file(gradients_with_dummies(ranks, name), f"{stem}-dummies.safetensors")
     if ranks == "2":

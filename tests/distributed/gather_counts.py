@@ -15,7 +15,7 @@ from typing import Any
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import LAYOUT, rows, total_weight, with_layout
+from tests.distributed.rows import LAYOUT, rows, step_rows, total_weight, with_layout
 from tests.distributed.train_layouts import topology_of
 
 CASES = [
@@ -51,7 +51,7 @@ def gathers(layout: dict, microbatches: int, device: Any) -> int:
     engine._through = through
     for step in range(3):
         everything = [*rows(2 * step), *rows(2 * step + 1)][: train.rows_per_step]
-        mine = everything[topology.data_rank * microbatches : (topology.data_rank + 1) * microbatches]
+        mine = step_rows(everything, topology)
         engine.forward_backward(mine, total_weight(everything), lambda output: None)
         engine.step(1e-3)
     return counts[step]

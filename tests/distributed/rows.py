@@ -13,9 +13,11 @@ from megatron_gemini.config.engine import EmbeddersConfig, EngineConfig, Paralle
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LossConfig, OptimizerConfig, TrainConfig
-from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.data.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
 from megatron_gemini.data.pack import pack
+from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.row_exchange import RowExchange
 
 ROWS, T = 8, 96
 LAYOUT = TokenLayout(text_size=24, image_codes=9)  # 49 ids: tensor ranks must pad
@@ -62,6 +64,13 @@ def rows(step: int) -> list[Batch]:
     """The ROWS rows of a global step. Row 1 has text only, and every row another number of targets."""
     random = np.random.default_rng(step)
     return [pack(_documents(random, row), T, CONFIG.loss) for row in range(ROWS)]
+
+
+def step_rows(everything: list[Batch], topology: Topology) -> StepRows:
+    """What a rank has of a global step, each of whose rows another rank has read than the one that trains on it."""
+    world = topology.world
+    read = {number: row for number, row in enumerate(everything) if (3 * number + 1) % world == topology.rank}
+    return RowExchange(topology, torch.device("cpu")).share(read, len(everything))
 
 
 def _documents(random: np.random.Generator, row: int) -> list[Document]:

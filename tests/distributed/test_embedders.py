@@ -24,7 +24,7 @@ from megatron_gemini.contracts import ENCODERS
 from megatron_gemini.models.encoders import Encoders
 from megatron_gemini.models.placement import combine
 from megatron_gemini.parallel.parameters import initialize
-from tests.distributed.embedder_cases import CASES, LR, PLAIN, STEPS, case_config, pretend_loss, step_rows
+from tests.distributed.embedder_cases import CASES, LR, PLAIN, STEPS, case_config, pretend_loss, rows_of
 from tests.distributed.rows import CONFIG, T
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,7 @@ def serial(frozen: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, 
     found = {}
     for step in range(STEPS):
         total = torch.zeros(())
-        for row, batch in enumerate(step_rows(step)):
+        for row, batch in enumerate(rows_of(step)):
             given = combine(batch, {name: model(name, batch.media[name]) for name in ENCODERS if name in batch.media})
             if given is not None:
                 order = given.position_O.argsort()
@@ -110,7 +110,7 @@ def test_embeddings_reach_the_streams_as_serial_encoders_give_them(ranks, name, 
     parallel = case_config(ranks, name).parallel
     copies = 1 if parallel.sequence else parallel.tensor
     for step in range(STEPS):
-        for row in range(len(step_rows(step))):
+        for row in range(len(rows_of(step))):
             key = f"{step}/embeddings/{row}"
             pieces = [found for found in results if key in found]
             if key not in expected:
@@ -194,6 +194,10 @@ def test_ranks_that_would_run_different_steps_end_with_one_message(name, folder)
     assert "rank 2 has 3 microbatches, all others 4" in told[0]["microbatches"]
     assert "rank 2 has the encoders vision, all others vision, audio" in told[0]["encoders"]
     assert told[0]["problem"] == "rank 2: sample x cannot be read"
+    assert "rank 2: another configuration than all others" in told[0]["settings"]
+    assert "rank 2: other shards in data.sources than all others" in told[0]["shards"]
+    assert told[0]["same setup"] == "None"
+    assert told[0]["readers"] == [0, 1, -1, 3]
     sizes = case_config("4", name).parallel
     data = 4 // (sizes.tensor * sizes.pipeline * sizes.context)
     assert told[0]["nothing"] == f"({float(data)}, 0)"
@@ -206,7 +210,7 @@ def test_bf16_embeddings_and_gradients_are_near_those_of_float32(name, folder, o
     expected, _ = oracle[(PLAIN | CASES["2"][name])["frozen"]]
     results = [load_file(folder("2") / f"{name}-{rank}.safetensors") for rank in range(2)]
     for found in results:
-        for row in range(len(step_rows(0))):
+        for row in range(len(rows_of(0))):
             if (key := f"0/embeddings/{row}") in found:
                 order = found[f"0/positions/{row}"].argsort()
                 assert found[key].dtype == torch.bfloat16

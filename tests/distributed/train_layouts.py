@@ -26,7 +26,7 @@ from megatron_gemini.engine.distributed import choose_device, end_process, join,
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import LAYOUT, ROWS, rows, total_weight, with_layout
+from tests.distributed.rows import LAYOUT, rows, step_rows, total_weight, with_layout
 
 STEPS = 10
 MORE = 2
@@ -60,11 +60,10 @@ def keep_gradients(engine: MultimodalEngine, directory: Path) -> None:
 def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = None) -> list[list[float]]:
     """[loss, global norm] of steps first to last - 1. keep: where the gradients go."""
     topology, curve = engine.topology, []
-    share = ROWS // topology.data_size
     true_norm = engine_module.global_norm
     for step in range(first, last):
         everything = rows(step)
-        mine = everything[topology.data_rank * share : (topology.data_rank + 1) * share]
+        mine = step_rows(everything, topology)
         losses: list[float] = []
         weight = total_weight(everything)
         engine.forward_backward(mine, weight, lambda output, to=losses: to.append(float(output.loss.detach())))

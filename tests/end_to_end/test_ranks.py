@@ -39,11 +39,12 @@ def config(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(start: Start, config: Path) -> dict[str, tuple[str, list[float]]]:
-    """(output, losses) by launcher."""
+    """(output, losses) by launcher, and of two tensor-parallel ranks."""
     found = {}
-    for kind in LAUNCHERS:
+    for kind in (*LAUNCHERS, "tensor"):
         output = config.parent / kind
-        launch = start(kind, "--config", config, "--train.output_dir", output)
+        options = ("--parallel.tensor", "2", "--data.workers", "1") if kind == "tensor" else ()
+        launch = start("torchrun" if options else kind, "--config", config, "--train.output_dir", output, *options)
         assert launch.wait() == 0, launch.output
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         found[kind] = (launch.output, [record["loss"] for record in records])
@@ -58,9 +59,16 @@ def test_a_rank_with_text_only_does_not_hang(runs: dict[str, tuple[str, list[flo
     assert len(runs["deepspeed"][1]) == STEPS
 
 
-@pytest.mark.parametrize("kind", LAUNCHERS[1:])
+@pytest.mark.parametrize("kind", [*LAUNCHERS[1:], "tensor"])
 def test_every_launcher_gives_the_same_losses(kind: str, runs: dict[str, tuple[str, list[float]]]) -> None:
     assert runs[kind][1] == pytest.approx(runs["alone"][1], rel=1e-5, abs=0)
+
+
+def test_ranks_that_train_on_the_same_rows_read_other_ones(runs: dict[str, object], config: Path) -> None:
+    checkpoint = config.parent / "tensor" / "checkpoints" / f"step-{STEPS:08d}"
+    lanes = [json.loads((checkpoint / f"rank-{rank:05d}.json").read_text())["data"] for rank in range(2)]
+    assert [set(each) for each in lanes] == [{"0", "2"}, {"1", "3"}]
+    assert all(lane["read"] > 0 for each in lanes for lane in each.values())
 
 
 @pytest.mark.parametrize("kind", LAUNCHERS)
@@ -74,4 +82,4 @@ def media_of_rank(path: Path, rank: int) -> list[set[str]]:
     config = read_config(path)
     tokenizer = TextTokenizer(config.data.text_model)
     with Loader(config, rank, 2, TokenLayout(tokenizer.size, CODES), tokenizer) as loader:
-        return [{name for batch in loader.next() for name in batch.media} for _ in range(STEPS)]
+        return [{name for batch in loader.next().values() for name in batch.media} for _ in range(STEPS)]

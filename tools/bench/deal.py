@@ -2,10 +2,10 @@
 
     python tools/bench/deal.py            # a line of JSON for each layout
 
-Made-up rows: four items in five are images of 4 x 4 to 31 x 31 patches, the others sounds of 1 to 30 seconds. Balance
-is the cost of the dearest rank over the mean; at home is what it would be if those ranks of every data-parallel rank
-that hold the embedding stage shared its items evenly and the others had none. Seconds are one rank's CPU time for plan
-and routes.
+Made-up rows: four items in five are images of 4 x 4 to 31 x 31 patches, the others sounds of 1 to 30 seconds. Rows are
+read by all ranks in turn. Balance is the cost of the dearest rank over the mean; undealt is what it would be if every
+rank encoded what it has read, and at home if the ranks of the embedding stage encoded those of their rows. Seconds are
+one rank's CPU time for plan and routes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import numpy as np
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.models.encoders import costs
 from megatron_gemini.models.encoding_plan import COLUMNS, ENCODER, FRAMES, ROW, ROWS, START, make_plan
-from megatron_gemini.parallel.deal import peers
 from megatron_gemini.parallel.exchange import Streams, embedding_routes
 from megatron_gemini.parallel.topology import Topology
 
@@ -50,24 +49,25 @@ def measure(data: int, tensor: int, pipeline: int, rows: int, items: int, repeat
     random, config = np.random.default_rng(0), RunConfig()
     topology = Topology(world=data * tensor * pipeline, data_size=data, tensor_size=tensor, pipeline_size=pipeline)
     streams, seconds = Streams(topology, ROW_TOKENS), []
+    readers = [number % topology.world for number in range(rows * data)]
     for _ in range(repeats):
         tables = [table(random, rows, items) for _ in range(data)]
         begin = time.process_time()
-        plan = make_plan(tables, config, topology, training=True)
+        plan = make_plan(tables, readers, config, topology, training=True)
         embedding_routes(plan.items, streams, rows, np.array([True, True]))
         seconds.append(time.process_time() - begin)
     dealt = plan.items
-    holders = [set(peers(topology, rank)) for rank in range(data)]
-    travels = [rank not in holders[home] for rank, home in zip(dealt.rank, dealt.home, strict=True)]
     names = enumerate(("vision", "audio"))
     cost = np.concatenate([costs(name, plan.grid_I3[dealt.encoder == n], config.embedders) for n, name in names])
+    undealt = np.bincount(dealt.holder, weights=cost, minlength=topology.world)
     at_home = np.bincount(dealt.home, weights=cost) / tensor
     return {
         "ranks": topology.world,
         "items": len(dealt.rank),
         "balance": round(plan.balance, 3),
         "balance_at_home": round(float(at_home.max() / (cost.sum() / topology.world)), 3),
-        "travel": round(float(np.mean(travels)), 3),
+        "balance_undealt": round(float(undealt.max() / (cost.sum() / topology.world)), 3),
+        "travel": round(float(np.mean(dealt.rank != dealt.holder)), 3),
         "median_seconds": round(statistics.median(seconds), 4),
     }
 

@@ -183,7 +183,7 @@ def memory(folder: Path) -> dict[str, object]:
     found, seen, due = {}, 0, 10_000
     with Loader(config(folder, source), 0, 1, LAYOUT, Bytes()) as loader:
         while seen < 100_000:
-            seen += sum(len(batch.samples) for batch in loader.next())
+            seen += sum(len(batch.samples) for batch in loader.next().values())
             if seen >= due:
                 found[seen] = resident() >> 20
                 due += 15_000

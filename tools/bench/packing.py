@@ -78,7 +78,7 @@ def of_run(path: str, steps: int) -> None:
     tokenizer = TextTokenizer(config.data.text_model)
     layout = TokenLayout(tokenizer.size, config.image_tokenizer.codes)
     with Loader(config, 0, 1, layout, tokenizer) as loader:
-        rows = [batch for _ in range(steps) for batch in loader.next()]
+        rows = [batch for _ in range(steps) for batch in loader.next().values()]
     used = [float((batch.segment_T > 0).float().mean()) for batch in rows]
     print(json.dumps({"rows": len(rows), "fill": round(sum(used) / len(used), 4), "least": round(min(used), 4)}))
 

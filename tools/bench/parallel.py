@@ -35,7 +35,7 @@ from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
-from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.engine.optimizer import parameter_groups
@@ -138,11 +138,18 @@ def tensor(pairs: int) -> dict[str, Any]:
     return {"case": "tensor", "bound": 1.10, **(ratios(ours, theirs) if topology.rank == 0 else {})}
 
 
+def whole_step(batches: list[Batch], rank: int) -> StepRows:
+    """A global step of these rows, all read by rank 0 and known to all."""
+    return StepRows(batches, {} if rank else dict(enumerate(batches)), [0] * len(batches))
+
+
 def engine_step(engine: MultimodalEngine, batches: list[Batch]) -> Step:
+    rows = whole_step(batches, engine.topology.rank)
+
     def step() -> None:
         for part in engine.parts:
             part.module.zero_grad(set_to_none=True)
-        engine.forward_backward(batches, 1.0, lambda output: None)
+        engine.forward_backward(rows, 1.0, lambda output: None)
 
     return step
 
@@ -242,7 +249,7 @@ def our_step(config: RunConfig, layout: TokenLayout, batch: Batch) -> Step:
     engine = MultimodalEngine(config, layout, Topology.serial(), torch.device("cpu"))
 
     def step() -> None:
-        engine.forward_backward([batch], 1.0, lambda output: None)
+        engine.forward_backward(whole_step([batch], 0), 1.0, lambda output: None)
         engine.step(1e-5)
 
     return step

@@ -41,6 +41,7 @@ LEGAL = [
     (8, {"pipeline": 8, "schedule": "breadth_first", "rows": 1, "zero": 3}),
     (2, {"pipeline": 2, "virtual_stages": 4, "schedule": "breadth_first", "rows": 3, "zero": 3}),
     (4, {"pipeline": 2, "zero": 2}),
+    (4, {"lanes": 6}),  # any rank may read any lanes
 ]
 
 
@@ -53,7 +54,6 @@ ILLEGAL = [
     (3, {"tensor": 3}, "parallel.tensor is 3, which does not divide model.heads (8)"),
     (6, {"tensor": 4}, "parallel.tensor x context x pipeline is 4, which does not divide the 6 ranks"),
     (4, {"rows": 6}, "train.rows_per_step is 6, which 4 data-parallel ranks does not divide"),
-    (4, {"lanes": 6}, "data.lanes is 6, which 4 data-parallel ranks does not divide"),
     (2, {"sequence": True}, "parallel.sequence divides the tokens over the tensor-parallel ranks, but parallel.tensor"),
     (2, {"tensor": 2, "sequence": True, "tokens": 63}, "data.row_tokens is 63, which parallel.tensor (2)"),
     (2, {"context": 2, "tokens": 66}, "data.row_tokens is 66, which 2 x parallel.context (4 chunks)"),

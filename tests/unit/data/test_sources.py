@@ -42,7 +42,9 @@ def test_captioned_images_as_img2dataset_writes_them_are_filtered_by_their_metad
     )
     made = loader(source, max_bad_share=0.0)
     text = {
-        "".join(chr(t) for t in row.token_T.tolist() if LAYOUT.is_text(t)) for _ in range(300) for row in made.next()
+        "".join(chr(t) for t in row.token_T.tolist() if LAYOUT.is_text(t))
+        for _ in range(300)
+        for row in made.next().values()
     }
     assert {part for row in text for part in row.split("?") if part} == {"json 5", "json 7", "json 9"}
     assert set(made.skipped) == {("laion", "filtered:similarity"), ("laion", "filtered:NSFW")}
@@ -68,7 +70,7 @@ def test_a_parquet_table_of_the_hub_holds_images_and_captions(tmp_path):
     pq.write_table(pa.table({"image": images, "caption": ["a", "b", "c"], "score": [1, 2, 3]}), tmp_path / "c.parquet")
     source = SourceConfig(shards=f"{tmp_path}/c.parquet", prompts=("?",), filters=("score >= 2",))
     made = loader(source)
-    found = {row.token_T.numpy().tobytes() for _ in range(20) for row in made.next()}
+    found = {row.token_T.numpy().tobytes() for _ in range(20) for row in made.next().values()}
     assert len(found) > 1
     assert set(made.skipped) == {("caption:c.parquet", "filtered:score")}
 
@@ -96,7 +98,7 @@ def test_a_source_that_is_used_up_drops_out_and_the_others_go_on(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{name}{i}"}}\n' for i in range(10)))
     sources = [SourceConfig(shards=f"{tmp_path}/{n}.jsonl", task="text", name=n, epochs=2 * (n == "a")) for n in "ab"]
     made = loader(*sources)
-    rows = [row for _ in range(20) for row in made.next()]
+    rows = [row for _ in range(20) for row in made.next().values()]
     counts = [sum(key.startswith(f"{name}/") for row in rows for key in row.samples) for name in "ab"]
     assert counts[0] == 20
     assert counts[1] > 100
@@ -105,5 +107,5 @@ def test_a_source_that_is_used_up_drops_out_and_the_others_go_on(tmp_path):
     seen = []
     with pytest.raises(ValueError, match="every data source is used up after"):
         while True:
-            seen += [key for row in once.next() for key in row.samples]
+            seen += [key for row in once.next().values() for key in row.samples]
     assert sorted(seen) == [f"a/a/{i}" for i in range(10)]

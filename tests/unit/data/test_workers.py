@@ -69,7 +69,7 @@ def mixture(shard, **data):
 
 
 def test_a_row_survives_the_way_through_bytes(shard):
-    for batch in load(mixture(shard)).next():
+    for batch in load(mixture(shard)).next().values():
         header, body = to_bytes(batch, {"state": [1, "a"]})
         parsed = parse_header(header)
         again = from_bytes(parsed, torch.frombuffer(body, dtype=torch.uint8))
@@ -106,7 +106,7 @@ def test_a_crash_or_a_hang_costs_one_sample_which_no_resume_tries_again(tmp_path
     with load(config, tokenizer=Unruly()) as loader:
         state = loader.state()
         while min(lane["drawn"]["t"] for lane in state.values()) < 15:
-            seen.update(key for batch in loader.next() for key in batch.samples)
+            seen.update(key for batch in loader.next().values() for key in batch.samples)
             state = json.loads(json.dumps(loader.state()))
         skipped = loader.skipped
         rest = content(loader.next()[0])
@@ -134,7 +134,8 @@ def test_a_sample_given_up_ahead_of_the_rows_handed_out_is_in_the_state(tmp_path
     assert resumed.state()["0"]["given_up"] == [["t", position, "too_slow"]]
     wanted = f"t/{straight.sources[0].shards.keys[straight.sources[0].sample_at(position)[1]]}"
     keys = [
-        [key for _ in range(4) for batch in loader.next() for key in batch.samples] for loader in (straight, resumed)
+        [key for _ in range(4) for batch in loader.next().values() for key in batch.samples]
+        for loader in (straight, resumed)
     ]
     assert wanted in keys[0]
     assert wanted not in keys[1]

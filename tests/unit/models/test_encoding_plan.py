@@ -58,6 +58,7 @@ def test_all_ranks_agree_on_forwards_and_encode_every_item_once(sizes, peers, tr
     plans = [
         make_plan(
             sizes,
+            [3 * row % world for row in range(4 * len(sizes))],
             CHUNKED,
             Topology(world=world, rank=rank, data_size=len(sizes), data_rank=rank // peers, tensor_size=peers),
             training,
@@ -80,7 +81,7 @@ def test_all_ranks_agree_on_forwards_and_encode_every_item_once(sizes, peers, tr
 
 def test_a_frozen_encoder_without_items_does_not_run():
     frozen = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, frozen=True))
-    plan = make_plan([np.empty((0, 7))], frozen, Topology.serial(), training=True)
+    plan = make_plan([np.empty((0, 7))], [0], frozen, Topology.serial(), training=True)
     assert plan.forwards == [0, 1] and plan.balance == 1.0
 
 

@@ -51,9 +51,11 @@ def worlds(draw):
             start = 0
             while (start := start + draw(st.integers(0, 4))) < tokens - 4:
                 outputs = draw(st.integers(1, 4))
-                lines.append((draw(st.integers(0, 1)), home, row, start, 1, outputs, draw(st.integers(0, world - 1))))
+                lines.append(
+                    (draw(st.integers(0, 1)), home, row, start, 1, outputs, 0, draw(st.integers(0, world - 1)))
+                )
                 start += outputs
-    table = np.array(sorted(lines), np.int64).reshape(-1, 7)
+    table = np.array(sorted(lines), np.int64).reshape(-1, 8)
     return ranks, tokens, Items(*table.T)
 
 
