@@ -88,8 +88,8 @@ class DataConfig:
     row_tokens: int = 1024
     """T: tokens of a packed row, one microbatch."""
     lanes: int = 256
-    """Independent streams of rows, which all ranks of a job share out. The order of samples depends on their number but
-    never on ranks. Each keeps look_ahead decoded documents: on one small machine, 8 lanes start faster and need less."""
+    """Independent streams of rows, which all ranks of a job share out; the order of samples depends on their number but
+    never on ranks. Each keeps look_ahead decoded documents: on a small machine, 8 lanes start faster and need less."""
     look_ahead: int = 16
     """Documents of a lane that the packer may choose from."""
     row_patches: int = 0

@@ -32,6 +32,31 @@ def reduce_scatter(mine: torch.Tensor, whole: torch.Tensor, group: ProcessGroup)
     return _reduce_scatter(mine, whole.contiguous(), group=group, async_op=True)
 
 
+def all_reduce(x: torch.Tensor, group: ProcessGroup) -> Any:
+    """Begin to sum x, which is contiguous, over the ranks, in place and with the same bits on all; returns the work."""
+    if group.size() == 2 and dist.get_backend(group) == "gloo":
+        return _PairSum(x, group)
+    return dist.all_reduce(x, group=group, async_op=True)
+
+
+class _PairSum:
+    """An all-reduce of two ranks over gloo: each sends the whole tensor and adds the other's.
+
+    As many bytes as gloo's own all-reduce in half as many messages: 0.74 of its CPU time for 2 MiB, see
+    docs/performance.md.
+    """
+
+    def __init__(self, x: torch.Tensor, group: ProcessGroup) -> None:
+        self.x, self.other = x, torch.empty_like(x)
+        peer = dist.get_global_rank(group, 1 - group.rank())
+        self.work: list[Any] = [dist.isend(x, peer, group=group), dist.irecv(self.other, peer, group=group)]
+
+    def wait(self) -> None:
+        for work in self.work:
+            work.wait()
+        self.x.add_(self.other)
+
+
 @dataclass(frozen=True)
 class Pending:
     """A tensor that is whole once its collective has ended."""
@@ -75,7 +100,8 @@ class TensorRanks:
     def reduce(self, x_CD: torch.Tensor) -> Pending:
         """This rank's stream of the sum of every rank's x_CD, [S, D]; overwrites x_CD without sequence parallelism."""
         if not self.sequence:
-            return Pending(x_CD, dist.all_reduce(x_CD, group=self.group, async_op=True))
+            x_CD = x_CD.contiguous()
+            return Pending(x_CD, all_reduce(x_CD, self.group))
         sum_SD = x_CD.new_empty(len(x_CD) // self.size, *x_CD.shape[1:])
         return Pending(sum_SD, reduce_scatter(sum_SD, x_CD, self.group))
 

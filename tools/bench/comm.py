@@ -5,9 +5,10 @@
 
 Starts its own ranks. Every collective is seen at torch's dispatcher, whoever calls it, and counted as a ring sends it:
 an all-reduce of n bytes 2 (p - 1) / p n from each of p ranks, an all-gather or a reduce-scatter (p - 1) / p n with n
-the whole tensor. megatron-core's rows are its own SelfAttention module on the same shapes; it runs on a CPU once told
-that the current CUDA device is "cpu" and that dropout needs no random state. Ends with status 1 if a count is not what
-the formula says. The loss is left out: a few bytes a token for the softmax over a divided vocabulary.
+the whole tensor. Two gloo ranks do some all-reduces by a send of n bytes each, which is as much. megatron-core's rows
+are its own SelfAttention module on the same shapes; it runs on a CPU once told that the current CUDA device is "cpu"
+and that dropout needs no random state. Ends with status 1 if a count is not what the formula says. The loss is left
+out: a few bytes a token for the softmax over a divided vocabulary.
 
 The last lines are the bytes that a decoder layer keeps for its backward, without its parameters.
 """
@@ -59,6 +60,10 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def ring_bytes(self, name: str, args: Sequence[Any]) -> int:
+        if name == "recv_":
+            return 0
+        if name == "send":
+            return sum(t.numel() * t.element_size() for t in _flat(args[0]))
         if name == "allreduce_":
             share, whole = 2, args[0]
         elif name in GATHERS:
