@@ -1,12 +1,13 @@
 """What parallelism costs: tensor parallel, pipeline and ZeRO-3 steps against the same model without them.
 
-    python tools/bench/parallel.py                   # all three, JSON lines; some minutes
+    python tools/bench/parallel.py                   # all of them, JSON lines; some minutes
     python tools/bench/parallel.py --only zero
 
 Starts its own gloo ranks, one thread each. Both sides of a ratio run in turn in the same processes, so that a noisy
 machine disturbs both.
 
 tensor     CPU time of two tensor-parallel ranks together, over that of one process; forward, loss and backward
+sum        CPU time of the all-reduce that two tensor-parallel ranks do, over gloo's own
 pipeline   throughput of two pipeline ranks with 8 microbatches, over that of two one-rank runs at the same time, as a
            share of the most that a pipeline can have, m / (m + p - 1); wall-clock time, so the machine must be idle
 zero       CPU time of a whole step (clipping and AdamW too) of this trainer's ZeRO-3 on one rank, over plain torch,
@@ -41,6 +42,7 @@ from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.engine.optimizer import parameter_groups
 from megatron_gemini.models.decoder import DecoderLayer
 from megatron_gemini.models.gemini import Gemini
+from megatron_gemini.parallel import collectives
 from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.topology import Topology, build_topology
@@ -141,6 +143,25 @@ def tensor(pairs: int) -> list[dict[str, Any]]:
         {"case": "tensor", "bound": 1.10, **ratios(ours, by_itself)},
         {"case": "tensor, both cores busy", "bound": 1.10, **ratios(ours, beside)},
     ]
+
+
+def pair_sum(pairs: int) -> dict[str, Any]:
+    """The all-reduce of two gloo ranks, as tensor-parallel ones do it: 16 sums of 2 MiB."""
+    x, group = torch.zeros(1024, 512), dist.group.WORLD
+    assert group is not None
+
+    def summed(all_reduce: Callable[[], Any]) -> float:
+        dist.barrier()
+        seconds = torch.tensor(cpu_seconds(lambda: all_reduce().wait(), 16), dtype=torch.float64)
+        dist.all_reduce(seconds)
+        return float(seconds)
+
+    found = [
+        (summed(lambda: collectives.all_reduce(x, group)), summed(lambda: dist.all_reduce(x, async_op=True)))
+        for _ in range(pairs + 1)
+    ]
+    ours, theirs = zip(*found[1:], strict=True)
+    return {"case": "sum of two ranks, to gloo's all-reduce", **ratios(ours, theirs)}
 
 
 def whole_step(batches: list[Batch], rank: int) -> StepRows:
@@ -287,6 +308,7 @@ def zero(pairs: int) -> list[dict[str, Any]]:
 
 CASES: dict[str, tuple[int, Callable[[int], Any]]] = {
     "tensor": (2, tensor),
+    "sum": (2, pair_sum),
     "pipeline": (2, pipeline),
     "zero": (1, zero),
 }
