@@ -9,7 +9,7 @@ Shape suffixes: T packed tokens, which are the keys; Q queries.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ class Bounds:
 
     query_2Q: torch.Tensor
     key_2T: torch.Tensor
-    _work: dict[str, np.ndarray]  # "query", "key": the longest interval in each block of ORDER_TOKENS
+    _blocks: dict[str, np.ndarray]  # "query", "key": blocks of ORDER_TOKENS, those with the longest interval first
     _orders: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
 
     def order(self, kind: str, group: int, block: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ class Bounds:
         """
         if (kind, group, block) not in self._orders:
             bounds = self.query_2Q if kind == "query" else self.key_2T
-            tiles = _tile_order(self._work[kind], bounds.shape[1] * group, ORDER_TOKENS * group, block)
+            tiles = _tile_order(self._blocks[kind], bounds.shape[1] * group, ORDER_TOKENS * group, block)
             self._orders[kind, group, block] = _to_device(tiles, bounds.device)
         return self._orders[kind, group, block]
 
@@ -77,8 +77,8 @@ def read_bounds(row: Row, device: torch.device) -> Bounds:
     if row.query is not None:
         query_2Q = query_2Q[:, row.query]
         key_2T = np.searchsorted(row.query, key_2T).astype(np.int32)
-    work = {"query": _longest(query_2Q), "key": _longest(key_2T)}
-    return Bounds(_to_device(query_2Q, device), _to_device(key_2T, device), work)
+    blocks = {"query": _longest_first(query_2Q), "key": _longest_first(key_2T)}
+    return Bounds(_to_device(query_2Q, device), _to_device(key_2T, device), blocks)
 
 
 def _intervals(row: Row) -> tuple[np.ndarray, np.ndarray]:
@@ -87,31 +87,36 @@ def _intervals(row: Row) -> tuple[np.ndarray, np.ndarray]:
     query, key = np.empty((2, tokens), np.int32), np.empty((2, tokens), np.int32)
     lengths = np.diff(row.documents)
     query[0], key[1] = np.repeat(row.documents[:-1], lengths), np.repeat(row.documents[1:], lengths)
-    key[0] = np.arange(tokens, dtype=np.int32)
-    np.add(key[0], 1, out=query[1])
+    key[0] = _positions(tokens + 1)[:-1]
+    query[1] = _positions(tokens + 1)[1:]
     reach, first = query[1], key[0]
-    edges = row.spans.tolist()
-    for start, end in pairwise(edges if edges[1:-1] or row.span[:1].any() else []):
-        if row.span[start]:
-            reach[start:end], first[start:end] = end, start
+    wide = np.flatnonzero(row.span[row.spans[:-1]]) if tokens else np.empty(0, np.int64)
+    for start, end in zip(row.spans[wide].tolist(), row.spans[1:][wide].tolist(), strict=True):
+        reach[start:end], first[start:end] = end, start
     if real < tokens:
         query[:, real:], key[:, real:] = [[tokens], [0]], [[tokens], [0]]
     return query, key
 
 
-def _longest(interval: np.ndarray) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _positions(tokens: int) -> np.ndarray:
+    return np.arange(tokens, dtype=np.int32)
+
+
+def _longest_first(interval: np.ndarray) -> np.ndarray:
+    """Numbers of the blocks of ORDER_TOKENS tokens, by the longest interval in each."""
     length = interval[1] - interval[0]
-    return np.maximum.reduceat(length, np.arange(0, len(length), ORDER_TOKENS)) if len(length) else length
+    longest = np.maximum.reduceat(length, np.arange(0, len(length), ORDER_TOKENS)) if len(length) else length
+    return np.argsort(-longest, kind="stable")
 
 
-def _tile_order(work: np.ndarray, rows: int, rows_of_block: int, tile_rows: int) -> np.ndarray:
-    """Tiles that begin in a block of tokens stay together; the blocks go by falling work."""
+def _tile_order(blocks: np.ndarray, rows: int, rows_of_block: int, tile_rows: int) -> np.ndarray:
+    """int32: tiles in the order of the blocks of tokens that they begin in."""
     tiles = -(-rows // tile_rows)
-    begin = np.minimum(-(-np.arange(len(work) + 1) * rows_of_block // tile_rows), tiles)
-    order = np.argsort(-work, kind="stable")
-    count = np.diff(begin)[order]
-    offset = np.repeat(begin[order] - (np.cumsum(count) - count), count)
-    return (offset + np.arange(tiles)).astype(np.int32)
+    begin = np.minimum(-(-np.arange(len(blocks) + 1) * rows_of_block // tile_rows), tiles).astype(np.int32)
+    count = np.diff(begin)[blocks]
+    order = np.repeat(begin[blocks] - (np.cumsum(count, dtype=np.int32) - count), count)
+    return np.add(order, np.arange(tiles, dtype=np.int32), out=order)
 
 
 def _to_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
