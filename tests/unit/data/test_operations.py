@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.data import SourceConfig
@@ -37,6 +37,7 @@ WIDE = VisionConfig(patch=4, max_side=64, max_frames=8)
 
 @settings(max_examples=80, deadline=None)
 @given(height=sides, width=sides, tokens=st.integers(0, 60))
+@example(height=54, width=9, tokens=28)  # more pixels than the budget's patches, but as many patches
 def test_resize_keeps_the_budget_the_patches_and_nearly_the_aspect(height, width, tokens):
     image = Image(pixels(height, width))
     resized = apply(f"resize(tokens={tokens})", {"image": image}, vision=WIDE)["image"].pixels_HW3
@@ -44,7 +45,9 @@ def test_resize_keeps_the_budget_the_patches_and_nearly_the_aspect(height, width
     assert new_height % 4 == new_width % 4 == 0
     assert max(new_height, new_width) <= 64
     assert not tokens or new_height * new_width // 16 <= tokens
-    scale = min(1.0, 64 / max(height, width), (tokens * 16 / (height * width)) ** 0.5 if tokens else 1.0)
+    scale = min(1.0, 64 / max(height, width))
+    if tokens and round(height * scale / 4) * round(width * scale / 4) > tokens:
+        scale = min(scale, (tokens * 16 / (height * width)) ** 0.5)
     if min(height, width) * scale >= 8:  # no side is one patch, which the aspect cannot help
         assert abs(new_height - height * scale) <= 4
         assert abs(new_width - width * scale) <= 4
