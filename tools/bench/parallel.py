@@ -337,15 +337,8 @@ def main() -> None:
         end_process()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for name in [options.only] if options.only else CASES:
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(CASES[name][0]),
-        ]
-        command = [*launch, __file__, "--rank-of", name, "--pairs", str(options.pairs)]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(CASES[name][0])]
+        command = [sys.executable, *launch, __file__, "--rank-of", name, "--pairs", str(options.pairs)]
         subprocess.run(command, env=environment, check=True)
 
 
