@@ -17,7 +17,7 @@ from megatron_gemini.generation.settings import SampleSettings
 
 if TYPE_CHECKING:
     from megatron_gemini.checkpoint.inference import Loaded
-    from megatron_gemini.generation.evaluation.report import EvaluationSettings, Results
+    from megatron_gemini.evaluation.report import EvaluationSettings, Results
 
 SAMPLING = ("temperature", "top_k", "top_p", "seed", "guidance")
 _DESCRIPTION = """Score a trained model on held-out data, and draw a sheet of samples.
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     drawing = SampleSettings(**{name: getattr(options, name) for name in SAMPLING})
 
     from megatron_gemini.checkpoint.inference import load_for_inference
+    from megatron_gemini.evaluation.report import EvaluationSettings, evaluate
     from megatron_gemini.generation.api import Generator
-    from megatron_gemini.generation.evaluation.report import EvaluationSettings, evaluate
 
     loaded = load_for_inference(options.checkpoint)
     held_out = tuple(options.held_out) or loaded.config.data.held_out
@@ -67,7 +67,7 @@ def training_sources(loaded: Loaded) -> list[SourceConfig]:
 
 def complete(results: Results, loaded: Loaded, settings: EvaluationSettings, runs: Sequence[str]) -> dict[str, Any]:
     """The report: results, what training took, and how it all was made."""
-    from megatron_gemini.generation.evaluation.runs import training_figures
+    from megatron_gemini.evaluation.runs import training_figures
 
     tokenizer = loaded.config.train.image_tokenizer
     paths = [Path(run) for run in runs] or [run_of(loaded), *([Path(tokenizer)] if tokenizer else [])]
@@ -86,7 +86,7 @@ def run_of(loaded: Loaded) -> Path:
 
 def write(report: dict[str, Any], results: Results, loaded: Loaded, out: Path) -> None:
     """Writes report, sheet and loss curves; prints the figures."""
-    from megatron_gemini.generation.evaluation.sheet import make_sheet
+    from megatron_gemini.evaluation.sheet import make_sheet
     from megatron_gemini.training.plots import plot_losses
 
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -24,7 +24,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from megatron_gemini.data.shard_writer import Sample, is_built, json_member, write_json, write_manifest, write_shards
+from megatron_gemini.data.sources.shard_writer import (
+    Sample,
+    is_built,
+    json_member,
+    write_json,
+    write_manifest,
+    write_shards,
+)
 from megatron_gemini.modalities.video.encode import encode_video
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -24,8 +24,15 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from megatron_gemini.data.shard_writer import Sample, is_built, json_member, write_json, write_manifest, write_shards
-from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.sources.shard_writer import (
+    Sample,
+    is_built,
+    json_member,
+    write_json,
+    write_manifest,
+    write_shards,
+)
+from megatron_gemini.data.sources.shards import Shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # eSpeak's variants that sound like people (no robots, whispers or monsters). A held-out voice has no near twin in

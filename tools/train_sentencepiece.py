@@ -24,12 +24,12 @@ import sentencepiece
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.load import load_config
-from megatron_gemini.data.decode import decode_text
-from megatron_gemini.data.decode_json import decode_json
-from megatron_gemini.data.interleaved import conversation, document_entries
-from megatron_gemini.data.records.records import RECORD, open_records
-from megatron_gemini.data.schema import Schema
-from megatron_gemini.data.tasks import PROMPTS
+from megatron_gemini.data.samples.decode import decode_text
+from megatron_gemini.data.samples.decode_json import decode_json
+from megatron_gemini.data.samples.interleaved import conversation, document_entries
+from megatron_gemini.data.samples.tasks import PROMPTS
+from megatron_gemini.data.sources.records import RECORD, open_records
+from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.modalities.bad_sample import BadSample
 
 BYTES = 256  # pieces that byte fallback takes, beside the one for unknown

@@ -15,8 +15,8 @@ from megatron_gemini.building.examine import Examined, Examiner
 from megatron_gemini.building.journal import Dropped, Entry, Journal, Kept
 from megatron_gemini.building.parallel import Workers
 from megatron_gemini.building.records import Record
-from megatron_gemini.data.index_cache import write_index
-from megatron_gemini.data.shard_writer import Sample, json_member, write_shard
+from megatron_gemini.data.sources.index_cache import write_index
+from megatron_gemini.data.sources.shard_writer import Sample, json_member, write_shard
 
 SLACK = 30.0  # seconds that a record may take beside its download
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_gemini.data.decode import decode_text
-from megatron_gemini.data.schema import IMAGE_ENDINGS
-from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.samples.decode import decode_text
+from megatron_gemini.data.sources.schema import IMAGE_ENDINGS
+from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
 

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_gemini.building.contact_sheet import contact_sheet
 from megatron_gemini.building.journal import Entry
 from megatron_gemini.building.report import plot, summary, table
-from megatron_gemini.data.shard_writer import write_json
-from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.sources.shard_writer import write_json
+from megatron_gemini.data.sources.shards import Shards
 
 
 def finish(entries: Sequence[Entry], folder: Path, options: Mapping[str, Any]) -> str:

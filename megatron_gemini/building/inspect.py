@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_gemini.data.decode import decode_text
-from megatron_gemini.data.decode_json import decode_json
-from megatron_gemini.data.schema import USUAL_NAMES
-from megatron_gemini.data.shards import Shards
-from megatron_gemini.data.tar_index import index_tar
+from megatron_gemini.data.samples.decode import decode_text
+from megatron_gemini.data.samples.decode_json import decode_json
+from megatron_gemini.data.sources.schema import USUAL_NAMES
+from megatron_gemini.data.sources.shards import Shards
+from megatron_gemini.data.sources.tar_index import index_tar
 from megatron_gemini.modalities.audio.preprocess import SAMPLE_RATE, decode_audio
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image

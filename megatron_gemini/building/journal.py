@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_gemini.data.shard_writer import write_json
+from megatron_gemini.data.sources.shard_writer import write_json
 
 
 @dataclass

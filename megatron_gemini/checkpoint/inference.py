@@ -23,7 +23,7 @@ from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 SHOWN = 3  # mismatches that a message names

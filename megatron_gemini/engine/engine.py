@@ -16,7 +16,7 @@ from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.norm import global_norm
-from megatron_gemini.engine.summands import complete_gradients
+from megatron_gemini.engine.partial_gradients import complete_gradients
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.topology import Topology
 

@@ -16,13 +16,13 @@ import torch
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.embedders import Embedders
+from megatron_gemini.engine.encoder_engines import Embedders
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.placement import Embeddings
 from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, Row, parts
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 Collect = Callable[[LossOutput], None]

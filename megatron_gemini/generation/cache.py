@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_gemini.kernels.attention import AttentionPlan, attention
+from megatron_gemini.kernels.attention.api import AttentionPlan, attention
 
 
 class KVCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.data.document import Audio, Image, Item, Text, Video
+from megatron_gemini.data.samples.document import Audio, Image, Item, Text, Video
 from megatron_gemini.modalities.audio.preprocess import decode_audio
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.video.preprocess import decode_video

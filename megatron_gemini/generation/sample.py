@@ -9,8 +9,8 @@ import torch
 
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.document import Document
-from megatron_gemini.data.pack import pack
+from megatron_gemini.data.packing.pack import pack
+from megatron_gemini.data.samples.document import Document
 from megatron_gemini.generation.choose import choose
 from megatron_gemini.generation.grammar import Grammar
 from megatron_gemini.generation.sequences import (

@@ -5,7 +5,7 @@ which would hold the full weight in memory after ZeRO-3 has partitioned the para
 parameter in place before its backward, so the parameter is what to keep. One node instead of three or four also is
 most of this model's advantage where small layers are bound by dispatch (tools/bench/step.py).
 
-The same of layers that are divided over tensor-parallel ranks: `parallel/tensor_products.py`.
+The same of layers that are divided over tensor-parallel ranks: `parallel/tensor/products.py`.
 
 Shape suffixes: T tokens, D model width, F MLP width.
 """
@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
+from megatron_gemini.kernels.discarded_output import is_unread, no_values
 from megatron_gemini.kernels.norm import norm_backward, norm_forward
-from megatron_gemini.kernels.unread import is_unread, no_values
 
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
 _silu_backward = torch.ops.aten.silu_backward.grad_input

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from megatron_gemini.kernels.attention import AttentionPlan, attention
+from megatron_gemini.kernels.attention.api import AttentionPlan, attention
 from megatron_gemini.parallel.parameters import Init, constant, declare, normal, zeros
 
 EPS = 1e-6

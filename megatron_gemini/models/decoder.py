@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.kernels.attention import AttentionPlan
+from megatron_gemini.kernels.attention.api import AttentionPlan
 from megatron_gemini.kernels.rope import Rotation, rotation
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import declare_tied
 from megatron_gemini.parallel.recompute import PLAIN, Pass, Recompute
+from megatron_gemini.parallel.tensor.layers import Layers
 
 
 def branch_std(config: ModelConfig) -> float:

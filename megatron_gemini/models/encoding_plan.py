@@ -14,7 +14,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.encoders import costs, enabled, input_counts, is_frozen, output_counts
 from megatron_gemini.models.placement import check_placeholders
-from megatron_gemini.parallel.deal import Items, chunks, deal, loads
+from megatron_gemini.parallel.encoders.assignment import Items, chunks, deal, loads
 from megatron_gemini.parallel.topology import Topology
 
 # Columns of a table of sizes: float64, which holds all of them exactly. SECONDS: between two frames, `Media.time_I`.

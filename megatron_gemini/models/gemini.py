@@ -19,7 +19,7 @@ from megatron_gemini.models.decoder import AttentionCache
 from megatron_gemini.models.encoders import build_encoder, enabled
 from megatron_gemini.models.placement import Embeddings, check_placeholders, combine
 from megatron_gemini.models.stage import DecoderStage, LossOutput, Row
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 
 __all__ = ["Gemini", "LossOutput"]
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import MODALITIES, Batch, TokenLayout
-from megatron_gemini.kernels.attention import AttentionPlan, plan_attention
-from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy
+from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
+from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy
 from megatron_gemini.models.decoder import AttentionCache, Decoder, Part
 from megatron_gemini.models.placement import Embeddings, place
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.recompute import Recompute
 from megatron_gemini.parallel.stages import stage_layers
+from megatron_gemini.parallel.tensor.layers import Layers
 
 
 class LossOutput(NamedTuple):

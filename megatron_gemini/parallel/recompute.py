@@ -1,7 +1,7 @@
 """What the backward of the decoder's layers computes again instead of keeping it (Chen et al., 2016).
 
 A region (a layer, or its attention) runs without a graph and keeps its input alone. In the backward it runs once more,
-with a graph and without its last product, whose values nobody reads (`kernels/unread.py`), and the gradients of its
+with a graph and without its last product, whose values nobody reads (`kernels/discarded_output.py`), and the gradients of its
 weights are accumulated by a backward of its own inside the outer one: ZeRO's hooks see modules run and gradients arrive
 as ever. Layers have no dropout and no other state, so the second run gives the same bits, and its collectives come in
 the same order on every rank.
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
-from megatron_gemini.kernels.unread import unread
+from megatron_gemini.kernels.discarded_output import unread
 from megatron_gemini.parallel.host_memory import OnHost
 
 Region = Callable[..., torch.Tensor]

@@ -14,7 +14,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.encoders import build_encoder, enabled
 from megatron_gemini.models.stage import DecoderStage, parts
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.planning.footprint import PARTS, Bytes
 from megatron_gemini.planning.job import Job

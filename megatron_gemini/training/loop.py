@@ -20,8 +20,8 @@ from megatron_gemini.checkpoint import directory, training_state
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.engine import Engine, StepResult
+from megatron_gemini.engine.synchronize import Signature, agree
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.training.agreement import Signature, agree
 from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress

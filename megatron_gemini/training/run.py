@@ -20,11 +20,11 @@ def run(config: RunConfig) -> None:
 
     task: Task
     if config.train.task == "image_tokenizer":
-        from megatron_gemini.training.image_tokenizer import ImageTokenizerTraining
+        from megatron_gemini.objectives.image_tokenizer import ImageTokenizerTraining
 
         task = ImageTokenizerTraining(config, topology, device)
     else:
-        from megatron_gemini.training.pretrain import Pretraining
+        from megatron_gemini.objectives.pretrain import Pretraining
 
         task = Pretraining(config, topology, device)
     number = Loop(task).run()

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from megatron_gemini.contracts import Batch
 from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.models.stage import DecoderStage, Row
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize, placement_of
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.attention_rows import row

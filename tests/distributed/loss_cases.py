@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from megatron_gemini.engine.distributed import end_process, leave
-from megatron_gemini.kernels import head_chunks
-from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
-from megatron_gemini.kernels.sigmoid_loss import sigmoid_contrastive_loss
-from megatron_gemini.parallel.layers import Vocabulary
+from megatron_gemini.kernels.losses import head_chunks
+from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
+from megatron_gemini.kernels.losses.sigmoid import sigmoid_contrastive_loss
 from megatron_gemini.parallel.parameters import zeros
+from megatron_gemini.parallel.tensor.layers import Vocabulary
 
 TOKENS, WIDTH, Z_LOSS = 7, 6, 0.1
 SIZES = (9, 10, 48)  # on 4 ranks: a rank of padding only, one with some, none

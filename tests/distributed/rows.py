@@ -14,10 +14,10 @@ from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, Mode
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LossConfig, OptimizerConfig, TrainConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
-from megatron_gemini.data.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
-from megatron_gemini.data.pack import pack
+from megatron_gemini.data.packing.pack import pack
+from megatron_gemini.data.samples.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
+from megatron_gemini.engine.batch_exchange import RowExchange
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.training.row_exchange import RowExchange
 
 ROWS, T = 8, 96
 LAYOUT = TokenLayout(text_size=24, image_codes=9)  # 49 ids: tensor ranks must pad

@@ -23,12 +23,12 @@ from torch import nn
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.engine.distributed import end_process, leave
-from megatron_gemini.kernels.attention import plan_attention
-from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy
+from megatron_gemini.kernels.attention.api import plan_attention
+from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy
 from megatron_gemini.kernels.rope import rotation
 from megatron_gemini.models.decoder import DecoderLayer
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize, placement_of
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows
 

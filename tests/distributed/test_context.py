@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gemini.parallel.stream import context_positions
+from megatron_gemini.parallel.context.positions import context_positions
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.context_cases import MODELS, PADDED, ROWS, batch, metadata, run
 from tests.distributed.rows import T

@@ -30,8 +30,8 @@ import torch
 
 from megatron_gemini.checkpoint.pieces import WEIGHT, PieceReader
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows, total_weight, with_layout
 from tests.distributed.train_layouts import MORE, STEPS

@@ -24,7 +24,7 @@ from megatron_gemini.engine.distributed import choose_device, end_process, join,
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.stage import DecoderStage, Row
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import LAYOUT, rows

@@ -71,7 +71,7 @@ def run_forked(case: dict[str, Any]) -> int:
 def main() -> None:
     import deepspeed  # noqa: F401 - what takes seconds, once for all
 
-    import megatron_gemini.training.pretrain  # noqa: F401
+    import megatron_gemini.objectives.pretrain  # noqa: F401
     from megatron_gemini.training.quiet import quiet_warnings
 
     quiet_warnings()

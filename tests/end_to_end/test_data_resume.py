@@ -20,7 +20,7 @@ import pytest
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.contracts import Batch
-from megatron_gemini.data.loader import Loader
+from megatron_gemini.data.loading.loader import Loader
 from tests.end_to_end.launches import ROOT, environment
 from tests.tiny_shards import LAYOUT, Characters, run_config, write_tar
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_gemini.config.load import read_config
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.loader import Loader
+from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from tests.end_to_end.conftest import Start
 from tests.end_to_end.dataset import CODES, settings, write_config

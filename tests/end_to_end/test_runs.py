@@ -72,7 +72,7 @@ def image_settings(folder: Path) -> dict[str, Any]:
 
 
 def good_images(data: Path) -> dict[str, dict[str, bytes]]:
-    from megatron_gemini.data.shards import Shards
+    from megatron_gemini.data.sources.shards import Shards
 
     shards = Shards([str(data / "digits.tar")])
     return {f"good{number}": shards.read(number, ["png", "txt"]) for number in range(12)}

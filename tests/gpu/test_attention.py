@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_gemini.kernels.attention import attention, attention_with_lse, plan_attention
-from megatron_gemini.kernels.attention_backends import BACKENDS, Ask
-from megatron_gemini.kernels.attention_reference import attend_densely
+from megatron_gemini.kernels.attention.api import attention, attention_with_lse, plan_attention
+from megatron_gemini.kernels.attention.dispatch import BACKENDS, Ask
+from megatron_gemini.kernels.attention.reference import attend_densely
 from tests.attention_rows import heads, only_backend, row
 
 pytestmark = pytest.mark.gpu

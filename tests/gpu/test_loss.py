@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
-from megatron_gemini.kernels.sigmoid_loss import sigmoid_contrastive_loss
+from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
+from megatron_gemini.kernels.losses.sigmoid import sigmoid_contrastive_loss
 from tools.bench.loss import peak_bytes
 
 pytestmark = pytest.mark.gpu
@@ -59,7 +59,7 @@ def test_equals_float64(dtype, backend, deferred, tokens, size):
 
 
 def test_many_chunks_equal_one(monkeypatch):
-    from megatron_gemini.kernels import head_chunks
+    from megatron_gemini.kernels.losses import head_chunks
 
     h, weight, target, token_weight = draw(1024, 8192, 128, torch.bfloat16)
     found = []

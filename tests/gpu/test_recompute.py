@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.models.decoder import Decoder
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.recompute import Recompute
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 pytestmark = pytest.mark.gpu

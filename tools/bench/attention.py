@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_gemini.kernels import attention_tiling
-from megatron_gemini.kernels.attention import AttentionPlan, attention, plan_attention
-from megatron_gemini.kernels.attention_backends import BACKENDS
+from megatron_gemini.kernels.attention.api import AttentionPlan, attention, plan_attention
+from megatron_gemini.kernels.attention.dispatch import BACKENDS
+from megatron_gemini.kernels.attention.triton import tiling as attention_tiling
 
 CHOICES = tuple(attention_tiling.Tiling(*sizes) for sizes in product((32, 64, 128), (32, 64, 128), (8,), (2, 3)))
 

@@ -33,12 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.engine.distributed import end_process, leave
-from megatron_gemini.kernels.attention import AttentionPlan, plan_attention
+from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
 from megatron_gemini.kernels.rope import Rotation, rotation
 from megatron_gemini.models.decoder import Attention, DecoderLayer
-from megatron_gemini.parallel.division import HeadShard
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize, placement_of
+from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.shards import HeadShard
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 

@@ -30,10 +30,10 @@ from megatron_gemini.config.model import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.index_cache import index_path, write_index
-from megatron_gemini.data.loader import Loader
-from megatron_gemini.data.shard_writer import write_shards
-from megatron_gemini.data.shards import Shards, expand_shards
+from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.data.sources.index_cache import index_path, write_index
+from megatron_gemini.data.sources.shard_writer import write_shards
+from megatron_gemini.data.sources.shards import Shards, expand_shards
 from megatron_gemini.modalities.image.preprocess import decode_image, fit_image
 
 SIDE, TARGET, PATCH = 512, 224, 14

@@ -27,10 +27,10 @@ import torch.distributed as dist
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.engine.distributed import end_process, leave
-from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.models.decoder import Decoder, Part
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 

@@ -3,7 +3,7 @@
     python tools/bench/packing.py                                            # generated lengths
     python tools/bench/packing.py --config examples/quickstart/pretrain.yaml # the rows of a run, from its own data
 
-Generated: documents of random lengths in rows of 2,048 tokens, by the choice of data/pack.py and, for comparison, by
+Generated: documents of random lengths in rows of 2,048 tokens, by the choice of data/packing/pack.py and, for comparison, by
 taking the longest that fits again and again. Both take the document that has waited longest first, and choose among
 `look_ahead` of them. Microseconds are CPU time a row of the choice alone.
 """
@@ -19,9 +19,9 @@ import numpy as np
 
 from megatron_gemini.config.load import load_config
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.document import Size
-from megatron_gemini.data.loader import Loader
-from megatron_gemini.data.pack import NO_LIMIT, choose
+from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.data.packing.pack import NO_LIMIT, choose
+from megatron_gemini.data.samples.document import Size
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 
 ROW = 2048

@@ -43,8 +43,8 @@ from megatron_gemini.engine.optimizer import parameter_groups
 from megatron_gemini.models.decoder import DecoderLayer
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel import collectives
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 

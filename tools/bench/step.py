@@ -24,8 +24,8 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 VOCABULARY = 1024

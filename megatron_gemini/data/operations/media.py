@@ -11,9 +11,9 @@ import numpy as np
 import soxr
 from PIL import Image as Pillow
 
-from megatron_gemini.data.decode import over_media
-from megatron_gemini.data.document import Audio, Image, Item, Video, prepare_audio, prepare_image, prepare_video
 from megatron_gemini.data.operations.registry import Operation, Sample, Setting, operation
+from megatron_gemini.data.samples.decode import over_media
+from megatron_gemini.data.samples.document import Audio, Image, Item, Video, prepare_audio, prepare_image, prepare_video
 from megatron_gemini.modalities.image.preprocess import fitted_size
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_gemini.data.document import Document
 from megatron_gemini.data.operations import media, text
 from megatron_gemini.data.operations.registry import OPERATIONS, Sample, Setting, make_operation
+from megatron_gemini.data.samples.document import Document
 
 USUAL_OPERATIONS = ("decode", "resize", "patches", "log_mel", "format", "tokenise")
 assert all(name in OPERATIONS for name in USUAL_OPERATIONS), (media, text)  # which register them

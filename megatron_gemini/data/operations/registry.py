@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.decode import Decoder
-from megatron_gemini.data.document import Encodes
-from megatron_gemini.data.schema import Schema
+from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.document import Encodes
+from megatron_gemini.data.sources.schema import Schema
 
 Sample = dict[str, Any]
 Operation = Callable[[Sample, np.random.Generator], Sample]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_gemini.data.document import build_conversation, build_document
 from megatron_gemini.data.operations.registry import Operation, Sample, Setting, operation
-from megatron_gemini.data.tasks import ask
+from megatron_gemini.data.samples.document import build_conversation, build_document
+from megatron_gemini.data.samples.tasks import ask
 
 
 @operation("decode")

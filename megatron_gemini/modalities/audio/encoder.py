@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_gemini.config.model import AudioConfig
 from megatron_gemini.contracts import Media
-from megatron_gemini.kernels.attention import AttentionPlan, plan_attention
+from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
 from megatron_gemini.modalities.transformer import (
     FeedForward,
     SelfAttention,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_gemini.config.model import ImageTokenizerConfig
-from megatron_gemini.kernels.attention import AttentionPlan, plan_attention
+from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
 from megatron_gemini.modalities.transformer import Transformer, grid_positions, linear
 from megatron_gemini.parallel.parameters import new_parameter, normal
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from megatron_gemini.config.model import VisionConfig
 from megatron_gemini.contracts import Media
-from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.transformer import Transformer, grid_positions, linear, sinusoids
 
 CHANNELS = 3

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.data import TASKS, SourceConfig
-from megatron_gemini.data.loader import Loader, lanes_of
-from megatron_gemini.data.prefetch import Prefetch
+from megatron_gemini.data.loading.loader import Loader, lanes_of
+from megatron_gemini.data.loading.prefetch import Prefetch
 from tests.tiny_shards import LAYOUT, Characters, chat, document, png, run_config, sample, texts, wav, write_tar
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_gemini.config.data import DataConfig, PhaseConfig, SourceConfig
-from megatron_gemini.data.mixture import Mixture
+from megatron_gemini.data.loading.mixture import Mixture
 
 
 @dataclass

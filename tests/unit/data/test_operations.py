@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.model import AudioConfig, VisionConfig
-from megatron_gemini.data.decode import Decoder
-from megatron_gemini.data.document import Audio, EncoderInput, Image, Text, Turn, Video
 from megatron_gemini.data.operations.media import size_within
 from megatron_gemini.data.operations.pipeline import USUAL_OPERATIONS, Pipeline
 from megatron_gemini.data.operations.registry import Setting, make_operation
-from megatron_gemini.data.schema import Schema
-from megatron_gemini.data.tasks import random_stream
+from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.document import Audio, EncoderInput, Image, Text, Turn, Video
+from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.sources.schema import Schema
 from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, LAYOUT, VISION, Characters, chat, png, sample
 
 

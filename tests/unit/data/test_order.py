@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.data import order as order_module
-from megatron_gemini.data.order import Order
-from megatron_gemini.data.tasks import random_stream
+from megatron_gemini.data.loading import order as order_module
+from megatron_gemini.data.loading.order import Order
+from megatron_gemini.data.samples.tasks import random_stream
 
 
 def bounds(counts):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import IMAGE, TEXT
-from megatron_gemini.data.document import Audio, Image, ImageCodes, Size, Text, Video, build_document
-from megatron_gemini.data.pack import check_fits, choose, fullest, pack
+from megatron_gemini.data.packing.pack import check_fits, choose, fullest, pack
+from megatron_gemini.data.samples.document import Audio, Image, ImageCodes, Size, Text, Video, build_document
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import AUDIO, LAYOUT, VISION, Characters
 

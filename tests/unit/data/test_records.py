@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.paths import expand_shards, open_binary
-from megatron_gemini.data.records import jsonl
-from megatron_gemini.data.records.attachments import read_attachment
-from megatron_gemini.data.records.jsonl import JsonLines
-from megatron_gemini.data.records.parquet import Parquet
-from megatron_gemini.data.records.records import open_records
+from megatron_gemini.data.sources import jsonl
+from megatron_gemini.data.sources.attachments import read_attachment
+from megatron_gemini.data.sources.jsonl import JsonLines
+from megatron_gemini.data.sources.parquet import Parquet
+from megatron_gemini.data.sources.paths import expand_shards, open_binary
+from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import write_tar
 

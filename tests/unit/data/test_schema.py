@@ -6,7 +6,7 @@ import pytest
 
 from megatron_gemini.config.data import FieldsConfig, SourceConfig
 from megatron_gemini.config.load import config_from_dict
-from megatron_gemini.data.schema import Condition, Schema
+from megatron_gemini.data.sources.schema import Condition, Schema
 from megatron_gemini.modalities.bad_sample import LeftOut
 
 # As img2dataset writes them for LAION-400M.

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.data import shards as shards_module
-from megatron_gemini.data.index_cache import read_members, read_summary, write_index
-from megatron_gemini.data.shards import MAX_TEXT_BYTES, Shards, expand_shards
-from megatron_gemini.data.tar_index import index_tar
+from megatron_gemini.data.sources import shards as shards_module
+from megatron_gemini.data.sources.index_cache import read_members, read_summary, write_index
+from megatron_gemini.data.sources.shards import MAX_TEXT_BYTES, Shards, expand_shards
+from megatron_gemini.data.sources.tar_index import index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import add, write_tar
 

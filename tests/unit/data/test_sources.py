@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_gemini.config.data import FieldsConfig, SourceConfig
-from megatron_gemini.data.loader import Loader
+from megatron_gemini.data.loading.loader import Loader
 from tests.tiny_shards import LAYOUT, Characters, png, run_config, wav, write_tar
 
 

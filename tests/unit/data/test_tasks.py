@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from megatron_gemini.data.decode import Decoder
-from megatron_gemini.data.document import EncoderInput, ImageCodes, Text
-from megatron_gemini.data.schema import USUAL
-from megatron_gemini.data.tasks import PROMPTS, ask, check_prompts, random_stream
+from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.document import EncoderInput, ImageCodes, Text
+from megatron_gemini.data.samples.tasks import PROMPTS, ask, check_prompts, random_stream
+from megatron_gemini.data.sources.schema import USUAL
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, VISION, codes, document, png, sample, wav
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.loader import Loader
-from megatron_gemini.data.wire import from_bytes, parse_header, to_bytes
+from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.data.packing.wire import from_bytes, parse_header, to_bytes
 from tests.tiny_shards import LAYOUT, Characters, run_config, sample, texts, write_tar
 from tests.unit.data.test_loader import content, steps
 

@@ -11,7 +11,7 @@ import pytest
 from megatron_gemini.config.engine import EmbeddersConfig, EngineConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.encoder import encoder_settings, engine_config
+from megatron_gemini.engine.encoder_engine import encoder_settings, engine_config
 
 
 def run_config(own: int, **engine: object) -> RunConfig:

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_gemini.checkpoint.inference import load_for_inference
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.document import Image, Text
+from megatron_gemini.data.samples.document import Image, Text
 from megatron_gemini.generation.api import Answer, Drawing, Generator, split_answer
 from megatron_gemini.generation.settings import SampleSettings
 from tests.tiny_checkpoint import CONFIG, write_checkpoint

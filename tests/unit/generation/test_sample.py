@@ -11,8 +11,8 @@ from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, Mode
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.document import Audio, Document, Image, ImageCodes, Item, Text, Video, build_document
-from megatron_gemini.data.pack import pack
+from megatron_gemini.data.packing.pack import pack
+from megatron_gemini.data.samples.document import Audio, Document, Image, ImageCodes, Item, Text, Video, build_document
 from megatron_gemini.generation.sample import generate, guide
 from megatron_gemini.generation.sequences import (
     CachedSequences,
@@ -24,8 +24,8 @@ from megatron_gemini.generation.sequences import (
 )
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 CODES = 4

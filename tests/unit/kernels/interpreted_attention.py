@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from megatron_gemini.kernels import attention_tiling
-from megatron_gemini.kernels.attention import attention, attention_with_lse, plan_attention
-from megatron_gemini.kernels.attention_reference import attend_densely
-from megatron_gemini.kernels.attention_tiling import Tiling, Tilings
-from megatron_gemini.kernels.attention_triton import flash_attention, flash_attention_backward
+from megatron_gemini.kernels.attention.api import attention, attention_with_lse, plan_attention
+from megatron_gemini.kernels.attention.reference import attend_densely
+from megatron_gemini.kernels.attention.triton import tiling as attention_tiling
+from megatron_gemini.kernels.attention.triton.operators import flash_attention, flash_attention_backward
+from megatron_gemini.kernels.attention.triton.tiling import Tiling, Tilings
 from tests.attention_rows import heads, only_backend, row, rows_and_queries
 from tools.bench import attention as bench
 
@@ -105,7 +105,7 @@ def test_blocks_by_pointer_and_by_descriptor_equal_the_reference(monkeypatch, de
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("splits", [2, 4])
 def test_heads_split_into_groups_sum_to_the_reference(monkeypatch, splits):
-    monkeypatch.setattr("megatron_gemini.kernels.attention_triton.split_heads", lambda *_: splits)
+    monkeypatch.setattr("megatron_gemini.kernels.attention.triton.operators.split_heads", lambda *_: splits)
     assert_equals_reference(plan_attention(*row([40, 13], [(5, 30)], 2)), 8, 2, 16)
 
 

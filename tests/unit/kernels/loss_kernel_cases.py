@@ -12,9 +12,9 @@ import json
 
 import torch
 
-from megatron_gemini.kernels import softmax_chunk_triton as kernels
-from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
-from megatron_gemini.kernels.softmax_chunk import Labels, Normaliser
+from megatron_gemini.kernels.losses import softmax_chunk_triton as kernels
+from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
+from megatron_gemini.kernels.losses.softmax_chunk import Labels, Normaliser
 from tests.unit.kernels.test_linear_loss import draw, place, reference, relative
 
 SIZES = (1, 5, 4096, 4097, 9000)  # columns: less than a block, a block, a column more, several

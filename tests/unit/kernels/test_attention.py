@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels import attention_cpu_calls, attention_documents
-from megatron_gemini.kernels.attention import (
+from megatron_gemini.kernels.attention.api import (
     attention,
     attention_backend,
     attention_output,
@@ -16,9 +15,11 @@ from megatron_gemini.kernels.attention import (
     merge_attention,
     plan_attention,
 )
-from megatron_gemini.kernels.attention_documents import MAX_WASTE
-from megatron_gemini.kernels.attention_reference import attend_densely
-from megatron_gemini.kernels.attention_sdpa import attend_by_sdpa
+from megatron_gemini.kernels.attention.api import documents as attention_documents
+from megatron_gemini.kernels.attention.cpu import calls as attention_cpu_calls
+from megatron_gemini.kernels.attention.documents import MAX_WASTE
+from megatron_gemini.kernels.attention.reference import attend_densely
+from megatron_gemini.kernels.attention.sdpa import attend_by_sdpa
 from megatron_gemini.kernels.rope import Rotation, rotate, rotation
 from tests.attention_rows import heads, row, rows, rows_and_queries
 

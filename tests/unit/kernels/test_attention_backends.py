@@ -7,10 +7,11 @@ import types
 import pytest
 import torch
 
-from megatron_gemini.kernels import attention_backends, attention_flash
-from megatron_gemini.kernels.attention import attention, attention_backend, attention_with_lse, plan_attention
-from megatron_gemini.kernels.attention_backends import Ask, choose_backend
-from megatron_gemini.kernels.attention_reference import attend_densely
+from megatron_gemini.kernels.attention.api import attention, attention_backend, attention_with_lse, plan_attention
+from megatron_gemini.kernels.attention.api import dispatch as attention_backends
+from megatron_gemini.kernels.attention.api import flash as attention_flash
+from megatron_gemini.kernels.attention.dispatch import Ask, choose_backend
+from megatron_gemini.kernels.attention.reference import attend_densely
 from megatron_gemini.kernels.rope import rotation
 from tests.attention_rows import heads, only_backend, row
 

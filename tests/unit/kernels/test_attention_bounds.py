@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels.attention import plan_attention
-from megatron_gemini.kernels.attention_reference import visible
+from megatron_gemini.kernels.attention.api import plan_attention
+from megatron_gemini.kernels.attention.reference import visible
 from tests.attention_rows import row, rows, rows_and_queries
 
 

@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_gemini.kernels.attention_tiling import TILINGS, padded_width
-from megatron_gemini.kernels.attention_triton_backward import key_gradient_kernel, query_gradient_kernel
-from megatron_gemini.kernels.attention_triton_forward import forward_kernel
+from megatron_gemini.kernels.attention.triton.backward import key_gradient_kernel, query_gradient_kernel
+from megatron_gemini.kernels.attention.triton.forward import forward_kernel
+from megatron_gemini.kernels.attention.triton.tiling import TILINGS, padded_width
 
 INTERPRETED = Path(__file__).with_name("interpreted_attention.py")
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels import head_chunks, softmax_chunk
-from megatron_gemini.kernels.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
+from megatron_gemini.kernels.losses import head_chunks, softmax_chunk
+from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
 from tools.bench.loss import peak_bytes
 
 WIDTH = 6

@@ -16,7 +16,7 @@ COMPILE = """
 import sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_gemini.kernels import softmax_chunk_triton as kernels
+from megatron_gemini.kernels.losses import softmax_chunk_triton as kernels
 
 ALIGNED = ("logits", "stride", "columns")  # as with a vocabulary that is a multiple of 16
 floats = dict.fromkeys(("largest_C", "sum_C", "target_C", "of_softmax_C", "of_target_C"), "*fp32")

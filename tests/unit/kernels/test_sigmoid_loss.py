@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels.sigmoid_loss import sigmoid_contrastive_loss
+from megatron_gemini.kernels.losses.sigmoid import sigmoid_contrastive_loss
 from tools.bench.loss import peak_bytes
 
 

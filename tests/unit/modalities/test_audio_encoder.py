@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_gemini.config.model import AudioConfig
 from megatron_gemini.contracts import Media
-from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.audio.encoder import (
     AudioEncoder,
     ConformerBlock,

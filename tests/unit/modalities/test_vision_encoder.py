@@ -5,7 +5,7 @@ import torch
 
 from megatron_gemini.config.model import VisionConfig
 from megatron_gemini.contracts import Media
-from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.image.encoder import VisionEncoder
 from megatron_gemini.modalities.transformer import Block, grid_positions
 from megatron_gemini.parallel.parameters import initialize

@@ -15,8 +15,8 @@ from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, Batch, Media, TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.placement import Embeddings, place
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 LAYOUT = TokenLayout(text_size=30, image_codes=8)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.kernels.attention import plan_attention
+from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.models.decoder import Decoder
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.presets import PRESETS, TEXT_PIECES, preset
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 
 

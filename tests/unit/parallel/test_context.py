@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gemini.parallel.context import ContextRanks, rank_order, row_order
-from megatron_gemini.parallel.stream import context_positions
+from megatron_gemini.parallel.context.positions import context_positions
+from megatron_gemini.parallel.context.ranks import ContextRanks, rank_order, row_order
 from megatron_gemini.parallel.topology import Topology
 
 

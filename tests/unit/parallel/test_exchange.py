@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.parallel.deal import Items, peers
-from megatron_gemini.parallel.exchange import Route, Streams, embedding_routes
-from megatron_gemini.parallel.stream import stream_positions
+from megatron_gemini.parallel.context.positions import stream_positions
+from megatron_gemini.parallel.encoders.assignment import Items, peers
+from megatron_gemini.parallel.encoders.exchange import Route, Streams, embedding_routes
 from megatron_gemini.parallel.topology import Topology
 
 ROWS = 2

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from megatron_gemini.config.engine import ParallelConfig
-from megatron_gemini.parallel.layers import Layers
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology, build_topology
 
 
@@ -50,7 +50,7 @@ def test_a_serial_model_imports_neither_megatron_nor_deepspeed():
         "from megatron_gemini.models.gemini import Gemini\n"
         "from megatron_gemini.config.run import RunConfig\n"
         "from megatron_gemini.contracts import TokenLayout\n"
-        "from megatron_gemini.parallel.layers import Layers\n"
+        "from megatron_gemini.parallel.tensor.layers import Layers\n"
         "from megatron_gemini.parallel.topology import Topology\n"
         "Gemini(RunConfig(), TokenLayout(20, 4), Layers(Topology.serial()))\n"
         "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_gemini.kernels.attention import plan_attention
-from megatron_gemini.kernels.unread import is_unread
+from megatron_gemini.kernels.attention.api import plan_attention
+from megatron_gemini.kernels.discarded_output import is_unread
 from megatron_gemini.models.decoder import Decoder
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.recompute import PLAIN, Pass, Recompute
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_gemini.parallel.collectives import Pending
-from megatron_gemini.parallel.division import HeadShard
-from megatron_gemini.parallel.tensor_products import embed_stream, gated_mlp, norm_query_key_value, project_add
+from megatron_gemini.parallel.tensor.products import embed_stream, gated_mlp, norm_query_key_value, project_add
+from megatron_gemini.parallel.tensor.shards import HeadShard
 
 EPS, H = 1e-3, 4  # eps large enough that forgetting it fails
 

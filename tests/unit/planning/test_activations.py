@@ -16,8 +16,8 @@ from megatron_gemini.contracts import Batch, Media, TokenLayout
 from megatron_gemini.modalities.audio.encoder import AudioEncoder
 from megatron_gemini.modalities.image.encoder import VisionEncoder
 from megatron_gemini.models.stage import DecoderStage, Row
-from megatron_gemini.parallel.layers import Layers
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.parallel.tensor.layers import Layers
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.planning.activations import (
     RowShare,

@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, VisionConfig
-from megatron_gemini.data.decode import Decoder
-from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.sources.shards import Shards
 from tests.tiny_shards import add
 
 pytest.importorskip("espeakng_loader")

@@ -17,8 +17,8 @@ from PIL import Image
 
 from megatron_gemini.building import fetch
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.loader import Loader
-from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.data.sources.shards import Shards
 from tests.tiny_shards import LAYOUT, Characters, run_config
 from tests.unit.building.pictures import encoded, smooth
 from tools import build_shards

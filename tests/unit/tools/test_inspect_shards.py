@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_gemini.building.contact_sheet import COLUMNS, GAP, TEXT, TILE, contact_sheet
-from megatron_gemini.data.shards import Shards
+from megatron_gemini.data.sources.shards import Shards
 from tests.tiny_shards import document, png, sample, texts, write_tar
 from tools import inspect_shards
 

@@ -1,0 +1,127 @@
+"""Batches of images alone, for training the image code tokenizer.
+
+Shape suffixes: B images of this rank, S pixels of a side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_gemini.config.check import divides
+from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.sources.paths import expand_shards
+from megatron_gemini.data.sources.schema import IMAGE_ENDINGS
+from megatron_gemini.data.sources.shards import Shards
+from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.image.preprocess import decode_image, signed_pixels, square_image
+
+logger = logging.getLogger(__name__)
+
+
+class ImageLoader:
+    """Every image of all sources once an epoch, in an order that depends on (seed, epoch) alone.
+
+    The batch of step s is the images at positions s * images_per_step onwards, and each rank takes its equal share,
+    so neither batches nor their order depend on the ranks. An image that cannot be read is skipped, counted each time
+    in `skipped` by reason, and another one of the rank's share takes its place.
+
+    Raises ValueError for sizes that do not divide, shards without images, and more than data.max_bad_share bad ones.
+    """
+
+    def __init__(self, config: RunConfig, data_rank: int, data_size: int) -> None:
+        if not config.data.sources:
+            raise ValueError("data.sources is empty; name at least one set of shards with images")
+        divides(data_size, config.train.images_per_step, f"{data_size} data-parallel ranks", "train.images_per_step")
+        self.config, self.share = config, config.train.images_per_step // data_size
+        self.rank, self.size, self.step = data_rank, data_size, 0
+        self.shards = [Shards(expand_shards(path)) for path in _paths(config.data.sources)]
+        self.samples = [
+            (number, sample)
+            for number, shards in enumerate(self.shards)
+            for sample in range(len(shards))
+            if any(ending in shards.endings(sample) for ending in IMAGE_ENDINGS)
+        ]
+        if not self.samples:
+            raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image (png, jpg, webp)")
+        self.skipped: Counter[str] = Counter()
+        self._bad: dict[int, BadSample] = {}
+        self._images: dict[int, np.ndarray] = {}
+        self._room = config.data.cache_bytes
+        self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
+
+    def next(self) -> torch.Tensor:
+        """float32[B, S, S, 3] in [-1, 1], B = images_per_step / data_size."""
+        first = self.step * self.config.train.images_per_step + self.rank * self.share
+        found = [image for place in range(first, first + self.share) if (image := self._image(place)) is not None]
+        if not found:
+            raise ValueError(f"no image of step {self.step} can be read: {dict(self.skipped)}")
+        while len(found) < self.share:  # skipped images are made up for, so that ranks weigh the same
+            found += found[: self.share - len(found)]
+        self.step += 1
+        return signed_pixels(np.stack(found))
+
+    def held_out(self) -> list[torch.Tensor]:
+        """This rank's share of the first images of data.held_out, as one batch, the same in every run."""
+        data = dataclasses.replace(self.config.data, sources=self.config.data.held_out)
+        return [ImageLoader(dataclasses.replace(self.config, data=data), self.rank, self.size).next()]
+
+    def state(self) -> dict[str, Any]:
+        return {"images": {"step": self.step}}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.step = int(state["images"]["step"])
+
+    def _image(self, place: int) -> np.ndarray | None:
+        """uint8[S, S, 3] at a place of the endless sequence of epochs; None, and counted, if it cannot be read."""
+        epoch, index = divmod(place, len(self.samples))
+        if self._order[0] != epoch:
+            self._order = (epoch, random_stream(self.config.train.seed, "images", epoch).permutation(len(self.samples)))
+        chosen = int(self._order[1][index])
+        if chosen in self._bad:
+            self.skipped[self._bad[chosen].reason] += 1
+            return None
+        if chosen not in self._images:
+            try:
+                image = self._read(*self.samples[chosen])
+            except BadSample as error:
+                self._skip(chosen, error)
+                return None
+            if image.nbytes > self._room:
+                return image
+            self._room -= image.nbytes
+            self._images[chosen] = image
+        return self._images[chosen]
+
+    def _read(self, number: int, sample: int) -> np.ndarray:
+        (data,) = list(self.shards[number].read(sample, self._ending(number, sample)).values())[:1]
+        return square_image(decode_image(data), self.config.image_tokenizer.image_size)
+
+    def _ending(self, number: int, sample: int) -> list[str]:
+        return [ending for ending in IMAGE_ENDINGS if ending in self.shards[number].endings(sample)][:1]
+
+    def _skip(self, chosen: int, error: BadSample) -> None:
+        """Count a bad image, and judge the share of distinct bad ones: every epoch meets the same ones again."""
+        self._bad[chosen] = error
+        self.skipped[error.reason] += 1
+        if self.skipped[error.reason] == 1:
+            logger.warning("skipped an image (%s); more of this kind are only counted: %s", error.reason, error)
+        bad = len(self._bad)
+        if bad > max(1, self.config.data.max_bad_share * len(self.samples)):
+            raise ValueError(
+                f"{bad} images cannot be read ({dict(self.skipped)}), more than data.max_bad_share "
+                f"({self.config.data.max_bad_share:g}) of {len(self.samples)}; the last one: {error}"
+            )
+
+
+def _paths(sources: tuple[SourceConfig, ...]) -> list[str]:
+    """The sources' shards, each set once."""
+    return list(dict.fromkeys(source.shards for source in sources))

@@ -1,0 +1,152 @@
+"""A lane: one endless, deterministic stream of packed rows.
+
+Lane i of L takes the positions i, i + L, i + 2L, ... of every source's endless sequence of epochs, so over all lanes
+each sample is drawn exactly once an epoch, whichever ranks and processes the lanes run on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.training import LossConfig
+from megatron_gemini.contracts import Batch
+from megatron_gemini.data.loading.mixture import Mixture
+from megatron_gemini.data.loading.source import Source
+from megatron_gemini.data.packing.pack import choose, pack, row_limits
+from megatron_gemini.data.samples.document import Document, Size
+from megatron_gemini.modalities.bad_sample import BadSample
+
+Draw = Callable[["Lane", int, int], Document]  # of (lane, number of the source, position); raises BadSample
+GivenUp = tuple[str, int, str]  # label of the source, position, reason
+
+
+class Lane:
+    """Draws documents from a mixture of the sources and packs them, choosing among `look_ahead` of them.
+
+    read: samples drawn so far. skipped: how many of them could not be used, by (source, reason).
+    """
+
+    def __init__(
+        self,
+        number: int,
+        lanes: int,
+        sources: Sequence[Source],
+        draw: Draw,
+        *,
+        seed: int,
+        rows_per_step: int,
+        data: DataConfig,
+        loss: LossConfig,
+    ) -> None:
+        self.number, self.sources, self.draw = number, sources, draw
+        self.limits, self.look_ahead, self.loss = row_limits(data), data.look_ahead, loss
+        self.mixture = Mixture(number, lanes, sources, data, seed=seed, rows_per_step=rows_per_step)
+        self._waiting: list[tuple[int, int, Document]] = []  # (source, position, document), oldest first
+        self._given_up: dict[tuple[str, int], str] = {}
+        self._rows = 0
+        self.read = 0
+        self.skipped: Counter[tuple[str, str]] = Counter()
+
+    def row(self) -> Batch:
+        """The next packed row: the document that has waited longest, and those of the others that fill it best.
+
+        Raises ValueError when every source is used up.
+        """
+        self._fill()
+        if not self._waiting:
+            raise ValueError(
+                f"every data source is used up after {self._rows} rows of lane {self.number}; raise the epochs or "
+                "tokens of data.sources, or lower train.steps"
+            )
+        chosen, room, more = [], self.limits, [0]
+        while more:
+            for place in reversed(more):
+                chosen.append(self._waiting.pop(place)[2])
+                room = Size(*(left - taken for left, taken in zip(room, chosen[-1].size, strict=True)))
+            self._fill()
+            more = choose([document.size for *_, document in self._waiting], room)
+        self._rows += 1
+        return pack(chosen, self.limits.tokens, self.loss)
+
+    def _fill(self) -> None:
+        while len(self._waiting) < self.look_ahead:
+            drawn = self.mixture.next(self._rows)
+            if drawn is None:
+                return
+            self.read += 1
+            if self._add(*drawn):
+                self.mixture.spend(drawn[0], len(self._waiting[-1][2]))
+
+    def _add(self, source: int, position: int) -> bool:
+        """Let the document at a position wait for its row. False, and counted with the reason, if it cannot be used."""
+        label = self.sources[source].label
+        reason = self._given_up.pop((label, position), "")
+        if not reason:
+            try:
+                self._waiting.append((source, position, self.draw(self, source, position)))
+                return True
+            except BadSample as error:
+                reason = error.reason
+        self.skipped[label, reason] += 1
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs to go on with the same rows; plain numbers and strings."""
+        skipped: dict[str, dict[str, int]] = {}
+        for (label, reason), count in sorted(self.skipped.items()):
+            skipped.setdefault(label, {})[reason] = count
+        return {
+            "rows": self._rows,
+            "read": self.read,
+            "skipped": skipped,
+            **self.mixture.state(),
+            "samples": {source.label: len(source) for source in self.sources},
+            "waiting": [[self.sources[source].label, position] for source, position, _ in self._waiting],
+            "given_up": [[label, position, reason] for (label, position), reason in self._given_up.items()],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. Raises ValueError if the sources are not the same."""
+        self.check_sources(state)
+        numbers = {source.label: number for number, source in enumerate(self.sources)}
+        self._rows, self.read = state["rows"], state["read"]
+        self.skipped = skipped_in(state)
+        self.mixture.load_state(state)
+        self._given_up = {(label, position): reason for label, position, reason in state["given_up"]}
+        self._waiting = []
+        for label, position in state["waiting"]:
+            self._add(numbers[label], position)
+
+    def check_sources(self, state: dict[str, Any]) -> None:
+        """Raise ValueError if the sources are not those of `state`."""
+        now = {source.label: len(source) for source in self.sources}
+        if state["samples"] != now:
+            raise ValueError(
+                f"the data sources have changed: the checkpoint had {_listed(state['samples'])}, now there are "
+                f"{_listed(now)}; restore the data, or start anew with train.resume false or another train.output_dir"
+            )
+
+
+def skipped_in(state: dict[str, Any]) -> Counter[tuple[str, str]]:
+    """How many samples a lane had left out when `state` was taken, by (source, reason)."""
+    by_label = state["skipped"].items()
+    return Counter({(label, reason): count for label, reasons in by_label for reason, count in reasons.items()})
+
+
+def with_given_up(state: dict[str, Any], lane: int, lanes: int, given_up: Iterable[GivenUp]) -> dict[str, Any]:
+    """`state` of a lane, told of samples that must not be tried (again), as far as it has not drawn them yet."""
+    waiting = {(label, position) for label, position in state["waiting"]}
+    known = {(label, position): reason for label, position, reason in [*state["given_up"], *given_up]}
+    ahead = [
+        [label, position, reason]
+        for (label, position), reason in known.items()
+        if (position - lane) // lanes >= state["drawn"][label] or (label, position) in waiting
+    ]
+    return {**state, "given_up": ahead}
+
+
+def _listed(samples: dict[str, int]) -> str:
+    return ", ".join(f"{label} ({count} samples)" for label, count in sorted(samples.items()))

@@ -1,0 +1,200 @@
+"""The loader: packed rows for every step, the same on any number of ranks and workers, resumable to the sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.data.loading.lane import skipped_in, with_given_up
+from megatron_gemini.data.loading.prefetch import Prefetch
+from megatron_gemini.data.loading.reader import Reader, make_sources, skipped_table
+from megatron_gemini.data.loading.workers import Lanes, WorkerPool
+from megatron_gemini.data.packing.wire import pinned
+from megatron_gemini.data.samples.document import Encodes
+
+logger = logging.getLogger(__name__)
+Step = tuple[dict[int, Batch], dict[str, Any]]  # this rank's rows by number, and the states of its lanes after them
+
+
+def lanes_of(rank: int, ranks: int, lanes: int) -> range:
+    """The lanes that a rank reads: their numbers mod ranks, or spread over all ranks where these are more."""
+    if lanes >= ranks:
+        return range(rank, lanes, ranks)
+    first, after = -(-rank * lanes // ranks), -(-(rank + 1) * lanes // ranks)
+    return range(first, after)
+
+
+class Loader:
+    """Rows of global step s are the rows s*R .. s*R + R-1 (R = train.rows_per_step) of one endless sequence.
+
+    Row n comes from lane n mod data.lanes. Each lane belongs to one rank of the job, whatever the layout, so that no
+    sample is read or decoded twice; neither the rows nor their order depend on the ranks, nor on the processes that
+    data.workers gives each of them. A rank runs only its own lanes.
+
+    sources: of the lanes. pin: rows in page-locked memory, for a GPU.
+    Raises ValueError for missing or unusable shards and, after 200 samples, for more than data.max_bad_share bad ones.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        rank: int,
+        ranks: int,
+        layout: TokenLayout,
+        tokenizer: Encodes,
+        pin: bool = False,
+    ) -> None:
+        """rank, ranks: which of how many readers this is."""
+        data = config.data
+        if not data.sources:
+            raise ValueError("data.sources is empty; name at least one set of shards")
+        self._config, self._layout, self._tokenizer, self._pin = config, layout, tokenizer, pin
+        self._rows, self._first_row = config.train.rows_per_step, 0
+        self.sources = make_sources(config, layout, tokenizer, 0 if data.workers else data.cache_bytes)
+        for source in self.sources:
+            source.check_shards()
+        self._of_shards = self._report_shards() if rank == 0 else Counter()  # every rank sees all shards
+        self._reader = Reader(config, self.sources, lanes_of(rank, ranks, data.lanes))
+        self._pool: WorkerPool | None = None
+        self._ahead: Prefetch[Step] | None = None
+        self._begin(self._reader.states())
+
+    @classmethod
+    def held_out(cls, config: RunConfig, rank: int, ranks: int, layout: TokenLayout, tokenizer: Encodes) -> Loader:
+        """A loader of data.held_out, whose every step is train.held_out_rows rows and whose prompts are never empty.
+
+        Its first `next()` gives this rank's share of the rows of the held-out loss, the same ones in every run.
+        """
+        if not config.data.held_out:
+            raise ValueError("data.held_out is empty; name the shards of the held-out loss or leave held_out_every 0")
+        rows = config.train.held_out_rows
+        data = dataclasses.replace(
+            config.data,
+            sources=config.data.held_out,
+            curriculum=(),
+            caption_dropout=0.0,
+            prefetch=0,
+            workers=0,
+            lanes=rows,
+            cache_bytes=0,
+        )
+        train = dataclasses.replace(config.train, rows_per_step=rows)
+        return cls(dataclasses.replace(config, data=data, train=train), rank, ranks, layout, tokenizer)
+
+    def next(self) -> dict[int, Batch]:
+        """The rows of the next global step that come from this rank's lanes, by their number in the step, ascending.
+
+        There may be none: a rank has no lane when there are fewer of them than ranks.
+        """
+        if self._ahead is None:
+            self._ahead = self._start()
+        batches, self._handed_out = self._ahead.next()
+        return batches
+
+    def state(self) -> dict[str, Any]:
+        """State of this rank's lanes after the rows handed out so far, by lane number as a string; fit for JSON.
+
+        It names the samples that workers have given up since, so that whoever goes on from it does not try them.
+        """
+        lanes, given_up = self._config.data.lanes, self._lanes.given_up
+        return {
+            number: with_given_up(state, int(number), lanes, given_up.get(int(number), []))
+            for number, state in self._handed_out.items()
+        }
+
+    def load_state(self, lanes: Mapping[str, Any]) -> None:
+        """Go on where the states of all lanes (the union over all ranks) were taken, also on other numbers of ranks.
+
+        Raises ValueError when a lane is missing or the sources, lanes or rows_per_step are not the same.
+        """
+        count = self._config.data.lanes
+        if set(lanes) != {str(number) for number in range(count)}:
+            raise ValueError(f"the checkpoint has {len(lanes)} data lanes, not {count}; keep data.lanes {len(lanes)}")
+        rows = sum(state["rows"] for state in lanes.values())
+        if rows % self._rows:
+            raise ValueError(
+                f"the checkpoint was made after {rows} rows, which train.rows_per_step ({self._rows}) does not divide; "
+                "keep train.rows_per_step as it was"
+            )
+        self.close()
+        mine = {str(number): lanes[str(number)] for number in self._reader.lanes}
+        if self._config.data.workers:
+            for number, lane in self._reader.lanes.items():
+                lane.check_sources(mine[str(number)])
+        else:
+            self._reader.load_states(mine)
+        self._first_row = rows
+        self._begin(mine)
+
+    def _begin(self, states: dict[str, Any]) -> None:
+        """states: of this rank's lanes, which the next rows begin from."""
+        self._handed_out, self._lanes = states, Lanes(dict(states))
+        self._ahead = None
+
+    def _start(self) -> Prefetch[Step]:
+        """Begin to read: not before the first row is wanted, as the run may be one that first goes on elsewhere."""
+        config = self._config
+        if config.data.workers and self._reader.lanes:
+            self._pool = WorkerPool(config, self._layout, self._tokenizer, self._lanes, self._first_row, self._pin)
+        return Prefetch(self._make, config.data.prefetch)
+
+    def close(self) -> None:
+        """Stop reading ahead and end the workers. Safe to call twice."""
+        if self._pool is not None:
+            self._pool.interrupt()
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _make(self) -> Step:
+        """One step's rows of this rank, and the state after them."""
+        batches = {}
+        for number in range(self._rows):
+            row = self._first_row + number
+            lane = row % self._config.data.lanes
+            if lane not in self._reader.lanes:
+                continue
+            batch, state = self._pool.row(row) if self._pool else self._reader.row(row)
+            self._lanes.states[str(lane)] = state
+            batches[number] = pinned(batch) if self._pin and not self._pool else batch
+        self._first_row += self._rows
+        return batches, dict(self._lanes.states)
+
+    @property
+    def skipped(self) -> Counter[tuple[str, str]]:
+        """Number of samples left out by this rank's lanes until the rows handed out last, since the beginning of the
+        run, and on rank 0 of members of tars, by (source, reason)."""
+        total = Counter(self._of_shards)
+        for state in self._handed_out.values():
+            total.update(skipped_in(state))
+        return total
+
+    def skipped_table(self) -> str:
+        """`skipped` as lines of source, reason and count, the most frequent first."""
+        return skipped_table(self.skipped)
+
+    def _report_shards(self) -> Counter[tuple[str, str]]:
+        """Members that the tars' indices left out, after a warning for each damaged shard."""
+        found: Counter[tuple[str, str]] = Counter()
+        for source in self.sources:
+            for reason, count in source.shards.rejected.items():
+                found[source.label, reason] += count
+            for path, damage in source.shards.damage.items():
+                logger.warning("%s: the shard %r is damaged (%s); reading what is whole", source.label, path, damage)
+        return found

@@ -1,0 +1,123 @@
+"""Sources and the lanes that draw from them, as one process runs them: a rank itself, or one of its workers."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.data.loading.lane import Lane
+from megatron_gemini.data.loading.source import Cache, Source, source_labels
+from megatron_gemini.data.samples.document import Document, Encodes
+from megatron_gemini.modalities.bad_sample import FILTERED, BadSample, LeftOut
+
+logger = logging.getLogger(__name__)
+FIRST_SAMPLES = 200  # before the share of bad ones is judged
+FEW_PASS = 10_000  # samples of a lane, of which a filter should have let one pass
+
+Watch = Callable[[int, int, int], None]  # told (lane, source, position) of what is about to be decoded
+
+
+def make_sources(config: RunConfig, layout: TokenLayout, tokenizer: Encodes, cache_bytes: int) -> list[Source]:
+    """The sources of data.sources. Raises ValueError for shards that are missing or empty."""
+    data, cache = config.data, Cache(cache_bytes)
+    return [
+        Source(source, label, config, layout, tokenizer, cache, data.caption_dropout)
+        for source, label in zip(data.sources, source_labels(data.sources), strict=True)
+    ]
+
+
+class Reader:
+    """Some of the lanes. Raises ValueError where more than data.max_bad_share of their samples are bad."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        sources: list[Source],
+        lanes: Iterable[int],
+        watch: Watch = lambda lane, source, position: None,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """watch, done: called before and after a sample is read and decoded."""
+        data = config.data
+        self._config, self.sources, self._watch, self._done = config, sources, watch, done
+        self._told: set[tuple[str, str]] = set()
+        self.lanes = {
+            number: Lane(
+                number,
+                data.lanes,
+                sources,
+                self._draw,
+                seed=config.train.seed,
+                rows_per_step=config.train.rows_per_step,
+                data=data,
+                loss=config.loss,
+            )
+            for number in lanes
+        }
+
+    def row(self, number: int) -> tuple[Batch, dict[str, Any]]:
+        """Row `number` of the run, which comes from lane number mod data.lanes, and the state of the lane after it."""
+        lane = self.lanes[number % self._config.data.lanes]
+        return lane.row(), lane.state()
+
+    def states(self) -> dict[str, Any]:
+        """State of every lane by its number as a string."""
+        return {str(number): lane.state() for number, lane in self.lanes.items()}
+
+    def load_states(self, states: Mapping[str, Any]) -> None:
+        for number, lane in self.lanes.items():
+            lane.load_state(states[str(number)])
+
+    def _draw(self, lane: Lane, number: int, position: int) -> Document:
+        source = self.sources[number]
+        self._watch(lane.number, number, position)
+        try:
+            return source.document(position)
+        except BadSample as error:
+            self._tell(source.label, error)
+            if not isinstance(error, LeftOut):
+                self._judge()
+            elif lane.read > FEW_PASS and lane.skipped.total() + 1 >= lane.read:
+                raise ValueError(
+                    f"none of the first {lane.read} samples can be used:\n{skipped_table(self.skipped())}\n"
+                    "look at the filters of data.sources"
+                ) from None
+            raise
+        finally:
+            self._done()
+
+    def _tell(self, label: str, error: BadSample) -> None:
+        if (label, error.reason) not in self._told:
+            self._told.add((label, error.reason))
+            logger.warning(
+                "skipped a sample of %s (%s); more of this kind are only counted: %s", label, error.reason, error
+            )
+
+    def _judge(self) -> None:
+        """Called with a bad sample that is not counted in `skipped` yet."""
+        skipped = self.skipped()
+        left_out = sum(count for (_, reason), count in skipped.items() if reason.startswith(FILTERED))
+        read = sum(lane.read for lane in self.lanes.values()) - left_out
+        bad = skipped.total() + 1 - left_out
+        allowed = min(self._config.data.max_bad_share * read, read - 1)  # without a good one, no row ends
+        if read > FIRST_SAMPLES and bad > allowed:
+            raise ValueError(
+                f"{bad} of {read} samples are bad, more than data.max_bad_share "
+                f"({self._config.data.max_bad_share:g}):\n{skipped_table(skipped)}"
+            )
+
+    def skipped(self) -> Counter[tuple[str, str]]:
+        """Number of samples that the lanes left out, by (source, reason)."""
+        total: Counter[tuple[str, str]] = Counter()
+        for lane in self.lanes.values():
+            total.update(lane.skipped)
+        return total
+
+
+def skipped_table(skipped: Counter[tuple[str, str]]) -> str:
+    """Lines of source, reason and count, the most frequent first."""
+    return "\n".join(f"  {label}  {reason}  {count}" for (label, reason), count in skipped.most_common())

@@ -1,0 +1,110 @@
+"""One worker process: it runs some lanes of a rank and sends their rows until it is ended."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+import signal
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.data.loading.prefetch import Prefetch
+from megatron_gemini.data.loading.reader import Reader, make_sources
+from megatron_gemini.data.packing.wire import to_bytes
+from megatron_gemini.data.samples.document import Encodes
+
+LANE, SOURCE, POSITION, STARTED = range(4)  # of what a worker says that it is decoding; STARTED 0: nothing
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker is to do: its lanes, and the row of the run from which on it makes theirs."""
+
+    config: RunConfig
+    layout: TokenLayout
+    tokenizer: Encodes
+    lanes: Sequence[int]
+    cache_bytes: int
+    ahead: int
+    """Rows to make before they are asked for."""
+    states: dict[str, Any] | None
+    """Of its lanes; None at the beginning of a run."""
+    first: int
+
+    def rows(self) -> Iterator[int]:
+        """Numbers of the rows of its lanes, endlessly."""
+        mine = set(self.lanes)
+        return (number for number in itertools.count(self.first) if number % self.config.data.lanes in mine)
+
+
+def run_worker(work: Work, rows: Connection, lifeline: Connection, now_decoding: Any) -> None:
+    """The whole life of a worker process. now_decoding: four shared floats, see `LANE` and the following."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they are the rank's business; its end is the end of this process too
+    _end_with_parent(lifeline)
+    torch.set_num_threads(1)
+    try:
+        _send_rows(work, rows, now_decoding)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    except ValueError as error:
+        _send_error(rows, str(error))
+    except BaseException:
+        _send_error(rows, f"a data worker failed:\n{traceback.format_exc()}")
+
+
+def _send_rows(work: Work, rows: Connection, now_decoding: Any) -> None:
+    def watch(lane: int, source: int, position: int) -> None:
+        now_decoding[LANE], now_decoding[SOURCE], now_decoding[POSITION] = lane, source, position
+        now_decoding[STARTED] = time.monotonic()
+
+    def done() -> None:
+        now_decoding[STARTED] = 0.0
+
+    sources = make_sources(work.config, work.layout, work.tokenizer, work.cache_bytes)
+    reader = Reader(work.config, sources, work.lanes, watch, done)
+    if work.states is not None:
+        reader.load_states(work.states)
+    numbers = work.rows()
+
+    def make() -> tuple[int, Batch, dict[str, Any]]:
+        number = next(numbers)
+        return (number, *reader.row(number))
+
+    ahead = Prefetch(make, work.ahead)
+    while True:
+        number, batch, state = ahead.next()
+        header, body = to_bytes(batch, {"row": number, "state": state})
+        rows.send_bytes(header)
+        rows.send_bytes(body)
+
+
+def _send_error(rows: Connection, text: str) -> None:
+    header, body = b'{"error": true}', text.encode()
+    try:
+        rows.send_bytes(header)
+        rows.send_bytes(body or b" ")
+    except OSError:
+        pass
+
+
+def _end_with_parent(lifeline: Connection) -> None:
+    """Die when the other end of a pipe that carries nothing is closed, even by SIGKILL of its process.
+
+    The kernel then sends SIGIO, whose default is death. A thread that waits for it would not run while a decoder holds
+    the interpreter's lock for ever.
+    """
+    descriptor = lifeline.fileno()
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+    if lifeline.poll(0):  # closed before
+        os._exit(1)

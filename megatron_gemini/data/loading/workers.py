@@ -1,0 +1,181 @@
+"""The worker processes of a rank: rows in order from many processes, of which any may crash or hang."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import multiprocessing
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.data.loading.lane import GivenUp, with_given_up
+from megatron_gemini.data.loading.source import source_labels
+from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, Work, run_worker
+from megatron_gemini.data.packing.wire import from_bytes, parse_header
+from megatron_gemini.data.samples.document import Encodes
+
+logger = logging.getLogger(__name__)
+_LOOK = 0.1  # seconds between two looks at a worker that is waited for
+_DEATHS = 3  # of a worker outside any sample, one after the other, before the run stops
+
+
+class PoolClosed(Exception):
+    """The pool was closed while a row was being waited for."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One worker's place, in which processes follow each other. deaths: in a row, with no sample to blame."""
+
+    work: Work
+    process: Any = None
+    rows: Any = None
+    lifeline: Any = None
+    now_decoding: Any = None
+    deaths: int = 0
+
+
+@dataclass
+class Lanes:
+    """The lanes of a rank: their states after the rows received so far, and the samples given up in each."""
+
+    states: dict[str, Any]
+    given_up: dict[int, list[GivenUp]] = field(default_factory=dict)
+
+
+class WorkerPool:
+    """Runs the lanes of a rank in data.workers processes, each lane in one of them.
+
+    The processes are forked from a server that has imported what they need and nothing else, so none inherits the
+    rank's threads, GPU or network connections, and a new one starts in milliseconds. A process that dies or needs more
+    than data.sample_seconds for a sample is replaced, and what it was decoding is given up: the lane counts and skips
+    it, in this process and, through the lane's state, in every later one.
+    """
+
+    def __init__(
+        self, config: RunConfig, layout: TokenLayout, tokenizer: Encodes, lanes: Lanes, first: int, pin: bool
+    ) -> None:
+        """lanes: with the states of all lanes of the rank, of which there must be some. first: row of the run to begin
+        with. pin: page-locked rows."""
+        self._config, self._lanes, self._pin, self._closing = config, lanes, pin, threading.Event()
+        self._labels = source_labels(config.data.sources)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["megatron_gemini.data.loading.worker"])
+        numbers = sorted(map(int, lanes.states))
+        count = min(config.data.workers, len(numbers))
+        # In the order in which rows need them, so that consecutive rows come from different workers.
+        shares: list[Sequence[int]] = [numbers[place::count] for place in range(count)]
+        cache, each_step = config.data.cache_bytes // count, config.train.rows_per_step / config.data.lanes
+        ahead = [max(1, config.data.prefetch) * math.ceil(len(share) * each_step) for share in shares]
+        self._workers = [
+            _Worker(Work(config, layout, tokenizer, share, cache, rows, None, first))
+            for share, rows in zip(shares, ahead, strict=True)
+        ]
+        self._of_lane = {lane: worker for worker in self._workers for lane in worker.work.lanes}
+        atexit.register(self.close)
+        for worker in self._workers:
+            self._start(worker)
+
+    def row(self, number: int) -> tuple[Batch, dict[str, Any]]:
+        """Row `number` and the state of its lane after it. Each worker's rows must be asked for in their order.
+
+        Raises ValueError for what ends the reading (see `Reader`), `PoolClosed` after `close`.
+        """
+        lane = number % self._config.data.lanes
+        worker = self._of_lane[lane]
+        while True:
+            try:
+                header, batch = self._receive(worker)
+                break
+            except (EOFError, OSError) as error:
+                self._replace(worker, slow=isinstance(error, TimeoutError))
+        assert header["row"] == number, (header["row"], number)
+        worker.deaths = 0
+        state = header["state"]
+        self._lanes.states[str(lane)] = state
+        worker.work = replace(worker.work, first=number + 1)
+        return batch, state
+
+    def _receive(self, worker: _Worker) -> tuple[dict[str, Any], Batch]:
+        """(extra, row). Raises TimeoutError for a sample that takes too long, EOFError or OSError for a dead worker."""
+        while not worker.rows.poll(_LOOK):
+            if self._closing.is_set():
+                raise PoolClosed
+            if self._late(worker):
+                raise TimeoutError
+        header = parse_header(worker.rows.recv_bytes())
+        if header.get("error"):
+            raise ValueError(worker.rows.recv_bytes().decode(errors="replace"))
+        body = torch.empty(header["bytes"], dtype=torch.uint8, pin_memory=self._pin)
+        worker.rows.recv_bytes_into(memoryview(body.numpy()))  # type: ignore[arg-type]
+        return header["extra"], from_bytes(header, body)
+
+    def _late(self, worker: _Worker) -> bool:
+        started = worker.now_decoding[STARTED]
+        return started > 0 and time.monotonic() - started > self._config.data.sample_seconds
+
+    def _replace(self, worker: _Worker, slow: bool) -> None:
+        """End what is left of a worker, give up what it was decoding, and start another one in its place."""
+        if self._closing.is_set():
+            raise PoolClosed
+        self._end(worker)  # from here on, what it says of itself stays as it is
+        if worker.now_decoding[STARTED] > 0 and (not slow or self._late(worker)):
+            self._give_up(worker, "too_slow" if slow else "worker_crashed")
+        elif not slow:  # a slow one had just finished its sample
+            worker.deaths += 1
+            if worker.deaths >= _DEATHS:
+                raise ValueError(
+                    f"a data worker ended {worker.deaths} times (status {worker.process.exitcode}), not while decoding "
+                    "a sample; does the machine have enough memory for data.workers processes?"
+                )
+        self._start(worker)
+
+    def _give_up(self, worker: _Worker, reason: str) -> None:
+        lane, source, position = (int(worker.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
+        label = self._labels[source]
+        self._lanes.given_up.setdefault(lane, []).append((label, position, reason))
+        logger.warning("gave up the sample at position %d of %s (%s); it is counted", position, label, reason)
+
+    def _start(self, worker: _Worker) -> None:
+        states = {}
+        for lane in worker.work.lanes:
+            given_up = self._lanes.given_up.get(lane, [])
+            states[str(lane)] = with_given_up(self._lanes.states[str(lane)], lane, self._config.data.lanes, given_up)
+        worker.work = replace(worker.work, states=states)
+        worker.rows, rows = self._context.Pipe(duplex=False)
+        lifeline, worker.lifeline = self._context.Pipe(duplex=False)
+        worker.now_decoding = self._context.RawArray("d", 4)
+        worker.process = self._context.Process(
+            target=run_worker, args=(worker.work, rows, lifeline, worker.now_decoding), name="data-worker", daemon=True
+        )
+        worker.process.start()
+        rows.close()
+        lifeline.close()
+
+    @staticmethod
+    def _end(worker: _Worker) -> None:
+        if worker.process is not None:
+            worker.process.kill()
+            worker.process.join()
+            worker.rows.close()
+            worker.lifeline.close()
+
+    def interrupt(self) -> None:
+        """Let `row`, in whichever thread it waits, raise `PoolClosed`."""
+        self._closing.set()
+
+    def close(self) -> None:
+        """End the processes. Safe to call twice."""
+        self.interrupt()
+        for worker in self._workers:
+            self._end(worker)
+            worker.process = None
+        atexit.unregister(self.close)

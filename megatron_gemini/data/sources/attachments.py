@@ -1,0 +1,49 @@
+"""Files that a record names: images and sounds of a document or conversation, in the folder of its shard."""
+
+from __future__ import annotations
+
+import os
+
+from megatron_gemini.data.sources.paths import is_url, open_binary
+from megatron_gemini.data.sources.records import Records
+from megatron_gemini.data.sources.tar_index import MAX_MEMBER_BYTES
+from megatron_gemini.modalities.bad_sample import BadSample
+
+
+def read_named(records: Records, sample: int, name: str) -> bytes | None:
+    """A file that a document names: a member of its sample, otherwise a file in the folder of its shard.
+
+    None if there is none. Raises BadSample as `read_attachment` and `Records.read` do.
+    """
+    for member in dict.fromkeys((name, name.lower())):
+        if found := records.read(sample, [member]).get(member):
+            return found
+    return read_attachment(records.path(sample), name)
+
+
+def read_attachment(shard: str, name: str) -> bytes | None:
+    """The file `name` in the folder that holds `shard`, or below it; None if there is none.
+
+    A name is data of strangers: nothing outside the folder is read, whether it is reached by `..`, an absolute path or
+    a link. Raises BadSample: unsafe_name, attachment_too_large, read_error.
+    """
+    parts = name.split("/")
+    if not name or len(name) > 1024 or any(part in ("", ".", "..") for part in parts) or set(name) & set("\\\0:"):
+        raise BadSample("unsafe_name", f"{name[:80]!r} is no path below the folder of the shard")
+    folder = shard.rpartition("/")[0] if is_url(shard) else os.path.dirname(shard) or "."
+    path = f"{folder}/{name}"
+    if not is_url(shard):
+        if not os.path.isfile(path):
+            return None
+        if os.path.commonpath([os.path.realpath(path), os.path.realpath(folder)]) != os.path.realpath(folder):
+            raise BadSample("unsafe_name", f"{name[:80]!r} is a link out of the folder of the shard")
+    try:
+        with open_binary(path) as file:
+            data = file.read(MAX_MEMBER_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise BadSample("read_error", f"{path}: {error.strerror or type(error).__name__}") from None
+    if len(data) > MAX_MEMBER_BYTES:
+        raise BadSample("attachment_too_large", f"{name[:80]!r} has more than {MAX_MEMBER_BYTES:,} bytes")
+    return data

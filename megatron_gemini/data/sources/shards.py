@@ -1,0 +1,192 @@
+"""WebDataset-style shards: tars in which members that share a key are one sample, readable in any order."""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_gemini.data.sources.index_cache import (
+    WORTH_KEEPING,
+    Summary,
+    read_members,
+    read_summary,
+    sample_key,
+    write_index,
+)
+from megatron_gemini.data.sources.keys import Keys
+from megatron_gemini.data.sources.paths import expand_shards
+from megatron_gemini.data.sources.tar_index import Member, index_tar
+from megatron_gemini.modalities.bad_sample import BadSample
+
+MAX_TEXT_BYTES = 1024 * 1024
+_TEXT_ENDINGS = ("txt", "json")
+MAX_OPEN_MEMBERS = 1_000_000  # whose names and places are kept in memory: about 100 MB
+
+
+class Shards:
+    """The samples of a list of shards, numbered through, each with random access. `records.Records`.
+
+    Listing reads the summaries of `index_cache`, beside the shards or in `cache`; where there is none, the headers of
+    the tar, and a large tar's index is then kept in `cache`. What a shard holds is looked up when a sample of it is
+    asked for, and kept for the shards used last.
+
+    keys: `folder/name` of every sample, up to the first dot of its file name; members are named by what follows.
+    first_sample: number of the first sample of every shard. rejected: members that were left out, by reason.
+    damage: shards that break off, by path.
+    Raises ValueError naming the shard when one cannot be opened or holds no usable member.
+    """
+
+    window = 0
+
+    def __init__(self, paths: Sequence[str], cache: Path | None = None) -> None:
+        self.paths, self.cache = list(paths), cache
+        self.rejected: dict[str, int] = {}
+        self.damage: dict[str, str] = {}
+        self._open: OrderedDict[int, _Contents] = OrderedDict()  # the one used last at the end
+        self._summaries = [self._list(number, path) for number, path in enumerate(self.paths)]
+        counts = [summary.samples for summary in self._summaries]
+        self.first_sample: list[int] = [0, *itertools.accumulate(counts)][:-1]
+        self._samples = sum(counts)
+
+    @classmethod
+    def from_pattern(cls, pattern: str) -> Shards:
+        """Shards that a path with globs and ranges names, as `expand_shards` does."""
+        return cls(expand_shards(pattern))
+
+    def __len__(self) -> int:
+        return self._samples
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Of every sample; looked up as they are asked for."""
+        return Keys(len(self), self.key)
+
+    @property
+    def bounds(self) -> list[int]:
+        """`first_sample`, and the number of all samples."""
+        return [*self.first_sample, len(self)]
+
+    def _list(self, number: int, path: str) -> Summary:
+        try:
+            summary = read_summary(path, self.cache) or self._index(number, path)
+        except OSError as error:
+            raise ValueError(f"cannot read the shard {path!r}: {error.strerror}") from None
+        if not summary.samples:
+            found = ", ".join(f"{reason}: {count}" for reason, count in sorted(summary.rejected.items()))
+            raise ValueError(f"the shard {path!r} holds no usable sample ({found or 'it is empty'})")
+        for reason, count in summary.rejected.items():
+            self.rejected[reason] = self.rejected.get(reason, 0) + count
+        if summary.damage:
+            self.damage[path] = summary.damage
+        return summary
+
+    def _index(self, number: int, path: str) -> Summary:
+        """Read the headers of a tar. Raises OSError if it cannot be read."""
+        index = index_tar(path)
+        contents = self._keep(number, _Contents(index.members))
+        if self.cache is not None and len(index.members) >= WORTH_KEEPING:
+            with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
+                write_index(path, self.cache, index)
+        return Summary(len(contents.keys), os.path.getsize(path), 0, "", index.rejected, index.damage)
+
+    def _contents(self, shard: int) -> _Contents:
+        """What the shard holds. Raises BadSample: shard_changed, read_error."""
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        path, summary = self.paths[shard], self._summaries[shard]
+        try:
+            members = read_members(path, summary, self.cache) or index_tar(path).members
+        except OSError as error:
+            raise BadSample("read_error", f"{path}: {error.strerror}") from None
+        contents = _Contents(members)
+        if len(contents.keys) != summary.samples:
+            raise BadSample("shard_changed", f"{path} had {summary.samples} samples and has {len(contents.keys)} now")
+        return self._keep(shard, contents)
+
+    def _keep(self, shard: int, contents: _Contents) -> _Contents:
+        self._open[shard] = contents
+        while len(self._open) > 1 and sum(map(len, self._open.values())) > MAX_OPEN_MEMBERS:
+            self._open.popitem(last=False)
+        return contents
+
+    def _find(self, sample: int) -> tuple[int, int]:
+        """(shard, number of the sample in it). Raises IndexError."""
+        if not 0 <= sample < self._samples:
+            raise IndexError(f"sample {sample} of {self._samples}")
+        shard = bisect.bisect_right(self.first_sample, sample) - 1
+        return shard, sample - self.first_sample[shard]
+
+    def key(self, sample: int) -> str:
+        """`keys[sample]`."""
+        shard, place = self._find(sample)
+        return self._contents(shard).keys[place]
+
+    def endings(self, sample: int) -> list[str]:
+        """What members the sample has: "png", "txt", "codes.json"."""
+        shard, place = self._find(sample)
+        return list(self._contents(shard).members(place))
+
+    def path(self, sample: int) -> str:
+        """The shard that holds the sample."""
+        return self.paths[self._find(sample)[0]]
+
+    def read(self, sample: int, endings: Sequence[str]) -> dict[str, bytes]:
+        """Bytes of those of the named members that the sample has.
+
+        Raises BadSample: text_too_large (a .txt or .json above 1 MiB), read_error, shard_changed.
+        """
+        shard, place = self._find(sample)
+        contents = self._contents(shard)
+        members, key, found = contents.members(place), contents.keys[place], {}
+        try:
+            with open(self.paths[shard], "rb", buffering=0) as file:
+                for ending in endings:
+                    if ending in members:
+                        found[ending] = self._read(file.fileno(), key, ending, *members[ending])
+        except OSError as error:
+            raise BadSample("read_error", f"{self.paths[shard]}: {error.strerror}") from None
+        return found
+
+    def _read(self, descriptor: int, key: str, ending: str, offset: int, size: int) -> bytes:
+        if ending.endswith(_TEXT_ENDINGS) and size > MAX_TEXT_BYTES:
+            raise BadSample("text_too_large", f"{key}.{ending} has {size:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
+        data = os.pread(descriptor, size, offset)
+        if len(data) < size:
+            raise BadSample("read_error", f"{key}.{ending}: the shard has become shorter while it was being read")
+        return data
+
+
+class _Contents:
+    """The members of one shard by sample, in columns: a few dozen bytes a member."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        samples: dict[str, list[int]] = {}
+        endings: dict[str, int] = {}
+        numbers = np.empty(len(members), np.int32)
+        for place, member in enumerate(members):
+            key, ending = sample_key(member.name)
+            samples.setdefault(key, []).append(place)
+            numbers[place] = endings.setdefault(ending, len(endings))
+        order = np.array([place for places in samples.values() for place in places], np.int64)
+        self.keys, self._endings = list(samples), list(endings)
+        self._first = np.cumsum([0, *map(len, samples.values())])
+        self._ending = numbers[order]
+        self._offset = np.array([member.offset for member in members], np.int64)[order]
+        self._size = np.array([member.size for member in members], np.int64)[order]
+
+    def __len__(self) -> int:
+        return len(self._ending)
+
+    def members(self, place: int) -> dict[str, tuple[int, int]]:
+        """(offset, size) of every member of a sample by its ending; of two equal ones, the last."""
+        of = slice(int(self._first[place]), int(self._first[place + 1]))
+        columns = (self._ending[of].tolist(), self._offset[of].tolist(), self._size[of].tolist())
+        return {self._endings[ending]: (offset, size) for ending, offset, size in zip(*columns, strict=True)}

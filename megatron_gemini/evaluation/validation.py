@@ -1,0 +1,137 @@
+"""What the shards hold, read for evaluation: questions with their right answers, and real images with their classes.
+
+Shape suffixes: S pixels of a side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.data.samples.decode import Decoder, decode_text
+from megatron_gemini.data.samples.document import Item
+from megatron_gemini.data.samples.tasks import ask, random_stream
+from megatron_gemini.data.sources.attachments import read_named
+from megatron_gemini.data.sources.records import RECORD, open_records
+from megatron_gemini.data.sources.schema import Schema
+from megatron_gemini.evaluation.images import resized
+from megatron_gemini.evaluation.separation import Fingerprint
+from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.image.preprocess import decode_image
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A question and what is right. answer: None for a document that is learned whole (interleave, text).
+
+    text: the sample's own text, empty if it has none. label: its class, see `label_of`.
+    """
+
+    key: str
+    prompt: list[Item]
+    answer: list[Item] | None
+    text: str
+    label: str
+
+
+@dataclass
+class RealImages:
+    """Images of one size, uint8[S, S, 3], their classes, and which of them are altered copies of others."""
+
+    images: list[np.ndarray]
+    labels: list[str]
+    augmented: list[bool]
+
+    def originals(self) -> RealImages:
+        """Those that are as they were found."""
+        kept = [i for i, altered in enumerate(self.augmented) if not altered]
+        return RealImages([self.images[i] for i in kept], [self.labels[i] for i in kept], [False] * len(kept))
+
+
+def read_examples(
+    source: SourceConfig, decoder: Decoder, limit: int, seed: int, skipped: Counter[str]
+) -> list[Example]:
+    """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
+    schema = Schema.of(source)
+    names = list(dict.fromkeys([*schema.members(source.task), "txt", RECORD]))
+    records = open_records(source, names)
+    examples = []
+    for sample in spaced(len(records), limit):
+        key = records.keys[sample]
+        try:
+            members = records.read(sample, names)
+            schema.check(members)
+            fields = decoder.decode(members, source.task, key, schema, partial(read_named, records, sample))
+            text, label = text_of(members), label_of(members)
+        except BadSample as error:
+            skipped[error.reason] += 1
+            continue
+        question = ask(source.task, fields, source.prompts, random_stream(seed, "evaluate", source.task, key))
+        examples.append(Example(key, question.prompt, question.answer, text, label))
+    return examples
+
+
+def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealImages:
+    """Images that have a class, from the sources' shards, at most `limit` of every set of shards, resized to `side`."""
+    real = RealImages([], [], [])
+    for source in {source.shards: source for source in sources if source.task in ("caption", "generate")}.values():
+        schema = Schema.of(source)
+        wanted = list(dict.fromkeys([*schema.members("caption"), "txt", RECORD]))
+        records = open_records(source, wanted)
+        for sample in spaced(len(records), limit):
+            try:
+                members = records.read(sample, wanted)
+                found = schema.find("image", members)
+                if found and (label := label_of(members)):
+                    real.images.append(resized(decode_image(found[0][1]), side))
+                    real.labels.append(label)
+                    real.augmented.append(metadata_of(members).get("augmented") is True)
+            except BadSample:
+                continue  # the loader counts and reports these; here an image less changes nothing
+    return real
+
+
+def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limit: int) -> Fingerprint:
+    """The content of the sources' shards, at most `limit` samples of every set of shards."""
+    fingerprint = Fingerprint()
+    for source in {source.shards: source for source in sources}.values():
+        records = open_records(source, [RECORD])
+        for sample in spaced(len(records), limit):
+            try:
+                members = records.read(sample, records.endings(sample))
+            except BadSample:
+                continue
+            fingerprint.add(records.keys[sample], members, names)
+    return fingerprint
+
+
+def label_of(members: dict[str, bytes]) -> str:
+    """The class of a sample: "label" in its metadata, otherwise its text; empty when it has neither."""
+    label = metadata_of(members).get("label")
+    return str(label) if isinstance(label, (str, int)) else text_of(members)
+
+
+def metadata_of(members: dict[str, bytes]) -> dict[str, Any]:
+    """The metadata of a sample, empty where there is none that can be read."""
+    try:
+        metadata = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def text_of(members: dict[str, bytes]) -> str:
+    """The text of a sample, or an empty one."""
+    return decode_text(members["txt"]) if "txt" in members else ""
+
+
+def spaced(size: int, limit: int) -> Iterator[int]:
+    """At most `limit` indices below `size`, evenly spaced from the first to the last."""
+    return iter(np.linspace(0, size - 1, min(size, limit)).astype(int).tolist())

@@ -1,0 +1,155 @@
+"""Attention over one packed row, document by document: nothing is computed across documents. The one dispatch point.
+
+Shape suffixes: T packed tokens, Q queries (T, or this context-parallel rank's), N query heads, K key/value heads, H
+head width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_gemini.kernels.attention.cpu.node import attend_and_project_on_cpu
+from megatron_gemini.kernels.attention.dispatch import Ask, choose_backend
+from megatron_gemini.kernels.attention.merge import merge_attention
+from megatron_gemini.kernels.attention.plan import AttentionPlan, plan_attention
+from megatron_gemini.kernels.linear import linear_add
+from megatron_gemini.kernels.rope import Rotation
+
+__all__ = [
+    "AttentionPlan",
+    "attention",
+    "attention_backend",
+    "attention_output",
+    "attention_with_lse",
+    "merge_attention",
+    "plan_attention",
+]
+
+
+def attention(
+    q_QNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None = None,
+    turn: Rotation | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v within documents, by the mask rule of `contracts.Batch`; [Q, N, H], padding rows are 0.
+
+    The queries are the row's tokens that the plan was made for, all T of them by default; keys and values are always
+    the whole row's, and their gradients are what these queries give: ranks that divide the queries sum them.
+    scale: above 0, 1/sqrt(H) if None. turn: rotates queries and keys first (RoPE); it is for the whole row, and queries
+    that are only some of it take the rotations of their tokens. K divides N: query head n reads key/value head
+    n // (N // K). backend: a name of `attention_backends.BACKENDS`; the first able one if None.
+    Raises ValueError for shapes, dtypes and devices that do not fit each other or the plan.
+    """
+    return _attend(q_QNH, k_TKH, v_TKH, plan, scale, turn, backend, with_lse=False)[0]
+
+
+def attention_with_lse(
+    q_QNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None = None,
+    turn: Rotation | None = None,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`attention`, log(sum(exp(q k^T * scale))) as float32 [Q, N], -inf for padding): for `merge_attention`.
+
+    Both are differentiable.
+    """
+    out, lse = _attend(q_QNH, k_TKH, v_TKH, plan, scale, turn, backend, with_lse=True)
+    assert lse is not None, "the backend said that it gives the log-sum-exp"
+    return out, lse
+
+
+def attention_output(
+    q_QNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    turn: Rotation,
+    weight: torch.Tensor,
+    residual_QD: torch.Tensor,
+) -> torch.Tensor:
+    """residual + attention(q, k, v) W^T with W [D, N H]: the end of a residual branch, one autograd node on CPU."""
+    if q_QNH.device.type == "cpu" and not plan.empty:
+        _check(q_QNH, k_TKH, v_TKH, plan, None, turn)
+        return attend_and_project_on_cpu(q_QNH, k_TKH, v_TKH, plan, turn, weight, residual_QD)
+    return linear_add(attention(q_QNH, k_TKH, v_TKH, plan, turn=turn), weight, residual_QD)
+
+
+def attention_backend(
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, head_width: int = 128
+) -> tuple[str, str]:
+    """The implementation that `attention` takes on `device`, and why, for the run's first log lines.
+
+    It is that of rows with images, which not every backend can do; text alone may take another.
+    """
+    backend = choose_backend(Ask(device, dtype, head_width, sequences=False, with_lse=False))
+    return backend.name, backend.why
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+    name: str | None,
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    _check(q, k, v, plan, scale, turn)
+    backend = choose_backend(Ask(q.device, q.dtype, q.shape[2], plan.sequences is not None, with_lse), name)
+    if plan.empty:  # the graph stays whole, with gradients of zero
+        out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
+        return out, out.float().sum(-1) + float("-inf") if with_lse else None
+    return backend.attend(q, k, v, plan, scale, turn, with_lse=with_lse)
+
+
+def _check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+) -> None:
+    """Raises ValueError for what would give a wrong result, or an error far from its cause."""
+    tokens, heads, kv_heads, width = plan.tokens, *_heads(q, k)
+    if k.shape != (tokens, kv_heads, width) or v.shape != k.shape:
+        raise ValueError(
+            f"k_TKH has shape {list(k.shape)} and v_TKH {list(v.shape)}; for q_QNH {list(q.shape)} and a plan of "
+            f"{tokens} tokens both are [{tokens}, K, {width}]"
+        )
+    if q.shape[0] != plan.queries:
+        raise ValueError(f"q_QNH has {q.shape[0]} queries and the plan {plan.queries}; make the plan for these queries")
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(
+            f"q_QNH has {heads} heads and k_TKH {kv_heads}; the number of key/value heads divides the other"
+        )
+    if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
+        raise ValueError(f"q_QNH is {q.dtype}, k_TKH {k.dtype} and v_TKH {v.dtype}; they have one floating-point dtype")
+    if not q.device == k.device == v.device == plan.segment_T.device:
+        raise ValueError(
+            f"q_QNH is on {q.device}, k_TKH on {k.device}, v_TKH on {v.device} and the plan on "
+            f"{plan.segment_T.device}; they belong on one device"
+        )
+    if scale is not None and not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}; it is a finite number above 0")
+    if turn is not None and turn.cos_T1H.shape != (tokens, 1, width):
+        raise ValueError(
+            f"turn has shape {list(turn.cos_T1H.shape)}; a plan of {tokens} tokens and heads of {width} want "
+            f"[{tokens}, 1, {width}], the rotations of the whole row"
+        )
+
+
+def _heads(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int]:
+    """(N, K, H)."""
+    for name, x in (("q_QNH", q), ("k_TKH", k)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {list(x.shape)}; it is [tokens, heads, head width]")
+    return q.shape[1], k.shape[1], q.shape[2]

@@ -1,0 +1,124 @@
+"""Which keys each query sees and which queries see each key, two numbers a token: all that tiled kernels need of a row.
+
+The keys that a query sees are one interval, from its document's start to itself or its span's end. The queries that see
+a key are one as well, from the key or its span's start to its document's end.
+
+Shape suffixes: T packed tokens, which are the keys; Q queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_gemini.kernels.attention.row import Row
+
+ORDER_TOKENS = 128  # tiles are put in order by blocks of so many tokens
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """int32, on the plan's device.
+
+    query_2Q: query i sees the keys [query_2Q[0, i], query_2Q[1, i]). A query that sees none has (T, 0).
+    key_2T: key t is seen by the queries [key_2T[0, t], key_2T[1, t]), numbered as rows of q.
+    """
+
+    query_2Q: torch.Tensor
+    key_2T: torch.Tensor
+    _blocks: dict[str, np.ndarray]  # "query", "key": blocks of ORDER_TOKENS, those with the longest interval first
+    _orders: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
+
+    def order(self, kind: str, group: int, block: int) -> torch.Tensor:
+        """int32[tiles]: tiles of `block` rows, `group` rows a token, of "query" or "key" tokens, the longest first.
+
+        Programs that begin with the long ones end at about the same time.
+        """
+        if (kind, group, block) not in self._orders:
+            bounds = self.query_2Q if kind == "query" else self.key_2T
+            tiles = _tile_order(self._blocks[kind], bounds.shape[1] * group, ORDER_TOKENS * group, block)
+            self._orders[kind, group, block] = _to_device(tiles, bounds.device)
+        return self._orders[kind, group, block]
+
+
+class Sequences(NamedTuple):
+    """Documents back to back that are all causal, or all seen whole.
+
+    edges: int32[documents + 1], where each begins, and the end. real: tokens that are no padding.
+    """
+
+    edges: torch.Tensor
+    longest: int
+    causal: bool
+    real: int
+
+
+def read_sequences(row: Row, device: torch.device) -> Sequences | None:
+    """None if the row's documents are not alike, or there is none."""
+    edges = row.documents[row.documents <= row.real]
+    causal = not row.span[: row.real].any()
+    if not row.real or not (causal or _all_whole(row, edges)):
+        return None
+    return Sequences(_to_device(edges, device), int(np.diff(edges).max()), causal, row.real)
+
+
+def _all_whole(row: Row, edges: np.ndarray) -> bool:
+    """Every document is one span: each span is within a document, so there is a span a document and no gap."""
+    spans = row.spans[row.spans <= row.real]
+    return np.array_equal(spans, edges) and bool((row.span[edges[:-1]] != 0).all())
+
+
+def read_bounds(row: Row, device: torch.device) -> Bounds:
+    query_2Q, key_2T = _intervals(row)
+    if row.query is not None:
+        query_2Q = query_2Q[:, row.query]
+        key_2T = np.searchsorted(row.query, key_2T).astype(np.int32)
+    blocks = {"query": _longest_first(query_2Q), "key": _longest_first(key_2T)}
+    return Bounds(_to_device(query_2Q, device), _to_device(key_2T, device), blocks)
+
+
+def _intervals(row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """(query_2Q, key_2T) of all tokens."""
+    tokens, real = len(row.segment), row.real
+    query, key = np.empty((2, tokens), np.int32), np.empty((2, tokens), np.int32)
+    lengths = np.diff(row.documents)
+    query[0], key[1] = np.repeat(row.documents[:-1], lengths), np.repeat(row.documents[1:], lengths)
+    key[0] = _positions(tokens + 1)[:-1]
+    query[1] = _positions(tokens + 1)[1:]
+    reach, first = query[1], key[0]
+    wide = np.flatnonzero(row.span[row.spans[:-1]]) if tokens else np.empty(0, np.int64)
+    for start, end in zip(row.spans[wide].tolist(), row.spans[1:][wide].tolist(), strict=True):
+        reach[start:end], first[start:end] = end, start
+    if real < tokens:
+        query[:, real:], key[:, real:] = [[tokens], [0]], [[tokens], [0]]
+    return query, key
+
+
+@lru_cache(maxsize=8)
+def _positions(tokens: int) -> np.ndarray:
+    return np.arange(tokens, dtype=np.int32)
+
+
+def _longest_first(interval: np.ndarray) -> np.ndarray:
+    """Numbers of the blocks of ORDER_TOKENS tokens, by the longest interval in each."""
+    length = interval[1] - interval[0]
+    longest = np.maximum.reduceat(length, np.arange(0, len(length), ORDER_TOKENS)) if len(length) else length
+    return np.argsort(-longest, kind="stable")
+
+
+def _tile_order(blocks: np.ndarray, rows: int, rows_of_block: int, tile_rows: int) -> np.ndarray:
+    """int32: tiles in the order of the blocks of tokens that they begin in."""
+    tiles = -(-rows // tile_rows)
+    begin = np.minimum(-(-np.arange(len(blocks) + 1) * rows_of_block // tile_rows), tiles).astype(np.int32)
+    count = np.diff(begin)[blocks]
+    order = np.repeat(begin[blocks] - (np.cumsum(count, dtype=np.int32) - count), count)
+    return np.add(order, np.arange(tiles, dtype=np.int32), out=order)
+
+
+def _to_device(x: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(x))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

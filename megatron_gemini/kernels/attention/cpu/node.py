@@ -1,0 +1,149 @@
+"""Attention on CPU: RoPE, documents and torch's CPU flash attention as one autograd node.
+
+Against `attention_sdpa` this saves two dozen autograd nodes a layer and the slow backward of every view and gather.
+
+Shape suffixes: T packed tokens, Q queries (T, or this rank's), S slots (see `attention_slots`), N query heads, K
+key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_gemini.kernels.attention.cpu.calls import attend_slots, attend_slots_backward, lse_gradients, saved_lse
+from megatron_gemini.kernels.attention.plan import AttentionPlan
+from megatron_gemini.kernels.attention.slot_mapping import to_rows, to_slots, without_repeats
+from megatron_gemini.kernels.discarded_output import is_unread, no_values
+from megatron_gemini.kernels.rope import Rotation
+
+
+def attend_on_cpu(
+    q_QNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+    *,
+    with_lse: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """(out_QNH, and if asked for its log-sum-exp [Q, N]): see `attention.attention`. Some query must see a key."""
+    return _Attention.apply(q_QNH, k_TKH, v_TKH, plan, scale, turn, with_lse)
+
+
+def attend_and_project_on_cpu(
+    q_QNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    turn: Rotation,
+    weight: torch.Tensor,
+    residual_QD: torch.Tensor,
+) -> torch.Tensor:
+    """See `attention.attention_output`; some query must see a key."""
+    return _AttentionOutput.apply(q_QNH, k_TKH, v_TKH, weight, residual_QD, plan, turn)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        scale: float | None,
+        turn: Rotation | None,
+        with_lse: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        out_QNH, saved = _forward(q, k, v, plan, scale, turn)
+        documents = plan.documents
+        ctx.save_for_backward(*saved)
+        ctx.plan, ctx.scale, ctx.turn = plan, scale, turn
+        ctx.set_materialize_grads(False)
+        if not with_lse:
+            return (out_QNH,)
+        return out_QNH, to_rows(
+            saved_lse(saved, plan.cpu_calls, documents.query_slots), documents.queries, float("-inf")
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        lse_grad = grads[1] if len(grads) > 1 else None
+        return *_backward(grads[0], lse_grad, ctx.saved_tensors, ctx.plan, ctx.scale, ctx.turn), *[None] * 4
+
+
+class _AttentionOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+        plan: AttentionPlan,
+        turn: Rotation,
+    ) -> torch.Tensor:
+        out_QNH, saved = _forward(q, k, v, plan, None, turn)
+        out = out_QNH.flatten(1)
+        ctx.save_for_backward(weight, out, *saved)
+        ctx.plan, ctx.turn, ctx.shape = plan, turn, out_QNH.shape
+        if is_unread():
+            return no_values(residual)
+        return torch.addmm(residual, out, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grads
+        weight, out, *saved = ctx.saved_tensors
+        weight_grad = torch.mm(grad.t(), out) if ctx.needs_input_grad[3] else None
+        out_grad = torch.mm(grad, weight).view(ctx.shape)
+        return *_backward(out_grad, None, saved, ctx.plan, None, ctx.turn), weight_grad, grad, None, None
+
+
+def _forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(out_QNH, and what the backward needs)."""
+    documents = plan.documents
+    if turn is not None:
+        q, k = plan.rotate(q, k, turn)
+    inputs = (to_slots(q, documents.queries), to_slots(k, documents.keys), to_slots(v, documents.keys))
+    out_SNH, saved = attend_slots(*inputs, plan.cpu_calls, scale)
+    return to_rows(out_SNH, documents.queries), saved
+
+
+def _backward(
+    out_grad: torch.Tensor | None,
+    lse_grad: torch.Tensor | None,
+    saved: Sequence[torch.Tensor],
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of q, k and v, given those of out_QNH and of its log-sum-exp."""
+    documents = plan.documents
+    grads: list[torch.Tensor | None] = [None, None, None]
+    if out_grad is not None:
+        grad_SNH = without_repeats(to_slots(out_grad, documents.queries), documents.queries)
+        grads = list(attend_slots_backward(grad_SNH, documents.key_slots, saved, plan.cpu_calls, scale))
+    if lse_grad is not None:
+        grad_SN = without_repeats(to_slots(lse_grad, documents.queries), documents.queries)
+        more = lse_gradients(grad_SN, documents.key_slots, saved, plan.cpu_calls, scale)
+        grads[:2] = (new if old is None else old + new for old, new in zip(grads, more, strict=False))
+    q_grad, k_grad, v_grad = (
+        None if grad is None else to_rows(grad, slots)
+        for grad, slots in zip(grads, (documents.queries, documents.keys, documents.keys), strict=True)
+    )
+    if turn is not None and q_grad is not None and k_grad is not None:
+        q_grad, k_grad = plan.rotate(q_grad, k_grad, turn, -1)
+    return q_grad, k_grad, v_grad

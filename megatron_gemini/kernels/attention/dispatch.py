@@ -1,0 +1,157 @@
+"""Which implementation of attention runs: the first of the list that can do what is asked.
+
+Shape suffixes: T packed tokens, Q queries (T, or this rank's), N query heads, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_gemini.kernels.attention.cpu.node import attend_on_cpu
+from megatron_gemini.kernels.attention.flash import attend_by_flash_attention, installed_flash_attention
+from megatron_gemini.kernels.attention.sdpa import attend_by_sdpa
+
+HALF = (torch.float16, torch.bfloat16)
+TRITON_WIDTHS = (64, 80, 96, 128, 256)  # what the block sizes are made for; the interpreter takes any
+SHARED_MEMORY = 163 * 1024  # bytes of a multiprocessor that a program can have: an A100's
+
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Ask(NamedTuple):
+    """sequences: the row is documents that are all causal or all seen whole, and every query is here."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_width: int
+    sequences: bool
+    with_lse: bool
+
+
+class Backend(NamedTuple):
+    """unable: why it cannot do what is asked, or "". attend: (out_QNH, lse_QN; None if it was not asked for)."""
+
+    name: str
+    why: str
+    unable: Callable[[Ask], str]
+    attend: Callable[..., Result]  # (q, k, v, plan, scale, turn, with_lse=...)
+
+
+def _cpu_unable(ask: Ask) -> str:
+    return "" if ask.device.type == "cpu" else "it is for tensors on the CPU"
+
+
+def _triton_unable(ask: Ask) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if ask.dtype not in (*HALF, torch.float32):
+        return f"it takes float16, bfloat16 and float32, not {ask.dtype}"
+    if ask.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if ask.device.type != "cuda":
+        return f"it is for CUDA, not {ask.device.type}; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"
+    if ask.head_width not in TRITON_WIDTHS:
+        return f"it takes heads of {', '.join(map(str, TRITON_WIDTHS))}, not {ask.head_width}"
+    return card_runs_triton(ask.device)
+
+
+@lru_cache(maxsize=64)
+def card_runs_triton(device: torch.device) -> str:
+    """ "", or why our blocks do not fit the card: A100 and H100 are what they are made for."""
+    card = torch.cuda.get_device_properties(device)
+    if (card.major, card.minor) < (8, 0):
+        return f"{card.name} is older than Ampere"
+    memory: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
+    if memory < SHARED_MEMORY:
+        return f"{card.name} has {memory} bytes of shared memory a program, not {SHARED_MEMORY}"
+    return ""
+
+
+def _flash_unable(ask: Ask) -> str:
+    if ask.device.type != "cuda":
+        return f"it is for CUDA, not {ask.device.type}"
+    if installed_flash_attention() is None:
+        return "flash-attn is not installed"
+    if ask.dtype not in HALF:
+        return f"it takes float16 and bfloat16, not {ask.dtype}"
+    if not ask.sequences:
+        return "the row mixes causal tokens and spans, or only some of its queries are here"
+    if ask.with_lse:
+        return "its log-sum-exp has no gradient"
+    return "" if ask.head_width <= 256 else f"it takes heads of at most 256, not {ask.head_width}"
+
+
+def _newest_flash_unable(ask: Ask) -> str:
+    found = installed_flash_attention()
+    if found is not None and found[0] == 2:
+        return "only version 2 is installed, which does not share keys between heads"
+    return _flash_unable(ask)
+
+
+def _flex_unable(ask: Ask) -> str:
+    if ask.device.type == "cpu":
+        return "it has no backward on the CPU" if torch.is_grad_enabled() else ""
+    if ask.device.type != "cuda":
+        return f"it is compiled for CUDA, not {ask.device.type}"
+    return "" if importlib.util.find_spec("triton") else "it is compiled by triton, which is not installed"
+
+
+def _sdpa_unable(ask: Ask) -> str:
+    return "torch's public call returns no log-sum-exp" if ask.with_lse else ""
+
+
+def _by_cpu(*inputs: Any, with_lse: bool) -> Result:
+    out, *lse = attend_on_cpu(*inputs, with_lse=with_lse)
+    return out, lse[0] if lse else None
+
+
+def _by_flash(*inputs: Any, with_lse: bool) -> Result:
+    return attend_by_flash_attention(*inputs), None
+
+
+def _by_sdpa(*inputs: Any, with_lse: bool) -> Result:
+    return attend_by_sdpa(*inputs), None
+
+
+def _by_triton(*inputs: Any, with_lse: bool) -> Result:
+    from megatron_gemini.kernels.attention.triton.operators import attend_by_triton  # where triton may not be installed
+
+    return attend_by_triton(*inputs)
+
+
+def _by_flex(*inputs: Any, with_lse: bool) -> Result:
+    from megatron_gemini.kernels.attention.flex import attend_by_flex  # takes a second to import
+
+    return attend_by_flex(*inputs)
+
+
+# docs/performance.md, "Attention on CPU", decided for the first. The order on CUDA is not measured: flash-attn 3 and 4
+# are known to be faster than what Triton reaches on plain causal rows, and only our kernel shares keys between heads.
+BACKENDS = (
+    Backend("cpu", "torch's CPU flash attention, document by document, as one autograd node", _cpu_unable, _by_cpu),
+    Backend("flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, _by_flash),
+    Backend("triton", "the heads that share keys read them once", _triton_unable, _by_triton),
+    Backend("flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, _by_flash),
+    Backend("flex", "torch's FlexAttention, compiled", _flex_unable, _by_flex),
+    Backend("sdpa", "torch SDPA, documents of similar length in one call", _sdpa_unable, _by_sdpa),
+)
+
+
+def choose_backend(ask: Ask, name: str | None = None) -> Backend:
+    """The first able backend, or the one of this name. Raises ValueError if there is none or it is not able."""
+    reasons = []
+    for backend in BACKENDS:
+        if name in (None, backend.name):
+            reason = backend.unable(ask)
+            if not reason:
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+    if not reasons:
+        raise ValueError(f"attention backend is {name!r}; there are {', '.join(b.name for b in BACKENDS)}")
+    raise ValueError(f"no attention backend for this call; {'; '.join(reasons)}")

@@ -1,0 +1,65 @@
+"""Attention by the flash-attn package, version 2, 3 or 4, where it is installed: rows of causal or of whole documents.
+
+Its packed call has one mask for all documents, so a row that mixes causal tokens and spans goes elsewhere.
+
+Shape suffixes: T packed tokens, N query heads, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from megatron_gemini.kernels.attention.plan import AttentionPlan
+from megatron_gemini.kernels.rope import Rotation
+
+_PLACES = ((4, "flash_attn.cute"), (3, "flash_attn_interface"), (2, "flash_attn"))
+
+
+@lru_cache(maxsize=1)
+def installed_flash_attention() -> tuple[int, Callable[..., torch.Tensor]] | None:
+    """(version, its packed call) of the newest one that can be imported."""
+    for version, module in _PLACES:
+        try:
+            return version, importlib.import_module(module).flash_attn_varlen_func
+        except (ImportError, AttributeError, OSError):  # not there, too old, or built for another torch
+            continue
+    return None
+
+
+def attend_by_flash_attention(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    turn: Rotation | None,
+) -> torch.Tensor:
+    """See `attention.attention`; the plan has `sequences`."""
+    found, sequences = installed_flash_attention(), plan.sequences
+    assert found is not None and sequences is not None, "the dispatch point asks first"
+    if turn is not None:
+        q_TNH, k_TKH = plan.rotate(q_TNH, k_TKH, turn)
+    real = sequences.real
+    result = found[1](
+        *(x[:real] for x in (q_TNH, k_TKH, v_TKH)), **_options(found[1], sequences.edges, sequences.longest),
+        softmax_scale=scale, causal=sequences.causal,
+    )  # fmt: skip
+    out = result[0] if isinstance(result, tuple) else result
+    return out if real == plan.tokens else F.pad(out, (0, 0, 0, 0, 0, plan.tokens - real))
+
+
+def _options(call: Callable[..., torch.Tensor], edges: torch.Tensor, longest: int) -> dict[str, object]:
+    """The versions differ in whether they want the longest length, and in whether they can be told to be exact."""
+    known = inspect.signature(call).parameters
+    options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "deterministic": True}
+    return {
+        "cu_seqlens_q": edges,
+        "cu_seqlens_k": edges,
+        **{name: value for name, value in options.items() if name in known},
+    }

@@ -1,0 +1,35 @@
+"""Attention as its definition says it, with the whole T x T mask: the reference of every backend. For tests only.
+
+Shape suffixes: T packed tokens, Q queries (T, or this rank's), N query heads, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_gemini.kernels.attention.plan import AttentionPlan
+
+
+def visible(plan: AttentionPlan) -> torch.Tensor:
+    """bool [Q, T]: whether a query sees a key, as `contracts.Batch` words it."""
+    segment, span = plan.segment_T, plan.span_T
+    place = torch.arange(plan.tokens, device=segment.device)
+    query = place if plan.query_Q is None else plan.query_Q
+    same_span = (span[query, None] == span) & (span[query, None] != 0)
+    return (segment[query, None] == segment) & (segment[query, None] != 0) & ((place <= query[:, None]) | same_span)
+
+
+def attend_densely(
+    q_QNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, plan: AttentionPlan, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out_QNH, lse_QN), both in the dtype of the inputs; differentiable. See `attention.attention_with_lse`."""
+    scale = q_QNH.shape[-1] ** -0.5 if scale is None else scale
+    repeats = q_QNH.shape[1] // k_TKH.shape[1]
+    k_TNH, v_TNH = k_TKH.repeat_interleave(repeats, 1), v_TKH.repeat_interleave(repeats, 1)
+    hidden = ~visible(plan)
+    score = torch.einsum("inh,jnh->nij", q_QNH, k_TNH) * scale
+    nothing = hidden.all(-1)
+    score = score.masked_fill(hidden & ~nothing[:, None], float("-inf"))  # a row of -inf alone would give NaN gradients
+    weight = torch.softmax(score, -1).masked_fill(hidden, 0.0)
+    lse_NQ = torch.logsumexp(score, -1).masked_fill(nothing, float("-inf"))
+    return torch.einsum("nij,jnh->inh", weight, v_TNH), lse_NQ.transpose(0, 1)

@@ -1,0 +1,108 @@
+"""Training of the image code tokenizer: images in, the same images out, through a row of discrete codes.
+
+Shape suffixes: B images, S pixels of a side.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.data.loading.images import ImageLoader
+from megatron_gemini.engine.engine import WholeModelEngine
+from megatron_gemini.engine.synchronize import Signature, config_digest
+from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
+from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.training.loop import Task, mean
+
+PARTS = ("loss", "l2", "logit_laplace", "quantization", "perplexity")
+
+
+class ImageTokenizerTraining(Task):
+    """Every rank takes its share of `train.images_per_step` images as one microbatch."""
+
+    def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
+        super().__init__(config, topology, device)
+        if topology.tensor_size > 1:
+            raise ValueError(
+                f"parallel.tensor is {topology.tensor_size}; the image tokenizer is trained data parallel, set it to 1"
+            )
+        self.digest = config_digest(config)
+        self.loader = ImageLoader(config, topology.data_rank, topology.data_size)
+        self.engine = WholeModelEngine(
+            lambda: SummedLoss(ImageTokenizer(config.image_tokenizer)), config, topology, device, topology.data_size
+        )
+
+    def read(self) -> tuple[list[torch.Tensor], str]:
+        try:
+            return [self.loader.next()], ""
+        except ValueError as error:
+            return [], str(error)
+
+    def weight(self, step: list[torch.Tensor]) -> float:
+        return float(sum(len(images) for images in step))
+
+    def signature(self, number: int, step: list[torch.Tensor]) -> Signature:
+        return Signature(number, len(step), config=self.digest)
+
+    def to_device(self, step: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [images.to(self.device, self.engine.dtype, non_blocking=True) for images in step]
+
+    def sums(self, outputs: list[TokenizerLoss], step: list[torch.Tensor]) -> dict[str, float]:
+        sums = dict.fromkeys((*PARTS, "images"), 0.0)
+        for output, images in zip(outputs, step, strict=True):
+            sums["loss"] += float(output.loss.detach())
+            sums["images"] += len(images)
+            for part in PARTS[1:]:
+                sums[part] += float(getattr(output, part).detach()) * len(images)
+        return sums
+
+    def record(self, sums: dict[str, float]) -> dict[str, float]:
+        record = {part: mean(sums[part], sums["images"]) for part in PARTS}
+        record["tokens"] = int(sums["images"]) * self.config.image_tokenizer.codes_per_image
+        return record
+
+    def data_state(self) -> dict[str, Any]:
+        return self.loader.state()
+
+    def load_data_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state(state)
+
+    def left_out(self) -> Counter[tuple[str, str]]:
+        return Counter({("images", reason): count for reason, count in self.loader.skipped.items()})
+
+    def held_out(self) -> dict[str, float]:
+        if not self.config.data.held_out:
+            return {}
+        outputs: list[TokenizerLoss] = []
+        batches = self.to_device(self.loader.held_out())
+        self.engine.evaluate(batches, outputs.append)
+        sums = self.sums(outputs, batches)
+        totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
+        quality = [psnr(o.reconstruction.float(), b.float()) for o, b in zip(outputs, batches, strict=True)]
+        shares = self.engine.total([sum(quality), len(quality)])
+        return {"held_out_loss": totals["loss"], "held_out_psnr": mean(*shares)}
+
+    def assets(self) -> dict[str, Any]:
+        return {}
+
+
+class SummedLoss(nn.Module):
+    """The tokenizer with its loss as a sum over images, which is what an engine divides by the global batch.
+
+    Its parameters keep the tokenizer's own names, so that a checkpoint is one of the tokenizer.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        for name, child in tokenizer.named_children():
+            self.add_module(name, child)
+        self.whole = (tokenizer,)  # in a tuple, beside the module tree
+
+    def forward(self, images_BSS3: torch.Tensor) -> TokenizerLoss:
+        output = self.whole[0](images_BSS3)
+        return output._replace(loss=output.loss * len(images_BSS3))

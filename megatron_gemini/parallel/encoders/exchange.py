@@ -1,0 +1,184 @@
+"""How inputs of encoders reach the ranks that encode them, how embeddings reach the ranks whose stream holds their
+tokens, and how gradients go back. All of it is all-to-all over the world, by routes that every rank works out by
+itself.
+
+Shape suffixes: I items, T tokens of a row, O embeddings, X rows of any matrix, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_gemini.parallel.context.positions import stream_positions
+from megatron_gemini.parallel.encoders.assignment import Items, rank_at
+from megatron_gemini.parallel.topology import Topology
+
+
+def all_to_all(x: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+    """`send[r]` rows of x to every rank r, in order; returns the rows that arrive, `receive[r]` of them from rank r."""
+    if len(send) == 1:
+        return x
+    arrived = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(arrived, x.contiguous(), receive, send)
+    return arrived
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way of rows of a matrix between all ranks.
+
+    take: int64, the rows to send, rank after rank. send, receive: how many go to and come from each rank.
+    arrange: int64, which of the arriving rows becomes row 0, 1, ... of the result.
+    """
+
+    take: torch.Tensor
+    send: list[int]
+    receive: list[int]
+    arrange: torch.Tensor
+
+    @staticmethod
+    def make(world: int, rows: np.ndarray, to: np.ndarray, source: np.ndarray, order: np.ndarray) -> Route:
+        """rows, to: each row sent and its rank, in an order that sender and receiver share. source: in the same order,
+        the rank of each row that arrives. order: which of these becomes row 0, 1, ... of the result."""
+        sending, arrival = np.argsort(to, kind="stable"), np.argsort(source, kind="stable")
+        place = np.empty_like(arrival)
+        place[arrival] = np.arange(len(arrival))
+        return Route(
+            torch.from_numpy(rows[sending]),
+            np.bincount(to, minlength=world).tolist(),
+            np.bincount(source, minlength=world).tolist(),
+            torch.from_numpy(place[order]),
+        )
+
+    def carry(self, x_XD: torch.Tensor) -> torch.Tensor:
+        """The rows that arrive on this rank, [len(arrange), D]. Every rank calls it at the same time."""
+        arrived = all_to_all(x_XD.index_select(0, self.take.to(x_XD.device)), self.send, self.receive)
+        return arrived.index_select(0, self.arrange.to(x_XD.device))
+
+
+class Streams:
+    """Which ranks' activations hold which token of a row of `tokens`, after `stream_positions`."""
+
+    def __init__(self, topology: Topology, tokens: int) -> None:
+        self.topology = topology
+        self.copies = 1 if topology.sequence else topology.tensor_size  # tensor-parallel ranks with the same tokens
+        self.context_T = np.empty(tokens, np.int64)
+        self.tensor_T = np.zeros(tokens, np.int64)
+        self.index_T = np.empty(tokens, np.int64)  # position in the stream of its rank
+        for context in range(topology.context_size):
+            for tensor in range(topology.tensor_size if topology.sequence else 1):
+                there = dataclasses.replace(topology, context_rank=context, tensor_rank=tensor)
+                position = stream_positions(tokens, there).numpy()
+                self.context_T[position], self.tensor_T[position] = context, tensor
+                self.index_T[position] = np.arange(len(position))
+
+    def here(self, position: np.ndarray) -> np.ndarray:
+        """bool: whether this rank's stream holds each of these positions of its rows."""
+        mine = self.context_T[position] == self.topology.context_rank
+        if self.copies == 1:
+            mine &= self.tensor_T[position] == self.topology.tensor_rank
+        return mine & (self.topology.pipeline_rank == 0)
+
+    def rank(self, home: np.ndarray, position: np.ndarray, copy: int | np.ndarray) -> np.ndarray:
+        """The rank whose stream holds each of these positions of rows of data-parallel rank `home`.
+
+        copy: which one of the tensor-parallel ranks, where all of them do.
+        """
+        tensor = self.tensor_T[position] if self.copies == 1 else np.broadcast_to(copy, position.shape)
+        return rank_at(self.topology, 0, home, self.context_T[position], tensor)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Embeddings of some items, back to back: the item of each, and its position in its row."""
+
+    item: np.ndarray
+    position: np.ndarray
+
+    @staticmethod
+    def of(items: Items, chosen: np.ndarray) -> _Tokens:
+        count = items.outputs[chosen]
+        item = np.repeat(chosen, count)
+        offset = np.arange(len(item)) - np.repeat(np.cumsum(count) - count, count)
+        return _Tokens(item, items.start[item] + offset)
+
+
+@dataclass(frozen=True)
+class EmbeddingRoutes:
+    """The way of embeddings from where they are made into the streams, and that of their gradients.
+
+    forth: from this rank's embeddings, item after item, to those of its stream's tokens, row after row.
+    back: from the gradients of the latter to those of the embeddings of trained encoders that this rank made. Where
+        tensor-parallel ranks have the same gradient, one of them sends it, by turns.
+    position: position in this rank's stream of every embedding that it gets. counts: how many of them in each row.
+    """
+
+    forth: Route
+    back: Route
+    position: torch.Tensor
+    counts: list[int]
+
+
+def embedding_routes(items: Items, streams: Streams, rows: int, trained: np.ndarray) -> EmbeddingRoutes:
+    """rows: of a data-parallel rank. trained: bool, whether each encoder is."""
+    topology, copies = streams.topology, streams.copies
+    made = _Tokens.of(items, np.flatnonzero(items.rank == topology.rank))
+    held = _Tokens.of(items, np.flatnonzero(items.home == topology.data_rank))
+    here = streams.here(held.position)
+    held = _Tokens(held.item[here], held.position[here])
+    by_row = np.argsort(items.row[held.item], kind="stable")
+    to = [streams.rank(items.home[made.item], made.position, copy) for copy in range(copies)]
+    number = np.arange(len(made.item))
+    forth = Route.make(topology.world, np.tile(number, copies), np.concatenate(to), items.rank[held.item], by_row)
+    back = _back(items, streams, made, held, by_row, trained)
+    position = streams.index_T[held.position[by_row]]
+    counts = np.bincount(items.row[held.item], minlength=rows)
+    return EmbeddingRoutes(forth, back, torch.from_numpy(position), counts.tolist())
+
+
+def _back(
+    items: Items, streams: Streams, made: _Tokens, held: _Tokens, by_row: np.ndarray, trained: np.ndarray
+) -> Route:
+    topology, copies = streams.topology, streams.copies
+    speaks = trained[items.encoder[held.item]]
+    if copies > 1:
+        speaks &= held.item % copies == topology.tensor_rank
+    place = np.empty_like(by_row)
+    place[by_row] = np.arange(len(by_row))
+    wanted = trained[items.encoder[made.item]]
+    item, position = made.item[wanted], made.position[wanted]
+    source = streams.rank(items.home[item], position, item % copies)
+    return Route.make(topology.world, place[speaks], items.rank[held.item[speaks]], source, np.arange(len(item)))
+
+
+def exchange_inputs(
+    own: dict[int, torch.Tensor], items: Items, widths: Sequence[int], topology: Topology, like: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """The inputs [n, C] of every item that this rank encodes, by its number.
+
+    own: those of all items that this rank has read. widths: C of every encoder. like: tells the dtype and device in
+    which they travel.
+    """
+    travels = items.holder != items.rank
+    leaving = np.flatnonzero(travels & (items.holder == topology.rank))
+    leaving = leaving[np.argsort(items.rank[leaving], kind="stable")]
+    coming = np.flatnonzero(travels & (items.rank == topology.rank))
+    coming = coming[np.argsort(items.holder[coming], kind="stable")]
+    size = items.inputs * np.array(widths, np.int64)[items.encoder]
+    send, receive = (
+        np.bincount(ranks, weights=size[chosen], minlength=topology.world).astype(np.int64).tolist()
+        for ranks, chosen in ((items.rank[leaving], leaving), (items.holder[coming], coming))
+    )
+    flat = [own[item].to(like).reshape(-1) for item in leaving.tolist()]
+    arrived = all_to_all(torch.cat(flat) if flat else like.new_empty(0), send, receive)
+    pieces = arrived.split(size[coming].tolist())
+    staying = np.flatnonzero(~travels & (items.rank == topology.rank))
+    found = {item: own[item].to(like) for item in staying.tolist()}
+    arriving = zip(coming.tolist(), pieces, strict=True)
+    return found | {item: piece.view(int(items.inputs[item]), -1) for item, piece in arriving}

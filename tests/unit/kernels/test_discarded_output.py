@@ -1,0 +1,98 @@
+"""A branch whose values nobody reads saves what it always does and leaves out its last product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from megatron_gemini.kernels.attention.api import attention_output, plan_attention
+from megatron_gemini.kernels.discarded_output import is_unread, no_values, unread
+from megatron_gemini.kernels.linear import gated_mlp, linear_add
+from megatron_gemini.kernels.rope import rotation
+from megatron_gemini.parallel.tensor.products import gated_mlp as divided_mlp
+from megatron_gemini.parallel.tensor.products import norm_query_key_value, project_add
+from megatron_gemini.parallel.tensor.shards import HeadShard
+from tests.unit.parallel.test_tensor_products import Ranks
+
+T, D, F, N, H = 6, 8, 12, 2, 4
+Branch = Callable[..., torch.Tensor]
+SEQUENCE = Ranks(2, sequence=True)
+
+
+def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    plan = plan_attention(torch.tensor([1, 1, 1, 2, 2, 0]), torch.zeros(T, dtype=torch.int32))
+    return attention_output(q, k, v, plan, rotation(torch.arange(T), H, 1e4, torch.float32), weight, h)
+
+
+def padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    plan = plan_attention(torch.zeros(T, dtype=torch.int32), torch.zeros(T, dtype=torch.int32))
+    return attention_output(q, k, v, plan, rotation(torch.arange(T), H, 1e4, torch.float32), weight, h)
+
+
+MLP = [(T, D), (D,), (2, F, D), (D, F)]
+HEADS = [(T, N, H), (T, 1, H), (T, 1, H), (D, N * H), (T, D)]
+BRANCHES: dict[str, tuple[Branch, list[tuple[int, ...]]]] = {
+    "mlp": (lambda h, norm, w, down: gated_mlp(h, norm, 1e-6, w, down, "gelu"), MLP),
+    "product": (linear_add, [(T, N, H), (D, N * H), (T, D)]),
+    "attention": (attend, HEADS),
+    "attention of padding": (padding, HEADS),
+    "divided mlp": (lambda h, norm, w, down: divided_mlp(h, norm, 1e-6, w, down, "silu", SEQUENCE), MLP),
+    "divided product": (lambda x, w, h: project_add(x, w, h, SEQUENCE), [(2 * T, N, H), (D, N * H), (T, D)]),
+}
+
+
+@pytest.mark.parametrize(("branch", "shapes"), BRANCHES.values(), ids=BRANCHES)
+def test_gradients_are_the_same_bits_and_no_values_are_computed(branch: Branch, shapes: list) -> None:
+    inputs = tensors(*shapes)
+    grad = torch.randn(T, D, generator=torch.Generator().manual_seed(1))
+    read = branch(*inputs)
+    with unread():
+        out = branch(*inputs)
+    assert out.shape == read.shape and out.dtype == read.dtype
+    assert out.untyped_storage().nbytes() == out.element_size() < read.untyped_storage().nbytes()
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(read, inputs, grad), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("branch", ["divided mlp", "divided product"])
+def test_what_is_unread_is_not_summed_over_ranks(branch: str) -> None:
+    function, shapes = BRANCHES[branch]
+    inputs = tensors(*shapes)
+    SEQUENCE.sent.clear()
+    function(*inputs)
+    assert "reduce" in dict(SEQUENCE.sent)
+    SEQUENCE.sent.clear()
+    with unread():
+        function(*inputs)
+    assert "reduce" not in dict(SEQUENCE.sent)
+
+
+def test_what_begins_a_branch_is_computed_all_the_same() -> None:
+    h, norm, query, key_value = tensors((T, D), (D,), (N * H, D), (2, H, D))
+    arguments = (h, norm, 1e-6, query, key_value, HeadShard(N, 1, 0, whole=True), SEQUENCE)
+    with unread():
+        found = norm_query_key_value(*arguments)
+    for a, b in zip(found, norm_query_key_value(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_values_are_read_again_afterwards_also_after_an_error() -> None:
+    with unread():
+        assert is_unread()
+    assert not is_unread()
+    with pytest.raises(ZeroDivisionError), unread():
+        _ = 1 / 0
+    assert not is_unread()
+
+
+def test_no_values_have_the_shape_and_memory_for_one() -> None:
+    like = torch.ones(3, 5, dtype=torch.bfloat16)
+    stand_in = no_values(like)
+    assert (stand_in.shape, stand_in.dtype, stand_in.untyped_storage().nbytes()) == (like.shape, like.dtype, 2)
