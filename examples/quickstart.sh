@@ -93,7 +93,7 @@ shown="$(printf %q "$RUN_DIR")" # as a shell would need it
 cat <<END
 
 Done in $((SECONDS / 60)) min $((SECONDS % 60)) s. Look at
-    $shown/report.json   what it can do, on held-out data
+    $shown/report.json   what it can do, on validation data
     $shown/samples.png   what it draws, sees and hears
     $shown/loss.png      how it learned
 and ask it something:

@@ -27,7 +27,7 @@ COMMANDS = {
     "plan": "find a layout of ranks for machines that are not there yet",
     "train": "train a model, or go on with a run that was stopped",
     "generate": "ask a trained model, in text, images, audio and video",
-    "evaluate": "score a trained model on held-out data",
+    "evaluate": "score a trained model on validation data",
 }
 PATIENCE = 5.0  # DeepSpeed's launcher looks at its ranks once a second, torchrun more often
 _FILE_MISTAKES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)

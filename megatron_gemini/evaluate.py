@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from megatron_gemini.evaluation.report import EvaluationSettings, Results
 
 SAMPLING = ("temperature", "top_k", "top_p", "seed", "guidance")
-_DESCRIPTION = """Score a trained model on held-out data, and draw a sheet of samples.
+_DESCRIPTION = """Score a trained model on validation data, and draw a sheet of samples.
 
-The data is that of the model's own configuration (data.sources, data.held_out; paths are relative to the working
-directory), unless --held-out names other shards. Written are the figures (--out), and beside them samples.png and,
+The data is that of the model's own configuration (data.sources, data.validation; paths are relative to the working
+directory), unless --validation names other shards. Written are the figures (--out), and beside them samples.png and,
 for a run directory, loss.png.
 
   megatron-gemini evaluate --checkpoint runs/quickstart
-  megatron-gemini evaluate --checkpoint runs/quickstart --held-out caption=data/test-*.tar --out report.json
+  megatron-gemini evaluate --checkpoint runs/quickstart --validation caption=data/test-*.tar --out report.json
 """
 
 
@@ -46,11 +46,13 @@ def main(argv: list[str]) -> int:
     from megatron_gemini.generation.api import Generator
 
     loaded = load_for_inference(options.checkpoint)
-    held_out = tuple(options.held_out) or loaded.config.data.held_out
-    if not held_out:
-        raise ValueError("there is no held-out data: the model's data.held_out is empty; name shards by --held-out")
+    validation = tuple(options.validation) or loaded.config.data.validation
+    if not validation:
+        raise ValueError(
+            "there is no validation data: the model's data.validation is empty; name shards by --validation"
+        )
     settings = EvaluationSettings(drawing, options.samples, options.images, tuple(options.disjoint))
-    results = evaluate(Generator(loaded), training_sources(loaded), held_out, settings)
+    results = evaluate(Generator(loaded), training_sources(loaded), validation, settings)
     report = complete(results, loaded, settings, options.runs)
     write(report, results, loaded, out)
     return 0
@@ -101,8 +103,8 @@ def write(report: dict[str, Any], results: Results, loaded: Loaded, out: Path) -
     for name, value in report.items():
         if isinstance(value, (int, float)):
             print(f"{name:<28} {value:g}")
-    if not report["held_out"]["separate"]:
-        print("warning: training and held-out shards share content; see held_out in the report", file=sys.stderr)
+    if not report["validation"]["separate"]:
+        print("warning: training and validation shards share content; see validation in the report", file=sys.stderr)
     print(f"written: {', '.join(map(str, written))}")
 
 
@@ -119,21 +121,21 @@ def _parser() -> OptionParser:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or one checkpoint's")
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--held-out",
+        "--validation",
         action="append",
         type=_source,
         default=[],
         metavar="TASK=SHARDS",
-        help="held-out shards and what to ask of them, any number of times (default: the model's data.held_out)",
+        help="validation shards and what to ask of them, any number of times (default: the model's data.validation)",
     )
     data.add_argument(
         "--disjoint",
         nargs="+",
         default=[],
         metavar="FIELD",
-        help="metadata fields of which training and held-out shards must share no value, such as voice",
+        help="metadata fields of which training and validation shards must share no value, such as voice",
     )
-    data.add_argument("--samples", type=int, default=400, metavar="N", help="of every held-out source (default: 400)")
+    data.add_argument("--samples", type=int, default=400, metavar="N", help="of every validation source (default: 400)")
     drawing = parser.add_argument_group("drawing; texts are always the likeliest")
     drawing.add_argument("--images", type=int, default=200, metavar="N", help="images to draw (default: 200)")
     parser.add_sampling(drawing, SAMPLING)

@@ -1,4 +1,5 @@
-"""A corpus with every kind of malice and damage that a collection from the web may hold, and what should come of each.
+"""A corpus with every kind of adversarial and damaged input that a collection from the web may hold, and what should
+come of each.
 
 Every sample's key is the reason that it is to be skipped for, then a number; keys of good samples begin with "good".
 """
@@ -236,7 +237,7 @@ def _box(kind: bytes, content: bytes) -> bytes:
 
 
 def _index_bomb(clip: bytes) -> bytes:
-    """A kilobyte whose index speaks of 80 million frames of one byte, all of them in one chunk."""
+    """A kilobyte whose index sends of 80 million frames of one byte, all of them in one chunk."""
     frames = struct.pack(">I", 80_000_000)
     clip = _patched(clip, b"stsz", 4, struct.pack(">I", 1) + frames)
     clip = _patched(clip, b"stts", 8, frames)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels.attention.api import dispatch as attention_backends
+from megatron_gemini.kernels.attention import dispatch as attention_backends
 
 
 def row(lengths, spans, padding):

@@ -17,7 +17,7 @@ from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 CONFIG = RunConfig(
@@ -58,7 +58,7 @@ def write_checkpoint(run: Path, step: int, seed: int, config: RunConfig = CONFIG
     directory.mkdir(parents=True)
     train_text_model(directory / "text.model")
     size = sentencepiece.SentencePieceProcessor(str(directory / "text.model")).GetPieceSize()
-    model = Gemini(config, TokenLayout(size, config.image_tokenizer.codes), Layers(Topology.serial()))
+    model = Gemini(config, TokenLayout(size, config.image_tokenizer.codes), LayerFactory(Topology.serial()))
     tokenizer = ImageTokenizer(config.image_tokenizer)
     for module in (model, tokenizer):
         initialize(module, seed)

@@ -2,7 +2,7 @@
 
     python tools/build_digits.py --out runs/quickstart/data
 
-Writes {train,held_out}/{digits,clips,interleave}-NNN.tar, digits.split.json (which digits are on which side) and
+Writes {train,validation}/{digits,clips,interleave}-NNN.tar, digits.split.json (which digits are on which side) and
 digits.manifest.json. A digit is on one side only, also as a frame of a clip or as an image in a document. The training
 side also gets varied-NNN.tar: the same digits a little turned, slanted, scaled and shifted, marked "augmented" in their
 metadata; its clips and documents draw from both. A finished build with the same options is reused.
@@ -35,7 +35,7 @@ from megatron_gemini.data.sources.shard_writer import (
 from megatron_gemini.modalities.video.encode import encode_video
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIDES = ("train", "held_out")
+SIDES = ("train", "validation")
 SPLIT_RULE = "every digit image is drawn once for either side, stratified by class"
 FRAMES_PER_SECOND = 2
 # What a document says of its two images. None stands for the next image.
@@ -53,7 +53,7 @@ class Options:
     """What decides the bytes of the build."""
 
     size: int = 16
-    held_out: int = 397
+    validation: int = 397
     clips: tuple[int, int] = (3000, 200)
     documents: tuple[int, int] = (1000, 100)
     variants: int = 4
@@ -63,8 +63,8 @@ class Options:
     def __post_init__(self) -> None:
         if not 8 <= self.size <= 512 or self.size % 2:
             raise ValueError(f"--size is {self.size}; choose an even number from 8 to 512 (clips need even sides)")
-        if not 100 <= self.held_out <= 1600:
-            raise ValueError(f"--held-out is {self.held_out}; choose 100 to 1600 of the 1797 digits")
+        if not 100 <= self.validation <= 1600:
+            raise ValueError(f"--validation is {self.validation}; choose 100 to 1600 of the 1797 digits")
         if not 0 <= self.variants <= 100:
             raise ValueError(f"--variants is {self.variants}; choose 0 to 100 altered copies of every training digit")
         for option, counts in (("--clips", self.clips), ("--documents", self.documents)):
@@ -94,11 +94,11 @@ def load_sides(options: Options) -> dict[str, Digits]:
     """The two sides of the split."""
     data = load_digits()
     places = np.arange(len(data.target))
-    train, held_out = train_test_split(
-        places, test_size=options.held_out, stratify=data.target, random_state=options.seed
+    train, validation = train_test_split(
+        places, test_size=options.validation, stratify=data.target, random_state=options.seed
     )
     images = np.stack([enlarge(image, options.size) for image in data.images])
-    sides = zip(SIDES, (np.sort(train), np.sort(held_out)), strict=True)
+    sides = zip(SIDES, (np.sort(train), np.sort(validation)), strict=True)
     return {side: Digits(images[chosen], data.target[chosen], chosen) for side, chosen in sides}
 
 
@@ -120,7 +120,7 @@ def varied(digits: Digits, variants: int, seed: Sequence[int]) -> Digits:
 
 
 def alter(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """uint8[S, S, 3] through a small random affine map about its centre; what comes in from outside is black."""
+    """uint8[S, S, 3] through a small random affine map about its center; what comes in from outside is black."""
     size = image.shape[0]
     turn, slant = np.deg2rad(random.uniform(-TURN, TURN)), random.uniform(-SLANT, SLANT)
     wide, high = random.uniform(1 - SCALE, 1 + SCALE, 2)
@@ -230,15 +230,19 @@ def build(out: Path, options: Options) -> None:
 
 def add_pair(parser: argparse.ArgumentParser, name: str, default: tuple[int, int], text: str) -> None:
     """An option that takes one number for either side of the split."""
-    parser.add_argument(name, type=int, nargs=2, default=default, metavar=("TRAIN", "HELD_OUT"), help=text)
+    parser.add_argument(name, type=int, nargs=2, default=default, metavar=("TRAIN", "VALIDATION"), help=text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     default = Options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder that gets train/ and held_out/")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder that gets train/ and validation/"
+    )
     parser.add_argument("--size", type=int, default=default.size, help="pixels of a side (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=default.held_out, help="digits held out (default: %(default)s)")
+    parser.add_argument(
+        "--validation", type=int, default=default.validation, help="digits held out (default: %(default)s)"
+    )
     add_pair(parser, "--clips", default.clips, "number of clips (default: 3000 200)")
     add_pair(parser, "--documents", default.documents, "number of them (default: 1000 100)")
     parser.add_argument(
@@ -253,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not 0 <= given.seed < 2**32:
             raise ValueError(f"--seed is {given.seed}; it must be from 0 to {2**32 - 1}")
         counts = (tuple(given.clips), tuple(given.documents), given.variants)
-        build(given.out, Options(given.size, given.held_out, *counts, given.seed))
+        build(given.out, Options(given.size, given.validation, *counts, given.seed))
     except (ValueError, OSError) as error:
         print(f"build_digits: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_gemini.building.captions import Captions
+from megatron_gemini.building.captions import CaptionOrigin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the shards and the report")
     parser.add_argument(
         "--captions",
-        choices=[kind.value for kind in Captions],
+        choices=[kind.value for kind in CaptionOrigin],
         default="txt",
         help="of --images: the text file beside a picture, its folder's name or its own (default: %(default)s)",
     )
@@ -87,7 +87,7 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    from megatron_gemini.building.build import Plan, build  # here, so that --help answers at once
+    from megatron_gemini.building.build import BuildPlan, build  # here, so that --help answers at once
     from megatron_gemini.building.examine import Examiner
     from megatron_gemini.building.fetch import Fetcher
     from megatron_gemini.building.finish import finish
@@ -97,7 +97,7 @@ def _build(options: argparse.Namespace) -> None:
         raise ValueError(f"--workers is {options.workers}; it must be 1 or more")
     filters = _filters(options)
     fetcher = Fetcher(max_bytes=options.max_bytes, seconds=options.seconds)
-    plan = Plan(
+    plan = BuildPlan(
         Examiner(filters, fetcher, options.max_bytes),
         options.dedup,
         options.dedup_bits,
@@ -107,7 +107,7 @@ def _build(options: argparse.Namespace) -> None:
     records: Any
     total: int | None
     if options.images:
-        records = folder_records(options.images, Captions(options.captions))
+        records = folder_records(options.images, CaptionOrigin(options.captions))
         captions = (record.caption for record in records if isinstance(record.caption, Path))
         total, files = len(records), [*(record.image for record in records), *captions]
     else:

@@ -3,9 +3,9 @@
     python tools/build_digits.py --out runs/quickstart/data     # first: the digits to draw come from here
     python tools/build_speech.py --out runs/quickstart/data
 
-Writes {train,held_out}/speech-NNN.tar, speech.split.json (which voices are on which side) and speech.manifest.json.
+Writes {train,validation}/speech-NNN.tar, speech.split.json (which voices are on which side) and speech.manifest.json.
 A sample has the sound (flac), its transcript (txt) and an image of the digit that was said (png), from the same side
-of the digits' split. No held-out voice is heard in training, in any accent. A finished build is reused.
+of the digits' split. No validation voice is heard in training, in any accent. A finished build is reused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_gemini.data.sources.shard_writer import (
 from megatron_gemini.data.sources.shards import Shards
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# eSpeak's variants that sound like people (no robots, whispers or monsters). A held-out voice has no near twin in
+# eSpeak's variants that sound like people (no robots, whispers or monsters). A validation voice has no near twin in
 # training: variants that nearly equal one of these (Nguyen, Denis, grandpa, aunty) are left out.
 VOICES = {
     "train": (
@@ -43,7 +43,7 @@ VOICES = {
         *("m1", "m2", "m3", "m4", "m5", "m6", "m8", "Alex", "Andy", "Mario", "adam", "caleb", "edward", "iven"),
         *("max", "paul", "robert", "sandro"),
     ),
-    "held_out": ("f4", "belinda", "m7", "john", "victor"),
+    "validation": ("f4", "belinda", "m7", "john", "victor"),
 }
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland")
 SPLIT_RULE = "every voice (eSpeak variant) is on one side only, in all accents"
@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         nargs=2,
         default=default.takes,
-        metavar=("TRAIN", "HELD_OUT"),
+        metavar=("TRAIN", "VALIDATION"),
         help="of each word by a voice in an accent (default: 3 2)",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="of rates and pitches (default: %(default)s)")

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"measure_encoders: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"# microseconds an item on {_name(device)}, torch {torch.__version__}, {config.engine.precision}")
-    print("embedders:")
+    print("encoder_engines:")
     for encoder in enabled(config):
         sizes, seconds = measure(config, encoder, device, options.repeats)
         cost, off = fit(sizes, [1e6 * each for each in seconds])
@@ -68,7 +68,7 @@ def measure(config: RunConfig, encoder: str, device: torch.device, repeats: int)
     trains = not is_frozen(config, encoder)
 
     def step(media: Media) -> None:
-        if config.embedders.recompute or not trains:
+        if config.encoder_engines.recompute or not trains:
             with torch.no_grad():
                 module(media)
         if trains:
@@ -97,7 +97,7 @@ def _spread(largest: int) -> list[int]:
 def _chunk(config: RunConfig, encoder: str, grid: tuple[int, int, int], device: torch.device) -> Media:
     """As many equal items as one forward takes."""
     inputs = grid[0] * grid[1] * grid[2]
-    items = max(1, config.embedders.chunk_tokens // inputs)
+    items = max(1, config.encoder_engines.chunk_tokens // inputs)
     return Media(
         values_PC=torch.rand(items * inputs, input_width(config, encoder), device=device) * 2 - 1,
         grid_I3=torch.tensor([grid] * items, device=device),

@@ -166,8 +166,8 @@ def run(given: argparse.Namespace) -> None:
     partial.write_bytes(model)
     os.replace(partial, out)
     size = sentencepiece.SentencePieceProcessor(model_proto=model).GetPieceSize()
-    left_out = f"; skipped {dict(skipped)}" if skipped else ""
-    print(f"{out}: {size} pieces from {len(texts)} lines of {len(corpus.sources)} sets of shards{left_out}")
+    skipped_note = f"; skipped {dict(skipped)}" if skipped else ""
+    print(f"{out}: {size} pieces from {len(texts)} lines of {len(corpus.sources)} sets of shards{skipped_note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

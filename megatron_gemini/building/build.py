@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_gemini.building.duplicates import Duplicates
 from megatron_gemini.building.examine import Examined, Examiner
-from megatron_gemini.building.journal import Dropped, Entry, Journal, Kept
+from megatron_gemini.building.journal import Dropped, Journal, JournalEntry, KeptSample
 from megatron_gemini.building.parallel import Workers
 from megatron_gemini.building.records import Record
 from megatron_gemini.data.sources.index_cache import write_index
@@ -22,7 +22,7 @@ SLACK = 30.0  # seconds that a record may take beside its download
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """How a build is made. dedup: none, exact or perceptual, and then of how many bits two pictures may differ."""
 
     examiner: Examiner
@@ -37,8 +37,13 @@ class Plan:
 
 
 def build(
-    records: Iterable[Record], plan: Plan, folder: Path, identity: Mapping[str, Any], workers: int, total: int | None
-) -> list[Entry]:
+    records: Iterable[Record],
+    plan: BuildPlan,
+    folder: Path,
+    identity: Mapping[str, Any],
+    workers: int,
+    total: int | None,
+) -> list[JournalEntry]:
     """Write `folder/NAME-00000.tar`, ... and return the journal's entries, also of the shards that were there.
 
     identity: inputs and options in plain JSON; a build goes on only where they are the same. total: number of records,
@@ -65,12 +70,12 @@ def build(
 def _shards(
     results: Iterator[tuple[Record, Examined | None]],
     duplicates: Duplicates,
-    plan: Plan,
+    plan: BuildPlan,
     folder: Path,
     number: int,
     position: int,
     bar: tqdm,
-) -> Iterator[Entry]:
+) -> Iterator[JournalEntry]:
     """Entries of the shards, each after it was written, and at the end one of what came after the last."""
     kept: list[Examined] = []
     dropped = Dropped()
@@ -90,18 +95,18 @@ def _shards(
     if kept:
         yield _write(kept, dropped, folder, f"{plan.name}-{number:05d}.tar", position)
         dropped = Dropped()
-    yield Entry("", 0, position, (), dropped)
+    yield JournalEntry("", 0, position, (), dropped)
 
 
-def _write(kept: list[Examined], dropped: Dropped, folder: Path, name: str, position: int) -> Entry:
+def _write(kept: list[Examined], dropped: Dropped, folder: Path, name: str, position: int) -> JournalEntry:
     path = folder / name
     write_shard(path, map(_sample, kept))
     write_index(str(path))
     samples = tuple(
-        Kept(item.sha256, f"{item.picture:x}", item.width, item.height, len(item.caption), len(item.data))
+        KeptSample(item.sha256, f"{item.picture:x}", item.width, item.height, len(item.caption), len(item.data))
         for item in kept
     )
-    return Entry(name, path.stat().st_size, position, samples, dropped)
+    return JournalEntry(name, path.stat().st_size, position, samples, dropped)
 
 
 def _sample(item: Examined) -> Sample:

@@ -6,7 +6,7 @@ from enum import Enum
 from pathlib import Path
 
 
-class Captions(Enum):
+class CaptionOrigin(Enum):
     """txt: the text file beside the picture. folder: the name of its folder. name: its own name."""
 
     TXT = "txt"
@@ -15,9 +15,9 @@ class Captions(Enum):
 
     def of(self, picture: Path) -> str | Path:
         """The caption, or the file to read it from."""
-        if self is Captions.TXT:
+        if self is CaptionOrigin.TXT:
             return picture.with_suffix(".txt")
-        return _words(picture.parent.name if self is Captions.FOLDER else picture.stem)
+        return _words(picture.parent.name if self is CaptionOrigin.FOLDER else picture.stem)
 
 
 def _words(name: str) -> str:

@@ -15,7 +15,7 @@ def difference_hash(image_HW3: np.ndarray) -> int:
     """128 bits: whether the grey picture, reduced to 9 x 9, gets darker to the right (64) and downward (64).
 
     Two sizes or JPEG qualities of one picture differ in a few bits, unrelated pictures in about half of them. All
-    pictures of one colour are alike. (dHash, in both directions.)
+    pictures of one color are alike. (dHash, in both directions.)
     """
     grey = Image.fromarray(image_HW3).convert("L").resize((9, 9), Image.Resampling.LANCZOS)
     values = np.asarray(grey, np.int16)

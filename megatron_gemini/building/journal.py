@@ -29,7 +29,7 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptSample:
     """A sample of a shard. picture: its difference hash in hexadecimal digits."""
 
     sha256: str
@@ -41,13 +41,13 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """A shard that is whole. shard: its name, '' for the records after the last one. next_record: where to go on."""
 
     shard: str
     shard_bytes: int
     next_record: int
-    samples: tuple[Kept, ...]
+    samples: tuple[KeptSample, ...]
     dropped: Dropped
 
 
@@ -60,7 +60,7 @@ class Journal:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder, self._own = folder, folder / ".build"
-        self.entries: list[Entry] = []
+        self.entries: list[JournalEntry] = []
         self._own.mkdir(parents=True, exist_ok=True)
         state, plain = self._own / "build.json", json.loads(json.dumps(identity))
         if not state.exists():
@@ -78,17 +78,17 @@ class Journal:
     def is_complete(self) -> bool:
         return bool(self.entries) and not self.entries[-1].shard
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: JournalEntry) -> None:
         """Record that a shard is whole; called after it is."""
         write_json(self._own / f"{len(self.entries):06d}.json", asdict(entry))
         self.entries.append(entry)
 
-    def _entry(self, number: int) -> Entry | None:
+    def _entry(self, number: int) -> JournalEntry | None:
         value = _read(self._own / f"{number:06d}.json")
         try:
             dropped = Dropped(**value["dropped"])
-            samples = tuple(Kept(**sample) for sample in value["samples"])
-            entry = Entry(value["shard"], value["shard_bytes"], value["next_record"], samples, dropped)
+            samples = tuple(KeptSample(**sample) for sample in value["samples"])
+            entry = JournalEntry(value["shard"], value["shard_bytes"], value["next_record"], samples, dropped)
             whole = not entry.shard or (self.folder / entry.shard).stat().st_size == entry.shard_bytes
         except (KeyError, TypeError, AttributeError, OSError):
             return None

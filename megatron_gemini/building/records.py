@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_gemini.building.captions import Captions
+from megatron_gemini.building.captions import CaptionOrigin
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -52,7 +52,7 @@ class Columns:
     root: str = ""
 
 
-def folder_records(folders: Sequence[str], captions: Captions) -> list[Record]:
+def folder_records(folders: Sequence[str], captions: CaptionOrigin) -> list[Record]:
     """A record for every picture below the folders, in the order of their names. Raises ValueError if there is none."""
     records: list[Record] = []
     for folder in folders:

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_gemini.building.journal import Dropped, Entry, Kept
+from megatron_gemini.building.journal import Dropped, JournalEntry, KeptSample
 
 _QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
 
-def summary(entries: Sequence[Entry]) -> dict[str, Any]:
+def summary(entries: Sequence[JournalEntry]) -> dict[str, Any]:
     """The report in plain JSON: records read, samples kept, what was left out by reason, and quantiles of sizes."""
     dropped = Dropped()
     for entry in entries:
@@ -30,7 +30,7 @@ def summary(entries: Sequence[Entry]) -> dict[str, Any]:
     }
 
 
-def columns(samples: Sequence[Kept]) -> dict[str, np.ndarray]:
+def columns(samples: Sequence[KeptSample]) -> dict[str, np.ndarray]:
     """What is worth a plot, int64[samples] each."""
     table = np.array([(s.width, s.height, s.characters, s.bytes) for s in samples], np.int64).reshape(-1, 4)
     return dict(zip(("width", "height", "characters", "bytes"), table.T, strict=True))
@@ -49,7 +49,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(samples: Sequence[Kept], path: Path) -> None:
+def plot(samples: Sequence[KeptSample], path: Path) -> None:
     """A map of widths and heights and three histograms as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
@@ -58,12 +58,12 @@ def plot(samples: Sequence[Kept], path: Path) -> None:
     axes = figure.subplots(2, 2).ravel()
     axes[0].scatter(values["width"], values["height"], s=4, alpha=0.3, color="#0072b2")
     axes[0].set(xlabel="width (pixels)", ylabel="height (pixels)", xscale="log", yscale="log")
-    labelled = (
+    labeled = (
         (axes[1], values["width"] / values["height"], "aspect (width / height)"),
         (axes[2], values["characters"], "caption (characters)"),
         (axes[3], values["bytes"] / 1000, "file (kB)"),
     )
-    for axis, column, label in labelled:
+    for axis, column, label in labeled:
         axis.hist(column, bins=np.geomspace(column.min() * 0.99, column.max() * 1.01, 41), color="#0072b2")
         axis.set(xlabel=label, ylabel="samples", xscale="log")
     for axis in axes:

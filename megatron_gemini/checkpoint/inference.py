@@ -23,7 +23,7 @@ from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.gemini import Gemini
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 SHOWN = 3  # mismatches that a message names
@@ -57,7 +57,7 @@ def load_for_inference(path: str | Path) -> Loaded:
     config = read_config(directory / "config.yaml")
     text_tokenizer = TextTokenizer(directory / "text.model")
     layout = TokenLayout(text_tokenizer.size, config.image_tokenizer.codes)
-    model = Gemini(config, layout, Layers(Topology.serial()))
+    model = Gemini(config, layout, LayerFactory(Topology.serial()))
     fill(model, PieceReader(directory), directory)
     tokenizer = load_image_tokenizer(directory / "image_tokenizer") if config.image_tokenizer.codes else None
     if tokenizer is not None and tokenizer.config.codes != layout.image_codes:
@@ -79,7 +79,7 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
     return tokenizer.eval()
 
 
-def _tokenizer_reader(path: Path) -> tuple[Path, Reader]:
+def _tokenizer_reader(path: Path) -> tuple[Path, WeightReader]:
     if (path / WEIGHTS).is_file():
         return path, WholeReader(path / WEIGHTS)
     step = resolve(path)
@@ -98,7 +98,7 @@ def save_weights(module: nn.Module, config: RunConfig, directory: Path) -> None:
     (directory / "config.yaml").write_text(dump_config(config))
 
 
-class Reader(Protocol):
+class WeightReader(Protocol):
     """Whole parameters by name."""
 
     def names(self) -> list[str]: ...
@@ -129,7 +129,7 @@ class WholeReader:
 
 
 @torch.no_grad()
-def fill(module: nn.Module, reader: Reader, directory: Path) -> None:
+def fill(module: nn.Module, reader: WeightReader, directory: Path) -> None:
     """Copies every parameter in from the checkpoint, one at a time.
 
     Raises ValueError that names the first parameters that only one side has, or that differ in shape, with both.

@@ -27,7 +27,7 @@ Asset = Path | str | Callable[[Path], None]
 
 
 @dataclass
-class Progress:
+class RunState:
     """Where a run is. step: updates made; data: state of every data lane by its number."""
 
     step: int = 0
@@ -51,7 +51,7 @@ def describe(fragment: Fragment) -> Piece:
     )
 
 
-def save(engine: Engine, run: Path, progress: Progress, assets: dict[str, Asset], keep: int) -> Path:
+def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset], keep: int) -> Path:
     """Write a checkpoint; every rank calls it. Returns its directory.
 
     progress.data: this rank's lanes only. assets: what else belongs in it, by name.
@@ -85,7 +85,7 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _write_rank(engine: Engine, stem: Path, progress: Progress) -> None:
+def _write_rank(engine: Engine, stem: Path, progress: RunState) -> None:
     tensors: dict[str, torch.Tensor] = {}
     pieces: list[Fragment] = []
     for part in engine.parts:
@@ -119,7 +119,7 @@ def _add(target: Path, source: Asset) -> None:
         shutil.copyfile(source, target)
 
 
-def load(engine: Engine, directory: Path) -> Progress:
+def load(engine: Engine, directory: Path) -> RunState:
     """Fill the engine from a checkpoint of any layout; returns where the run was.
 
     Raises `ValueError` that names the parameter and both shapes when the checkpoint is of another model, or the
@@ -169,13 +169,13 @@ def check_shapes(expected: dict[str, tuple[int, ...]], reader: PieceReader) -> N
             )
 
 
-def read_progress(directory: Path) -> Progress:
+def read_progress(directory: Path) -> RunState:
     """Where the run was when it was saved, with the states of all data lanes."""
     try:
         state = json.loads((directory / "state.json").read_text())
         data: dict[str, Any] = {}
         for description in sorted(directory.glob("rank-*.json")):
             data.update(json.loads(description.read_text())["data"])
-        return Progress(**state, data=data)
+        return RunState(**state, data=data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory} has no readable state: {error}") from error

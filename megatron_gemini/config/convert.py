@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
-class Source:
+class SettingSource:
     """Where settings come from."""
 
     label: str
@@ -31,7 +31,7 @@ class Source:
         return ValueError(f"{self.label}{name} {problem}")
 
 
-def partial(mapping: Mapping[Any, Any], section: type, source: Source, prefix: str = "") -> dict[str, Any]:
+def partial(mapping: Mapping[Any, Any], section: type, source: SettingSource, prefix: str = "") -> dict[str, Any]:
     """Check a mapping against the dataclass `section`, whose settings are called `prefix` + field name.
 
     Raises a `ValueError` on an unknown name (with the nearest valid one) or a value of another type.
@@ -117,7 +117,7 @@ def setting_names(section: type, prefix: str = "") -> list[str]:
     return names
 
 
-def unknown(name: str, siblings: Sequence[str], source: Source) -> ValueError:
+def unknown(name: str, siblings: Sequence[str], source: SettingSource) -> ValueError:
     """The error for a name that does not exist, with the same last part in another section or a similar name."""
     last = name.rpartition(".")[2]
     elsewhere = [other for other in source.names if other.rpartition(".")[2] == last]
@@ -130,7 +130,7 @@ def unknown(name: str, siblings: Sequence[str], source: Source) -> ValueError:
     return source.error(name, f"is no setting; there are {', '.join(siblings)}")
 
 
-def _value(value: Any, kind: Any, name: str, source: Source) -> Any:
+def _value(value: Any, kind: Any, name: str, source: SettingSource) -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         if value is None:  # `train:` with everything below it commented out
             return {}
@@ -146,7 +146,7 @@ def _value(value: Any, kind: Any, name: str, source: Source) -> Any:
     return _scalar(value, kind, name, source)
 
 
-def _items(value: Any, item: type, name: str, source: Source) -> Any:
+def _items(value: Any, item: type, name: str, source: SettingSource) -> Any:
     if isinstance(value, Mapping) and source.text:  # the command line changes items by their number
         return {index: _value(v, item, f"{name}.{index}", source) for index, v in value.items()}
     if source.text:
@@ -160,7 +160,7 @@ def _items(value: Any, item: type, name: str, source: Source) -> Any:
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _scalar(value: Any, kind: Any, name: str, source: Source) -> Any:
+def _scalar(value: Any, kind: Any, name: str, source: SettingSource) -> Any:
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         if value not in choices or isinstance(value, bool):

@@ -81,8 +81,8 @@ class DataConfig:
     """The training mixture and the packing of its documents into rows."""
 
     sources: tuple[SourceConfig, ...] = ()
-    held_out: tuple[SourceConfig, ...] = ()
-    """Sources of the held-out loss; never trained on."""
+    validation: tuple[SourceConfig, ...] = ()
+    """Sources of the validation loss; never trained on."""
     text_model: str = ""
     """SentencePiece model file."""
     row_tokens: int = 1024

@@ -103,7 +103,7 @@ class CostConfig:
 
 
 @dataclass(frozen=True)
-class EmbeddersConfig:
+class EncoderEnginesConfig:
     """The encoders' engine, which works on all ranks whatever the decoder's layout."""
 
     zero_stage: int = -1
@@ -121,6 +121,8 @@ class EmbeddersConfig:
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (-1, 0, 1, 2, 3):
-            raise ValueError(f"embedders.zero_stage is {self.zero_stage}; choose 0 to 3, or -1 for engine.zero_stage")
-        positive(self, "embedders", "chunk_tokens")
-        at_least(self, "embedders", 0, "lr_scale")
+            raise ValueError(
+                f"encoder_engines.zero_stage is {self.zero_stage}; choose 0 to 3, or -1 for engine.zero_stage"
+            )
+        positive(self, "encoder_engines", "chunk_tokens")
+        at_least(self, "encoder_engines", 0, "lr_scale")

@@ -103,8 +103,8 @@ def _check_world(config: RunConfig, world: int) -> None:
         divides(size, train.images_per_step, who, "train.images_per_step")
         return
     divides(size, train.rows_per_step, who, "train.rows_per_step")
-    if train.held_out_every and config.data.held_out:
-        divides(size, train.held_out_rows, who, "train.held_out_rows")
+    if train.validation_every and config.data.validation:
+        divides(size, train.validation_rows, who, "train.validation_rows")
 
 
 def _check_tokens(config: RunConfig) -> None:

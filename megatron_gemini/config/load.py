@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_gemini.config.convert import Source, build, merge, partial, setting_names
+from megatron_gemini.config.convert import SettingSource, build, merge, partial, setting_names
 from megatron_gemini.config.options import read_options
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.yaml_file import read_yaml
 
 _DESCRIPTION = """Train a model. Values come from the defaults, a preset, the file and the options, each over the last.
 
-Lists of sections (data.sources, data.held_out, data.curriculum) are written in the file; --data.sources.0.weight
+Lists of sections (data.sources, data.validation, data.curriculum) are written in the file; --data.sources.0.weight
 changes an item."""
 
 Presets = Callable[[str], Mapping[str, Mapping[str, Any]]]
@@ -82,7 +82,7 @@ def dump_config(config: RunConfig) -> str:
 
 
 def _checked(values: Mapping[Any, Any], label: str) -> dict[str, Any]:
-    return partial(values, RunConfig, Source(label, names=tuple(setting_names(RunConfig))))
+    return partial(values, RunConfig, SettingSource(label, names=tuple(setting_names(RunConfig))))
 
 
 def _preset_values(name: Any, presets: Presets | None) -> dict[str, Any]:

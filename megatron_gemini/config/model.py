@@ -82,7 +82,7 @@ class AudioConfig:
         positive(self, "audio", "width", "layers", "heads", "mlp_width", "kernel", "mels", "max_seconds")
         divides(self.heads, self.width, "audio.heads", "audio.width")
         if self.kernel % 2 == 0:
-            raise ValueError(f"audio.kernel is {self.kernel}; a centred convolution needs an odd width")
+            raise ValueError(f"audio.kernel is {self.kernel}; a centered convolution needs an odd width")
 
 
 @dataclass(frozen=True)

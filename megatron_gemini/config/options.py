@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any, get_origin
 
-from megatron_gemini.config.convert import Source, field_types, item_section, merge, partial, setting_names, unknown
+from megatron_gemini.config.convert import (
+    SettingSource,
+    field_types,
+    item_section,
+    merge,
+    partial,
+    setting_names,
+    unknown,
+)
 
 _ALIASES = {"deepspeed_config": "engine.deepspeed_config"}  # the name that DeepSpeed's users know
 _IGNORED = {"local_rank": True, "deepspeed": False, "debug": False}  # and whether a value follows
@@ -29,7 +37,7 @@ def read_options(argv: list[str], section: type) -> Options:
     Raises a `ValueError` that names the option.
     """
     options = Options()
-    source = Source("--", text=True, names=("config", "preset", *setting_names(section)))
+    source = SettingSource("--", text=True, names=("config", "preset", *setting_names(section)))
     for name, values in _split(argv):
         if name == "help":
             options.help = True
@@ -68,7 +76,7 @@ def _single(name: str, values: list[str]) -> str:
     return values[0]
 
 
-def _setting(name: str, values: list[str], section: type, source: Source) -> tuple[list[Any], Any]:
+def _setting(name: str, values: list[str], section: type, source: SettingSource) -> tuple[list[Any], Any]:
     """The path of a setting (with numbers for list items) and its value, still text where it is no switch."""
     path: list[Any] = [int(part) if part.isdecimal() else part for part in name.split(".")]
     kind = _kind(path, section)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.engine import EmbeddersConfig, EngineConfig, ParallelConfig
+from megatron_gemini.config.engine import EncoderEnginesConfig, EngineConfig, ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.training import (
     LoggingConfig,
@@ -27,7 +27,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    embedders: EmbeddersConfig = field(default_factory=EmbeddersConfig)
+    encoder_engines: EncoderEnginesConfig = field(default_factory=EncoderEnginesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)

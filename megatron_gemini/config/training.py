@@ -51,7 +51,7 @@ class LossConfig:
     image: float = 1.0
     """Weight of image-code targets, relative to text."""
     z_loss: float = 1e-4
-    """Weight of log^2 of the softmax's normaliser."""
+    """Weight of log^2 of the softmax's normalizer."""
 
     def __post_init__(self) -> None:
         at_least(self, "loss", 0, "text", "image", "z_loss")
@@ -73,9 +73,9 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves only at the end (and when stopped)."""
     keep: int = 2
     """Checkpoints kept; older ones are deleted."""
-    held_out_every: int = 0
-    """Steps between held-out losses; 0 never."""
-    held_out_rows: int = 8
+    validation_every: int = 0
+    """Steps between validation losses; 0 never."""
+    validation_rows: int = 8
     resume: bool = True
     """Go on from the newest checkpoint in output_dir, if there is one."""
     image_tokenizer: str = ""
@@ -83,8 +83,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "train", "task", ("pretrain", "image_tokenizer"))
-        positive(self, "train", "steps", "rows_per_step", "images_per_step", "keep", "held_out_rows")
-        at_least(self, "train", 0, "save_every", "held_out_every", "seed")
+        positive(self, "train", "steps", "rows_per_step", "images_per_step", "keep", "validation_rows")
+        at_least(self, "train", 0, "save_every", "validation_every", "seed")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ Every rank of the job reads other rows, so that none is read or decoded twice. T
 places of its media, go to all ranks of its data-parallel rank; the values of its media (pixels, log-mels) stay with
 the reader, and the encoders' engine takes them from there to the rank that encodes them.
 
-A packet is a row on its way: the lengths of header and body as two int64, the header and the body (`data/packing/wire.py`),
-each filled up to a multiple of 64 bytes, so that the tensors of every row of a buffer are aligned.
+A packet is a row on its way: the lengths of header and body as two int64, the header and the body
+(`data/packing/wire.py`), each filled up to a multiple of 64 bytes, so that the tensors of every row of a buffer are
+aligned.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_gemini.parallel.topology import Topology
 _UNIT = 64  # bytes
 
 
-class RowExchange:
+class BatchExchange:
     """Shares rows between the ranks of the world. Collective, over the CPUs also where the ranks have GPUs.
 
     pin: the rows that arrive are in page-locked memory.

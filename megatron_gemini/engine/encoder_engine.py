@@ -25,7 +25,7 @@ _DEFAULT_BUCKET = 500_000_000
 
 def engine_config(config: RunConfig) -> RunConfig:
     """`config` with the ZeRO stage of the encoders, and without the offloading that the stage cannot have."""
-    engine, stage = config.engine, config.embedders.zero_stage
+    engine, stage = config.engine, config.encoder_engines.zero_stage
     stage = engine.zero_stage if stage < 0 else stage
     optimizer = engine.offload_optimizer if stage > 0 else "none"
     parameters = engine.offload_parameters if stage == 3 else "none"
@@ -81,7 +81,7 @@ class Encoder:
         self, config: RunConfig, name: str, groups: EngineGroups, decoder: dict[str, Any], device: torch.device
     ) -> None:
         self.name, self.device, self.trained = name, device, not is_frozen(config, name)
-        self.recompute = config.embedders.recompute
+        self.recompute = config.encoder_engines.recompute
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Encoders(config, (name,)).parameters())
         settings = encoder_settings(decoder, config, groups.data_size, parameters)

@@ -48,7 +48,7 @@ class _Forward:
     leaves: list[torch.Tensor]
 
 
-class Embedders:
+class EncoderEngines:
     """All encoders of a model. Collective: every rank of the world calls every method in the same order."""
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
@@ -57,7 +57,7 @@ class Embedders:
         decoder = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         self.encoders = [Encoder(config, name, groups, decoder, device) for name in self.names]
         self.balance = 1.0
-        """Of the newest step: the cost of the dearest rank over the mean."""
+        """Of the newest step: the cost of the most expensive rank over the mean."""
         dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self._like = torch.empty(0, dtype=dtype, device=device)
         self._trained = np.array([encoder.trained for encoder in self.encoders], bool)
@@ -88,7 +88,9 @@ class Embedders:
         self.balance = plan.balance
         made_XD = self._encode(plan, step.read, training)
         routes = embedding_routes(plan.items, self._streams_of(step.rows), len(step.rows), self._trained)
-        leaves = [e_OD.detach().requires_grad_(training) for e_OD in routes.forth.carry(made_XD).split(routes.counts)]
+        leaves = [
+            e_OD.detach().requires_grad_(training) for e_OD in routes.to_decoder.carry(made_XD).split(routes.counts)
+        ]
         if training:
             self._last = _Forward(plan, routes, leaves)
         positions = routes.position.to(self.device).split(routes.counts)
@@ -106,7 +108,7 @@ class Embedders:
             return
         items = last.plan.items
         grad_OD = torch.cat([torch.zeros_like(e_OD) if e_OD.grad is None else e_OD.grad for e_OD in last.leaves])
-        grad_XD = last.routes.back.carry(grad_OD).float() * (self.topology.world / self.topology.shard_size)
+        grad_XD = last.routes.to_encoder.carry(grad_OD).float() * (self.topology.world / self.topology.shard_size)
         mine = np.flatnonzero((items.rank == self.topology.rank) & self._trained[items.encoder])
         grads = dict(zip(mine.tolist(), grad_XD.split(items.outputs[mine].tolist()), strict=True))
         for encoder, chunks in reversed(list(zip(self.encoders, last.plan.chunks, strict=True))):

@@ -16,13 +16,13 @@ import torch
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.encoder_engines import Embedders
+from megatron_gemini.engine.encoder_engines import EncoderEngines
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.placement import Embeddings
-from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, Row, parts
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, StageInput, parts
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 Collect = Callable[[LossOutput], None]
@@ -33,16 +33,16 @@ class MultimodalEngine(Engine):
 
     def __init__(self, config: RunConfig, layout: TokenLayout, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
-        self.layout, self.layers = layout, Layers(topology)
-        self.embedders = Embedders(config, topology, device)
+        self.layout, self.layers = layout, LayerFactory(topology)
+        self.encoder_engines = EncoderEngines(config, topology, device)
         settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
         self.decoder = [
             ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), settings, device)
             for part in stages[topology.pipeline_rank :: topology.pipeline_size]
         ]
-        self.parts = [*self.decoder, *self.embedders.parts]
-        self.frozen = self.embedders.frozen
+        self.parts = [*self.decoder, *self.encoder_engines.parts]
+        self.frozen = self.encoder_engines.frozen
         self.pipeline = None
         if topology.pipeline_size > 1:
             from megatron_gemini.engine.pipeline import Pipeline
@@ -57,7 +57,7 @@ class MultimodalEngine(Engine):
         return torch.empty(tokens, self.config.model.width, dtype=self.dtype, device=self.device, requires_grad=True)
 
     def lr_scale(self, part: ZeroEngine) -> float:
-        return 1.0 if part in self.decoder else self.config.embedders.lr_scale
+        return 1.0 if part in self.decoder else self.config.encoder_engines.lr_scale
 
     def forward_backward(self, step: StepRows, weight: float, collect: Collect) -> None:
         """As `Engine.forward_backward`, of a whole step.
@@ -65,23 +65,23 @@ class MultimodalEngine(Engine):
         Its rows have been checked (`encoding_plan.check_media`): an error of one rank alone would leave the others
         waiting.
         """
-        rows = self._rows(step.rows, self.embedders.forward(step, training=True))
+        rows = self._rows(step.rows, self.encoder_engines.forward(step, training=True))
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         self._through(rows, collect, scale)
-        self.embedders.backward()
+        self.encoder_engines.backward()
 
     def evaluate(self, step: StepRows, collect: Collect) -> None:
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluating())
-            self._through(self._rows(step.rows, self.embedders.forward(step, training=False)), collect, None)
+            self._through(self._rows(step.rows, self.encoder_engines.forward(step, training=False)), collect, None)
 
-    def _rows(self, batches: Sequence[Batch], embeddings: list[Embeddings | None]) -> list[Row]:
+    def _rows(self, batches: Sequence[Batch], embeddings: list[Embeddings | None]) -> list[StageInput]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)
         pairs = zip(batches, embeddings, strict=True)
-        return [Row(batch.without_media().to(self.device), given, own_C) for batch, given in pairs]
+        return [StageInput(batch.without_media().to(self.device), given, own_C) for batch, given in pairs]
 
-    def _through(self, rows: list[Row], collect: Collect, scale: float | None) -> None:
+    def _through(self, rows: list[StageInput], collect: Collect, scale: float | None) -> None:
         """All rows through the decoder; with a scale also the backward of scale * loss."""
         if self.pipeline is not None:
             self.pipeline.run(rows, collect, scale)

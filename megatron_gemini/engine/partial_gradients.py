@@ -1,4 +1,5 @@
-"""Gradients of which a rank holds only a summand, completed once a step, after DeepSpeed has reduced and divided them.
+"""Gradients of which a rank holds only a partial gradient, completed once a step, after DeepSpeed has reduced and
+divided them.
 
 Two kinds of weights lie whole on several ranks that each see part of what they do: replicated ones of which every
 tensor-parallel rank computed the gradient of its tokens or heads (`Placement.partial`), and an embedding that the first

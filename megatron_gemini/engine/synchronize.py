@@ -1,7 +1,8 @@
 """What all ranks agree on before a step: how much loss it has, whether to stop, and that all are about to run the same.
 
 Ranks that disagree would wait for each other for ever, or train on nonsense. The one collective that starts every step
-therefore carries a signature of what each rank is about to do, and a difference ends all of them with the same message.
+therefore carries a fingerprint of what each rank is about to do, and a difference ends all of them with the same
+message.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import torch.distributed as dist
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import ENCODERS, Batch
-from megatron_gemini.data.loading.source import Source
+from megatron_gemini.data.loading.source import DocumentSource
 from megatron_gemini.models.encoders import enabled
 from megatron_gemini.parallel.encoders.assignment import peers
 from megatron_gemini.parallel.topology import Topology
 
-_WEIGHT, _STOP, _SPEAKS, _PROBLEM, _STEP, _MICROBATCHES, _ROW_TOKENS, _ENCODERS, _CONFIG, _ROWS = range(10)
+_WEIGHT, _STOP, _COUNTS, _PROBLEM, _STEP, _MICROBATCHES, _ROW_TOKENS, _ENCODERS, _CONFIG, _ROWS = range(10)
 _SHOWN = {
     _STEP: "step {} to take",
     _MICROBATCHES: "{} microbatches",
@@ -35,7 +36,7 @@ _TEXT = 1000  # bytes of a rank's problem that the others get to read
 
 
 @dataclass(frozen=True)
-class Signature:
+class StepFingerprint:
     """What a rank is about to do.
 
     step: number of the update. microbatches: rows of this rank. row_tokens: of each; 0 if they are not all as long, or
@@ -56,11 +57,11 @@ def config_digest(config: RunConfig) -> int:
     return zlib.crc32(dump_config(config).encode())
 
 
-def sign(step: int, batches: Sequence[Batch], config: RunConfig, digest: int) -> Signature:
-    """The signature of a step on packed rows. batches: with all their tensors on the CPU. digest: `config_digest`."""
+def step_fingerprint(step: int, batches: Sequence[Batch], config: RunConfig, digest: int) -> StepFingerprint:
+    """The fingerprint of a step on packed rows. batches: with all their tensors on the CPU. digest: `config_digest`."""
     lengths = {len(batch.token_T) for batch in batches}
     tokens = lengths.pop() if len(lengths) == 1 else 0
-    return Signature(step, len(batches), tokens, enabled(config), rows_digest(batches), digest)
+    return StepFingerprint(step, len(batches), tokens, enabled(config), rows_digest(batches), digest)
 
 
 def rows_digest(batches: Sequence[Batch]) -> int:
@@ -73,13 +74,13 @@ def rows_digest(batches: Sequence[Batch]) -> int:
     return digest
 
 
-def shards_digest(sources: Sequence[Source]) -> int:
+def shards_digest(sources: Sequence[DocumentSource]) -> int:
     """A number that differs for other shards or other samples in them; folders may have other names on other nodes."""
     seen = [(source.label, len(source), [os.path.basename(path) for path in source.shards.paths]) for source in sources]
     return zlib.crc32(json.dumps(seen).encode())
 
 
-def agree_on_setup(config: int, shards: int, topology: Topology, device: torch.device) -> None:
+def preflight(config: int, shards: int, topology: Topology, device: torch.device) -> None:
     """Raise the same ValueError on every rank if some have other settings (`config_digest`) or other shards."""
     every = _gather(torch.tensor([config, shards], dtype=torch.int64), topology, device)
     differences = []
@@ -93,27 +94,31 @@ def agree_on_setup(config: int, shards: int, topology: Topology, device: torch.d
         )
 
 
-def agree_on_problem(problem: str, topology: Topology, device: torch.device) -> None:
+def raise_together(problem: str, topology: Topology, device: torch.device) -> None:
     """Raise the same ValueError on every rank if some rank has a problem."""
     if _gather(torch.tensor([float(bool(problem))]), topology, device).any():
         raise ValueError(_problems(problem, topology, device))
 
 
-def agree(
-    weight: float, stop: int, signature: Signature, topology: Topology, device: torch.device, problem: str = ""
+def synchronize_step(
+    weight: float, stop: int, fingerprint: StepFingerprint, topology: Topology, device: torch.device, problem: str = ""
 ) -> tuple[float, int]:
     """(sum of the loss weights of all rows, number of the signal to stop for or 0), the same on every rank.
 
     weight: of this rank's rows, which its peers know too and which counts once. stop: what this rank was asked to stop
     for, or 0. problem: why this rank cannot take the step, if so.
-    Raises the same ValueError on every rank if some rank has a problem, or not the signature that it should have, or if
-    the weights sum to nothing.
+    Raises the same ValueError on every rank if some rank has a problem, or not the fingerprint that it should have, or
+    if the weights sum to nothing.
     """
     mine = torch.zeros(_ROWS + 1, dtype=torch.float64)  # float64 holds all of these exactly
-    mine[_WEIGHT], mine[_STOP], mine[_SPEAKS], mine[_PROBLEM] = weight, stop, topology.speaks_for_row, bool(problem)
-    mine[_STEP], mine[_MICROBATCHES], mine[_ROW_TOKENS] = signature.step, signature.microbatches, signature.row_tokens
-    mine[_ENCODERS] = sum(1 << number for number, name in enumerate(ENCODERS) if name in signature.encoders)
-    mine[_CONFIG], mine[_ROWS] = signature.config, signature.rows
+    mine[_WEIGHT], mine[_STOP], mine[_COUNTS], mine[_PROBLEM] = weight, stop, topology.counts_row_once, bool(problem)
+    mine[_STEP], mine[_MICROBATCHES], mine[_ROW_TOKENS] = (
+        fingerprint.step,
+        fingerprint.microbatches,
+        fingerprint.row_tokens,
+    )
+    mine[_ENCODERS] = sum(1 << number for number, name in enumerate(ENCODERS) if name in fingerprint.encoders)
+    mine[_CONFIG], mine[_ROWS] = fingerprint.config, fingerprint.rows
     every = _gather(mine, topology, device)
     if every[:, _PROBLEM].any():
         raise ValueError(_problems(problem, topology, device))
@@ -123,7 +128,7 @@ def agree(
             f"the ranks are not about to run the same step: {'; '.join(differences)}. Every rank needs the same "
             "configuration, the same data and the same checkpoint"
         )
-    total, stopped = float((every[:, _WEIGHT] * every[:, _SPEAKS]).sum()), int(every[:, _STOP].max())
+    total, stopped = float((every[:, _WEIGHT] * every[:, _COUNTS]).sum()), int(every[:, _STOP].max())
     if total <= 0:
         raise ValueError("no token of this step has a loss weight; check the loss section and the data's tasks")
     return total, stopped

@@ -21,10 +21,10 @@ def said_and_right(
 
 def accuracy(pairs: Sequence[tuple[str, str]]) -> float:
     """Share of answers that are the right text, but for case, spaces and a closing mark."""
-    return share(normalised(said) == normalised(right) for said, right in pairs)
+    return share(normalized(said) == normalized(right) for said, right in pairs)
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".!?")
 
 
@@ -37,8 +37,8 @@ def last_item_accuracy(
 ) -> float:
     """Share of interleaved documents whose last item the model adds as it should, given all items before it.
 
-    A text has to be the same (`accuracy`); an image has to be recognised as what the document's own image is
-    recognised as. Documents that end in an image are left out without a classifier.
+    A text has to be the same (`accuracy`); an image has to be recognized as what the document's own image is
+    recognized as. Documents that end in an image are left out without a classifier.
     """
     kept = [e for e in examples if isinstance(e.prompt[-1], Text if classifier is None else (Text, ImageCodes))]
     documents = [generator.open_stream(example.prompt[:-1], example.key) for example in kept]
@@ -57,7 +57,7 @@ def _continues(generator: Generator, answer: Answer, right: Item, classifier: Cl
             return False
         drawn, real = classifier.recognise([first.pixels_HW3, generator.pixels([right.codes])[0]])
         return drawn == real
-    return isinstance(first, str) and normalised(first) == normalised(text_of([right]))
+    return isinstance(first, str) and normalized(first) == normalized(text_of([right]))
 
 
 def _text(answer: Answer) -> str:

@@ -26,8 +26,8 @@ class Drawn:
     examples: list[Example]
     drawings: list[Drawing | None]
 
-    def recognised(self, classifier: Classifier) -> float:
-        """Share of the prompts whose image is recognised as the class that was asked for."""
+    def recognized(self, classifier: Classifier) -> float:
+        """Share of the prompts whose image is recognized as the class that was asked for."""
         images = [drawing.pixels_HW3 for drawing in self.drawings if drawing is not None]
         labels = iter(classifier.recognise(images))
         said = [None if drawing is None else next(labels) for drawing in self.drawings]
@@ -55,32 +55,33 @@ def balanced(examples: Sequence[Example], classes: Sequence[str], count: int) ->
 
 
 def judge_drawings(
-    generator: Generator, drawn: Drawn, classifier: Classifier, train: RealImages, held_out: RealImages
+    generator: Generator, drawn: Drawn, classifier: Classifier, train: RealImages, validation: RealImages
 ) -> dict[str, Any]:
-    """image_recognised, image_diversity (drawn over real) and image_copied (drawn, and held-out real images)."""
+    """image_recognized, image_diversity (drawn over real) and image_copied (drawn, and validation real images)."""
     pairs = drawn.existing()
     labels = [example.label for example, _ in pairs]
-    real = like_for_like(held_out, labels)
+    real = like_for_like(validation, labels)
     known = set(generator.codes(train.images))
     return {
         "images_drawn": len(drawn.examples),
-        "image_recognised": drawn.recognised(classifier),
+        "image_recognized": drawn.recognized(classifier),
         "image_diversity": diversity([d.pixels_HW3 for _, d in pairs], labels) / diversity(real.images, real.labels),
         "image_copied": share(drawing.codes in known for _, drawing in pairs),
-        "image_copied_held_out": share(codes in known for codes in generator.codes(held_out.images)),
+        "image_copied_validation": share(codes in known for codes in generator.codes(validation.images)),
     }
 
 
 def judge_tokenizer(
-    generator: Generator, classifier: Classifier, train: RealImages, held_out: RealImages
+    generator: Generator, classifier: Classifier, train: RealImages, validation: RealImages
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """code_usage on training images, reconstruction_recognised and _psnr of held-out ones; and the reconstructions."""
-    rebuilt = generator.pixels(generator.codes(held_out.images))
+    """code_usage on training images, reconstruction_recognized and _psnr of validation ones; and the
+    reconstructions."""
+    rebuilt = generator.pixels(generator.codes(validation.images))
     used = {code for codes in generator.codes(train.images) for code in codes}
     figures = {
         "code_usage": len(used) / generator.layout.image_codes,
-        "reconstruction_recognised": classifier.accuracy(rebuilt, held_out.labels),
-        "reconstruction_psnr": psnr(held_out.images, rebuilt),
+        "reconstruction_recognized": classifier.accuracy(rebuilt, validation.labels),
+        "reconstruction_psnr": psnr(validation.images, rebuilt),
     }
     return figures, rebuilt
 

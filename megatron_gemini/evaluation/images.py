@@ -33,7 +33,7 @@ class Classifier:
         return [str(label) for label in self._machine.predict(_features(images))] if len(images) else []
 
     def accuracy(self, images: Sequence[np.ndarray], labels: Sequence[str]) -> float:
-        """Share of images that are recognised as their label."""
+        """Share of images that are recognized as their label."""
         return share(said == label for said, label in zip(self.recognise(images), labels, strict=True))
 
 

@@ -48,7 +48,7 @@ class Page:
         )
         self._sheet.add_patch(box)
         self.text(x + PAD, y + 38, heading, size=14, weight="bold")
-        self.text(x + width - PAD, y + 38, note, size=10.5, colour=MUTED, ha="right")
+        self.text(x + width - PAD, y + 38, note, size=10.5, color=MUTED, ha="right")
 
     def text(
         self,
@@ -57,14 +57,14 @@ class Page:
         text: str,
         *,
         size: float,
-        colour: str = INK,
+        color: str = INK,
         weight: str = "normal",
         ha: str = "left",
         room: float | None = None,
     ) -> None:
-        """One line, centred on y; shortened with an ellipsis to `room` pixels."""
+        """One line, centered on y; shortened with an ellipsis to `room` pixels."""
         line = "".join(letter if letter.isprintable() else "□" for letter in " ".join(text.split()))
-        shown = self._sheet.text(x, y, line, fontsize=size, color=colour, weight=weight, ha=ha, va="center_baseline")
+        shown = self._sheet.text(x, y, line, fontsize=size, color=color, weight=weight, ha=ha, va="center_baseline")
         shown.set_parse_math(False)  # a model's words may hold dollar signs
         while room is not None and len(shown.get_text()) > 2 and shown.get_window_extent().width > room:
             shown.set_text(shown.get_text().rstrip("…")[:-1].rstrip() + "…")

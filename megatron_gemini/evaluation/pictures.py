@@ -57,10 +57,10 @@ def _score(answers: Sequence[Answer]) -> str:
 
 def _answer(page: Page, x: float, y: float, answer: Answer, size: float, room: float, ha: str = "left") -> None:
     """The model's words, green or red, and what was right below them where they were wrong."""
-    colour = RIGHT if answer.correct else WRONG
-    page.text(x, y, answer.said.strip() or "(no answer)", size=size, colour=colour, weight="bold", room=room, ha=ha)
+    color = RIGHT if answer.correct else WRONG
+    page.text(x, y, answer.said.strip() or "(no answer)", size=size, color=color, weight="bold", room=room, ha=ha)
     if not answer.correct:
-        page.text(x, y + size * 1.75, f"not {answer.right}", size=size - 2, colour=MUTED, room=room, ha=ha)
+        page.text(x, y + size * 1.75, f"not {answer.right}", size=size - 2, color=MUTED, room=room, ha=ha)
 
 
 @dataclass
@@ -186,9 +186,9 @@ class DrawnFromSpeech(Section):
         for i, (mel_LM, words, image_HW3) in enumerate(self.items):
             left, top = x + i % self.columns * step, y + i // self.columns * self.cell_height
             page.spectrogram(left, top, sound, self.side, mel_LM)
-            page.text(left + sound + 20, top + self.side / 2, "→", size=16, colour=MUTED, ha="center")
+            page.text(left + sound + 20, top + self.side / 2, "→", size=16, color=MUTED, ha="center")
             page.image(left + sound + 40, top, self.side, image_HW3)
-            page.text(left, top + self.side + 16, f"“{words}”", size=11.5, colour=INK, room=step - self.space)
+            page.text(left, top + self.side + 16, f"“{words}”", size=11.5, color=INK, room=step - self.space)
 
 
 @dataclass
@@ -202,7 +202,7 @@ class Rebuilt(Section):
 
     @property
     def note(self) -> str:
-        return "above: held-out images; below: the same from their codes"
+        return "above: validation images; below: the same from their codes"
 
     def _shown(self, width: float) -> Sequence[tuple[np.ndarray, np.ndarray]]:
         return self.items[: int((width - self.label) // self.step)]
@@ -220,7 +220,7 @@ class Rebuilt(Section):
 
 @dataclass
 class Sheet:
-    """A page of sections in rows; sections without items are left out and their neighbours take the room."""
+    """A page of sections in rows; sections without items are left out and their neighbors take the room."""
 
     title: str
     subtitle: str
@@ -233,7 +233,7 @@ class Sheet:
         header = 132
         page = Page(WIDTH, round(header + sum(heights) + GAP * len(rows) + MARGIN - GAP), scale)
         page.text(MARGIN, 54, self.title, size=25, weight="bold")
-        page.text(MARGIN, 96, self.subtitle, size=13, colour=MUTED, room=WIDTH - 2 * MARGIN)
+        page.text(MARGIN, 96, self.subtitle, size=13, color=MUTED, room=WIDTH - 2 * MARGIN)
         y: float = header
         for row, height in zip(rows, heights, strict=True):
             x: float = MARGIN

@@ -1,4 +1,4 @@
-"""The whole evaluation of a model: every held-out source by its task, one report and what the sample sheet shows.
+"""The whole evaluation of a model: every validation source by its task, one report and what the sample sheet shows.
 
 Shape suffixes: F frames, H rows and W columns of pixels.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.evaluation.answers import accuracy, last_item_accuracy, said_and_right
 from megatron_gemini.evaluation.drawings import Drawn, balanced, draw, judge_drawings, judge_tokenizer
 from megatron_gemini.evaluation.images import Classifier
@@ -36,9 +36,9 @@ GREEDY = SampleSettings(temperature=0.0)
 class EvaluationSettings:
     """drawing: how images are sampled; texts are always the likeliest.
 
-    samples: most held-out samples of a source. images: drawn from text prompts, over all classes.
+    samples: most validation samples of a source. images: drawn from text prompts, over all classes.
     disjoint: metadata fields of the shards that name where a sample comes from (a voice, an original), none of whose
-        values may be in training and held-out shards. checked: most samples of a set of shards compared.
+        values may be in training and validation shards. checked: most samples of a set of shards compared.
     """
 
     drawing: SampleSettings = field(default_factory=SampleSettings)
@@ -57,39 +57,39 @@ class Results:
     """By task: the example, what was said and what is right."""
     drawn: dict[str, Drawn] = field(default_factory=dict)
     """By task."""
-    held_out: RealImages = field(default_factory=lambda: RealImages([], [], []))
+    validation: RealImages = field(default_factory=lambda: RealImages([], [], []))
     rebuilt: list = field(default_factory=list)
-    """Of each held-out image, what the image tokenizer makes of its codes, uint8[H, W, 3]."""
+    """Of each validation image, what the image tokenizer makes of its codes, uint8[H, W, 3]."""
 
 
 def evaluate(
     generator: Generator,
     train: Sequence[SourceConfig],
-    held_out: Sequence[SourceConfig],
+    validation: Sequence[SourceConfig],
     settings: EvaluationSettings,
 ) -> Results:
-    """Answers every held-out source, draws, and judges it all.
+    """Answers every validation source, draws, and judges it all.
 
-    train: sources whose images teach the classifier, and that must have nothing in common with the held-out ones.
+    train: sources whose images teach the classifier, and that must have nothing in common with the validation ones.
     Raises ValueError for shards that are missing or empty.
     """
     begin = time.perf_counter()
     results, skipped = Results(), Counter[str]()
-    decoder = Decoder.from_config(generator.config)
+    decoder = SampleDecoder.from_config(generator.config)
     examples: dict[str, list[Example]] = {}
-    for source in held_out:
+    for source in validation:
         part = read_examples(source, decoder, settings.samples, settings.drawing.seed, skipped)
         examples.setdefault(source.task, []).extend(part)
     _texts(generator, examples, results)
     if generator.codes_per_image:
-        _images(generator, examples, train, held_out, settings, results)
+        _images(generator, examples, train, validation, settings, results)
     elif "interleave" in examples:
         results.figures["interleave_accuracy"] = last_item_accuracy(generator, examples["interleave"], GREEDY, None)
-    ours, theirs = (read_fingerprint(side, settings.disjoint, settings.checked) for side in (train, held_out))
+    ours, theirs = (read_fingerprint(side, settings.disjoint, settings.checked) for side in (train, validation))
     results.figures |= {
-        "held_out": compare(ours, theirs, settings.disjoint),
-        "held_out_samples": {task: len(found) for task, found in examples.items()},
-        "held_out_unreadable": dict(skipped),
+        "validation": compare(ours, theirs, settings.disjoint),
+        "validation_samples": {task: len(found) for task, found in examples.items()},
+        "validation_unreadable": dict(skipped),
         "evaluation_seconds": round(time.perf_counter() - begin, 2),
     }
     results.figures = rounded(results.figures)
@@ -108,7 +108,7 @@ def _images(
     generator: Generator,
     examples: dict[str, list[Example]],
     train: Sequence[SourceConfig],
-    held_out: Sequence[SourceConfig],
+    validation: Sequence[SourceConfig],
     settings: EvaluationSettings,
     results: Results,
 ) -> None:
@@ -116,21 +116,21 @@ def _images(
     side, figures = generator.config.image_tokenizer.image_size, results.figures
     trained = read_images(train, side, settings.checked)
     real = trained.originals()
-    results.held_out = read_images(held_out, side, settings.samples)
-    if len(set(real.labels)) < 2 or not results.held_out.images:
+    results.validation = read_images(validation, side, settings.samples)
+    if len(set(real.labels)) < 2 or not results.validation.images:
         return
     classifier = Classifier(real.images, real.labels)
     if "generate" in examples:
         asked = balanced(examples["generate"], classifier.classes, settings.images)
         results.drawn["generate"] = draw(generator, asked, settings.drawing)
-        figures |= judge_drawings(generator, results.drawn["generate"], classifier, trained, results.held_out)
-    figures["classifier_accuracy"] = classifier.accuracy(results.held_out.images, results.held_out.labels)
-    tokenizer, results.rebuilt = judge_tokenizer(generator, classifier, trained, results.held_out)
+        figures |= judge_drawings(generator, results.drawn["generate"], classifier, trained, results.validation)
+    figures["classifier_accuracy"] = classifier.accuracy(results.validation.images, results.validation.labels)
+    tokenizer, results.rebuilt = judge_tokenizer(generator, classifier, trained, results.validation)
     figures |= tokenizer
     if "speech_to_image" in examples:
         asked = balanced(examples["speech_to_image"], classifier.classes, settings.images)
         results.drawn["speech_to_image"] = draw(generator, asked, settings.drawing)
-        figures["speech_to_image_recognised"] = results.drawn["speech_to_image"].recognised(classifier)
+        figures["speech_to_image_recognized"] = results.drawn["speech_to_image"].recognized(classifier)
     if "interleave" in examples:
         mixed = replace(settings.drawing, temperature=GREEDY.temperature)
         figures["interleave_accuracy"] = last_item_accuracy(generator, examples["interleave"], mixed, classifier)

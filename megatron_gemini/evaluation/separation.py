@@ -1,4 +1,4 @@
-"""That held-out data is not trained on: checked on the shards themselves, not taken from their names."""
+"""That validation data is not trained on: checked on the shards themselves, not taken from their names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 MEDIA = ("png", "jpg", "jpeg", "webp", "wav", "flac", "mp4")
 HOW = (
-    "Every image, recording and clip of the training and the held-out shards was hashed (SHA-256), and the named "
+    "Every image, recording and clip of the training and the validation shards was hashed (SHA-256), and the named "
     "metadata fields of their samples were collected; nothing may be on both sides."
 )
 
@@ -39,30 +39,30 @@ class Fingerprint:
                 self.fields.setdefault(name, {})[value] = key
 
 
-def compare(train: Fingerprint, held_out: Fingerprint, names: Iterable[str]) -> dict[str, Any]:
+def compare(train: Fingerprint, validation: Fingerprint, names: Iterable[str]) -> dict[str, Any]:
     """What is on both sides, as plain data for a report. `separate` is true when nothing is, and something was there.
 
     A field that one side lacks is not compared, and says so.
     """
-    shared_media = train.media.keys() & held_out.media.keys()
+    shared_media = train.media.keys() & validation.media.keys()
     report: dict[str, Any] = {
         "how": HOW,
         "training_samples": train.samples,
-        "held_out_samples": held_out.samples,
-        "media_hashed": {"training": len(train.media), "held_out": len(held_out.media)},
+        "validation_samples": validation.samples,
+        "media_hashed": {"training": len(train.media), "validation": len(validation.media)},
         "shared_media": len(shared_media),
         "fields": {},
     }
-    examples = [(train.media[x], held_out.media[x]) for x in sorted(shared_media)]
+    examples = [(train.media[x], validation.media[x]) for x in sorted(shared_media)]
     for name in names:
-        ours, theirs = train.fields.get(name, {}), held_out.fields.get(name, {})
+        ours, theirs = train.fields.get(name, {}), validation.fields.get(name, {})
         shared = sorted(ours.keys() & theirs.keys())
-        values = {"training": len(ours), "held_out": len(theirs)}
+        values = {"training": len(ours), "validation": len(theirs)}
         report["fields"][name] = {**values, "shared": len(shared) if ours and theirs else "not comparable"}
         examples += [(ours[x], theirs[x]) for x in shared]
-    report["separate"] = not examples and train.samples > 0 and held_out.samples > 0
+    report["separate"] = not examples and train.samples > 0 and validation.samples > 0
     if examples:
-        report["example"] = {"training": examples[0][0], "held_out": examples[0][1]}
+        report["example"] = {"training": examples[0][0], "validation": examples[0][1]}
     return report
 
 

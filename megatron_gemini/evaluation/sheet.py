@@ -30,7 +30,7 @@ _FIGURES = (
     ("caption_accuracy", "images described"),
     ("speech_accuracy", "speech understood"),
     ("video_accuracy", "clips described"),
-    ("image_recognised", "drawings recognised"),
+    ("image_recognized", "drawings recognized"),
 )
 Shown = TypeVar("Shown")
 Anything = TypeVar("Anything")
@@ -42,7 +42,7 @@ def make_sheet(results: Results, title: str, report: Mapping[str, Any], patch: i
     captions = Captions(_answered(results, "caption", IMAGES, lambda item: pixels(item, patch)[0]))
     transcripts = Transcripts(_answered(results, "transcribe", SOUNDS, spectrogram))
     clips = Clips(_answered(results, "video_caption", CLIPS, lambda item: pixels(item, patch)))
-    rebuilt = Rebuilt(some(list(zip(results.held_out.images, results.rebuilt, strict=False)), REBUILT))
+    rebuilt = Rebuilt(some(list(zip(results.validation.images, results.rebuilt, strict=False)), REBUILT))
     spoken = DrawnFromSpeech(_from_speech(results))
     rows: list[list[Section]] = [[text, captions], [transcripts], [clips, spoken], [rebuilt]]
     return Sheet(title, subtitle(report), rows)
@@ -54,7 +54,7 @@ def subtitle(report: Mapping[str, Any]) -> str:
     if report.get("train_seconds"):
         minutes, seconds = divmod(round(report["train_seconds"]), 60)
         parts.append(f"trained in {minutes} min {seconds} s")
-    return "  ·  ".join([*parts, "all on held-out data"] if parts else [])
+    return "  ·  ".join([*parts, "all on validation data"] if parts else [])
 
 
 def pixels(item: EncoderInput, patch: int) -> np.ndarray:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.samples.decode import Decoder, decode_text
+from megatron_gemini.data.samples.decode import SampleDecoder, decode_text
 from megatron_gemini.data.samples.document import Item
-from megatron_gemini.data.samples.tasks import ask, random_stream
+from megatron_gemini.data.samples.tasks import format_example, random_stream
 from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.records import RECORD, open_records
 from megatron_gemini.data.sources.schema import Schema
@@ -56,7 +56,7 @@ class RealImages:
 
 
 def read_examples(
-    source: SourceConfig, decoder: Decoder, limit: int, seed: int, skipped: Counter[str]
+    source: SourceConfig, decoder: SampleDecoder, limit: int, seed: int, skipped: Counter[str]
 ) -> list[Example]:
     """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
     schema = Schema.of(source)
@@ -73,7 +73,9 @@ def read_examples(
         except BadSample as error:
             skipped[error.reason] += 1
             continue
-        question = ask(source.task, fields, source.prompts, random_stream(seed, "evaluate", source.task, key))
+        question = format_example(
+            source.task, fields, source.prompts, random_stream(seed, "evaluate", source.task, key)
+        )
         examples.append(Example(key, question.prompt, question.answer, text, label))
     return examples
 

@@ -11,7 +11,7 @@ import torch
 def shape_probabilities(logits_BV: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
     """Probabilities float32[B, V] after temperature, then top-k, then nucleus sampling (Holtzman et al. 2020, eq. 2).
 
-    top_p keeps the fewest likeliest tokens whose probabilities, renormalised over the top_k, sum to at least top_p.
+    top_p keeps the fewest likeliest tokens whose probabilities, renormalized over the top_k, sum to at least top_p.
     Of equal logits the lower id is the likelier one. -inf logits get 0.
     """
     scaled_BV = logits_BV.float() / temperature

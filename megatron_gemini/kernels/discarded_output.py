@@ -1,4 +1,4 @@
-"""Branches that run for what they save for the backward, and whose values nobody reads.
+"""Skips the last product when a recomputed output is discarded.
 
 When recomputation runs a region once more, its last product, and the sum over tensor-parallel ranks behind it, would
 give what the first run gave and the next layer has long used. It is a third of the arithmetic of a gated MLP.
@@ -16,20 +16,20 @@ _of_thread = threading.local()  # the backward on CUDA has threads of its own
 
 
 @contextlib.contextmanager
-def unread() -> Iterator[None]:
+def discard_output() -> Iterator[None]:
     """The residual branch that runs inside may leave out its last product: nobody reads the values."""
-    _of_thread.unread = True
+    _of_thread.discarding = True
     try:
         yield
     finally:
-        _of_thread.unread = False
+        _of_thread.discarding = False
 
 
-def is_unread() -> bool:
-    """For the nodes that end a residual branch; one that is unread returns `no_values`."""
-    return getattr(_of_thread, "unread", False)
+def output_is_discarded() -> bool:
+    """For the nodes that end a residual branch; one that is unread returns `discarded_output`."""
+    return getattr(_of_thread, "discarding", False)
 
 
-def no_values(like: torch.Tensor) -> torch.Tensor:
+def discarded_output(like: torch.Tensor) -> torch.Tensor:
     """A tensor of the shape and dtype of `like`, for autograd to hang on to, with memory for one value."""
     return like.new_empty_strided(like.shape, [0] * like.dim())

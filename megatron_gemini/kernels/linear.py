@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.kernels.discarded_output import is_unread, no_values
+from megatron_gemini.kernels.discarded_output import discarded_output, output_is_discarded
 from megatron_gemini.kernels.norm import norm_backward, norm_forward
 
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
@@ -102,8 +102,8 @@ class _Linear(torch.autograd.Function):
         ctx.group = group
         if residual is None:
             return torch.mm(x, _matrix(weight).t())
-        if is_unread():
-            return no_values(residual)
+        if output_is_discarded():
+            return discarded_output(residual)
         return torch.addmm(residual, x if x.dim() == 2 else x.flatten(1), weight.t())
 
     @staticmethod
@@ -202,8 +202,8 @@ class _GatedMLP(torch.autograd.Function):
         inner, saved = gated_forward(normed, gate_up, activation)
         ctx.save_for_backward(h, inverse, scale, normed, gate_up, inner, down, *saved)
         ctx.activation = activation
-        if is_unread():
-            return no_values(h)
+        if output_is_discarded():
+            return discarded_output(h)
         return torch.addmm(h, inner, down.t())
 
     @staticmethod

@@ -14,58 +14,58 @@ LARGE = 1 << 17
 T=1024, N=4, H=64: 0.22 instead of 2.8 ms, most of it page faults); below, what counts is the number of calls."""
 
 
-class Rotation(NamedTuple):
+class CosSin(NamedTuple):
     """cos_T1H, and sin_T1H whose first half is negated: x turns into x * cos + (x with its halves swapped) * sin."""
 
     cos_T1H: torch.Tensor
     sin_T1H: torch.Tensor
 
 
-def rotation(position_T: torch.Tensor, head_width: int, theta: float, dtype: torch.dtype) -> Rotation:
+def rope_cos_sin(position_T: torch.Tensor, head_width: int, theta: float, dtype: torch.dtype) -> CosSin:
     """Angles position * theta^(-2i/H), once a microbatch for all layers. Computed in float32, returned in `dtype`."""
     exponent = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float32) / head_width
     angle_TH = position_T[:, None].float() / theta**exponent
     cos, sin = angle_TH.cos(), angle_TH.sin()
-    return Rotation(torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype))
+    return CosSin(torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype))
 
 
-def rotate(x_TNH: torch.Tensor, turn: Rotation, direction: int = 1) -> torch.Tensor:
+def apply_rope(x_TNH: torch.Tensor, cos_sin: CosSin, direction: int = 1) -> torch.Tensor:
     """Queries or keys, turned by their positions; direction -1 turns back, which is also the gradient's way."""
     if x_TNH.requires_grad and torch.is_grad_enabled():
-        return _Rotate.apply(x_TNH, turn, direction)
-    return _turned(x_TNH, turn, direction)
+        return _ApplyRope.apply(x_TNH, cos_sin, direction)
+    return _rotated(x_TNH, cos_sin, direction)
 
 
-def rotate_both(
-    q_TNH: torch.Tensor, k_TKH: torch.Tensor, turn: Rotation, direction: int = 1
+def apply_rope_to_both(
+    q_TNH: torch.Tensor, k_TKH: torch.Tensor, cos_sin: CosSin, direction: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rotate` of queries and keys at once; for small tensors one copy takes less time than three more calls."""
+    """`apply_rope` of queries and keys at once; for small tensors one copy takes less time than three more calls."""
     if q_TNH.numel() > LARGE:
-        return rotate(q_TNH, turn, direction), rotate(k_TKH, turn, direction)
-    both = rotate(torch.cat((q_TNH, k_TKH), 1), turn, direction)
+        return apply_rope(q_TNH, cos_sin, direction), apply_rope(k_TKH, cos_sin, direction)
+    both = apply_rope(torch.cat((q_TNH, k_TKH), 1), cos_sin, direction)
     queries = q_TNH.shape[1]
     return both[:, :queries], both[:, queries:]
 
 
-def _turned(x_TNH: torch.Tensor, turn: Rotation, direction: int) -> torch.Tensor:
-    cos, sin = turn
+def _rotated(x_TNH: torch.Tensor, cos_sin: CosSin, direction: int) -> torch.Tensor:
+    cos, sin = cos_sin
     half = x_TNH.shape[-1] // 2
     if x_TNH.numel() <= LARGE:
         return torch.addcmul(x_TNH * cos, x_TNH.roll(half, -1), sin, value=direction)
-    turned = x_TNH * cos
-    turned[..., :half].addcmul_(x_TNH[..., half:], sin[..., :half], value=direction)
-    turned[..., half:].addcmul_(x_TNH[..., :half], sin[..., half:], value=direction)
-    return turned
+    rotated = x_TNH * cos
+    rotated[..., :half].addcmul_(x_TNH[..., half:], sin[..., :half], value=direction)
+    rotated[..., half:].addcmul_(x_TNH[..., :half], sin[..., half:], value=direction)
+    return rotated
 
 
-class _Rotate(torch.autograd.Function):
+class _ApplyRope(torch.autograd.Function):
     """Keeps nothing of x: the gradient is turned back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, turn: Rotation, direction: int) -> torch.Tensor:
-        ctx.turn, ctx.direction = turn, direction
-        return _turned(x, turn, direction)
+    def forward(ctx: Any, x: torch.Tensor, cos_sin: CosSin, direction: int) -> torch.Tensor:
+        ctx.cos_sin, ctx.direction = cos_sin, direction
+        return _rotated(x, cos_sin, direction)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _turned(grads[0], ctx.turn, -ctx.direction), None, None
+        return _rotated(grads[0], ctx.cos_sin, -ctx.direction), None, None

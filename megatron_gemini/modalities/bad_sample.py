@@ -21,7 +21,7 @@ class BadSample(ValueError):
         return self.message
 
 
-class LeftOut(BadSample):
+class FilteredSample(BadSample):
     """A sample that a filter of its source leaves out: counted, but nothing is wrong with it.
 
     Its reason begins with `FILTERED`.

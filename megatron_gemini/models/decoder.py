@@ -1,7 +1,8 @@
 """The decoder: pre-norm transformer layers with multi-query attention and a gated MLP, on one packed row.
 
 Shape suffixes: T packed tokens, D model width, N query heads, K key/value heads, H head width, F MLP width,
-V vocabulary. N, K, F, V and the T of h_TD are this rank's where `Layers` divides them; nothing here depends on it.
+V vocabulary. N, K, F, V and the T of h_TD are this rank's where `LayerFactory` divides them; nothing here depends on
+it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from torch import nn
 
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.kernels.attention.api import AttentionPlan
-from megatron_gemini.kernels.rope import Rotation, rotation
+from megatron_gemini.kernels.rope import CosSin, rope_cos_sin
 from megatron_gemini.parallel.parameters import declare_tied
-from megatron_gemini.parallel.recompute import PLAIN, Pass, Recompute
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.recompute import PLAIN, Recompute, RecomputeContext
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 
 
 def branch_std(config: ModelConfig) -> float:
@@ -44,7 +45,7 @@ class AttentionCache(Protocol):
 class Attention(nn.Module):
     """h + attention(norm(h)): multi-query (Shazeer, 2019) or grouped-query, with RoPE and, if asked for, QK-norm."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, index: int) -> None:
         super().__init__()
         width, head_width, std = config.width, config.head_width, config.init_std
         self.index = index
@@ -59,18 +60,18 @@ class Attention(nn.Module):
         self.output = layers.attention_output(config.heads * head_width, width, std=branch_std(config))
 
     def forward(
-        self, h_TD: torch.Tensor, turn: Rotation, plan: AttentionPlan, cache: AttentionCache | None
+        self, h_TD: torch.Tensor, cos_sin: CosSin, plan: AttentionPlan, cache: AttentionCache | None
     ) -> torch.Tensor:
         q_TNH, k_TKH, v_TKH = self.input(h_TD)
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
         k_TKH, v_TKH = self.context.gather(k_TKH, v_TKH)
         attend = None if cache is None else functools.partial(cache.attend, self.index)
-        return self.output(h_TD, q_TNH, k_TKH, v_TKH, plan, turn, attend)
+        return self.output(h_TD, q_TNH, k_TKH, v_TKH, plan, cos_sin, attend)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, index: int) -> None:
         super().__init__()
         self.attention = Attention(config, layers, index)
         self.mlp = layers.mlp(
@@ -85,12 +86,12 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         h_TD: torch.Tensor,
-        turn: Rotation,
+        cos_sin: CosSin,
         plan: AttentionPlan,
         cache: AttentionCache | None,
-        run: Pass = PLAIN,
+        run: RecomputeContext = PLAIN,
     ) -> torch.Tensor:
-        return run.mlp(self.mlp, run.attention(self.attention, h_TD, turn, plan, cache))
+        return run.mlp(self.mlp, run.attention(self.attention, h_TD, cos_sin, plan, cache))
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
         self,
         config: ModelConfig,
         vocabulary: int,
-        layers: Layers,
+        layers: LayerFactory,
         part: Part | None = None,
         recompute: Recompute | None = None,
     ) -> None:
@@ -155,10 +156,10 @@ class Decoder(nn.Module):
 
         position_T: of the whole row, also where this rank has only some of its tokens.
         """
-        turn = rotation(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
+        cos_sin = rope_cos_sin(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
         run = self.recompute.begin()
         for layer in self.layers.values():
-            h_TD = run.layer(layer, h_TD, turn, plan, cache)
+            h_TD = run.layer(layer, h_TD, cos_sin, plan, cache)
         return h_TD if self.norm is None else self.norm(h_TD)
 
     @property

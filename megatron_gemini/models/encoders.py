@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_gemini.config.engine import CostConfig, EmbeddersConfig
+from megatron_gemini.config.engine import CostConfig, EncoderEnginesConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import AUDIO, VISION, Media
 from megatron_gemini.modalities.audio.encoder import AudioEncoder
@@ -62,7 +62,7 @@ def output_counts(name: str, grid_I3: np.ndarray) -> np.ndarray:
     return inputs_I if name == VISION else (inputs_I + 3) // 4
 
 
-def costs(name: str, grid_I3: np.ndarray, config: EmbeddersConfig) -> np.ndarray:
+def costs(name: str, grid_I3: np.ndarray, config: EncoderEnginesConfig) -> np.ndarray:
     """float64[I]: what encoding each item costs, in the unit of `config`'s constants.
 
     Frames of a clip attend only within themselves, so that a clip costs its frames; a sound attends over all of itself.

@@ -14,7 +14,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.encoders import costs, enabled, input_counts, is_frozen, output_counts
 from megatron_gemini.models.placement import check_placeholders
-from megatron_gemini.parallel.encoders.assignment import Items, chunks, deal, loads
+from megatron_gemini.parallel.encoders.assignment import Items, assign, chunks, loads
 from megatron_gemini.parallel.topology import Topology
 
 # Columns of a table of sizes: float64, which holds all of them exactly. SECONDS: between two frames, `Media.time_I`.
@@ -61,7 +61,7 @@ class EncodingPlan:
 
     grid_I3, seconds_I: of every item, as in `contracts.Media`. chunks: of each encoder, the items (numbers) of each of
     this rank's forwards. forwards: of each encoder, how many forwards every rank runs; those without items are dummies.
-    balance: the cost of the dearest rank over the mean, 1 if there is nothing to encode.
+    balance: the cost of the most expensive rank over the mean, 1 if there is nothing to encode.
     """
 
     items: Items
@@ -78,8 +78,8 @@ def make_plan(
     """tables: `size_table` of every data-parallel rank. readers: as in `StepRows`. training: a trained encoder runs at
     least once.
 
-    Items of each encoder are dealt on their own: ranks run one encoder after the other and under ZeRO-3 wait for each
-    other in each. A rank with much to do for one encoder is the last to be given items of the next.
+    Items of each encoder are assigned on their own: ranks run one encoder after the other and under ZeRO-3 wait for
+    each other in each. A rank with much to do for one encoder is the last to be given items of the next.
     """
     home = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     table = np.concatenate(list(tables))
@@ -92,14 +92,14 @@ def make_plan(
     holder = np.array(readers, np.int64)[whole[:, ROW] * topology.data_size + home]
     for number, name in enumerate(names):
         of = encoder == number
-        cost_I = costs(name, grid_I3[of], config.embedders)
+        cost_I = costs(name, grid_I3[of], config.encoder_engines)
         outputs[of] = output_counts(name, grid_I3[of])
-        rank[of] = deal(cost_I, holder[of], load_R)
+        rank[of] = assign(cost_I, holder[of], load_R)
         load_R = load_R + loads(cost_I, rank[of], topology.world)
     items = Items(encoder, home, whole[:, ROW], whole[:, START], input_counts(grid_I3), outputs, holder, rank)
     mine, forwards = [], []
     for number, name in enumerate(names):
-        packed = _chunks(items, number, config.embedders.chunk_tokens, topology.world)
+        packed = _chunks(items, number, config.encoder_engines.chunk_tokens, topology.world)
         mine.append(packed[topology.rank])
         least = int(training and not is_frozen(config, name))
         forwards.append(max(least, *map(len, packed)))

@@ -37,7 +37,7 @@ def model_flops_per_token(model: ModelConfig, vocabulary: int, visible_keys: flo
     loss_share: share of the tokens that have a target, which alone reach the head over the `vocabulary`.
 
     Six per weight of a matrix product, and 12 * layers * heads * head_width per visible key. Recomputation does not
-    count, nor do the encoders, so a utilisation from this is a lower bound where images or audio are read.
+    count, nor do the encoders, so a utilization from this is a lower bound where images or audio are read.
     """
     queries = model.heads * model.head_width
     attention = 2 * model.width * queries + 2 * model.width * model.kv_heads * model.head_width

@@ -18,8 +18,8 @@ from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.decoder import AttentionCache
 from megatron_gemini.models.encoders import build_encoder, enabled
 from megatron_gemini.models.placement import Embeddings, check_placeholders, combine
-from megatron_gemini.models.stage import DecoderStage, LossOutput, Row
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.models.stage import DecoderStage, LossOutput, StageInput
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 
 __all__ = ["Gemini", "LossOutput"]
 
@@ -30,7 +30,7 @@ class Gemini(DecoderStage):
     After Gemini 1.0 (Gemini Team, 2023): one interleaved stream in, text and discrete image codes out.
     """
 
-    def __init__(self, config: RunConfig, layout: TokenLayout, layers: Layers) -> None:
+    def __init__(self, config: RunConfig, layout: TokenLayout, layers: LayerFactory) -> None:
         super().__init__(config, layout, layers)
         self.encoders: Any = nn.ModuleDict({name: build_encoder(config, name) for name in enabled(config)})
 
@@ -40,13 +40,13 @@ class Gemini(DecoderStage):
         for name, encoder in self.encoders.items():
             if name not in batch.media:
                 zero = zero + 0 * encoder(encoder.dummy()).sum()
-        output = super().forward(row=Row(batch, given))
+        output = super().forward(row=StageInput(batch, given))
         assert isinstance(output, LossOutput)
         return output._replace(loss=output.loss + zero)
 
     def hidden(self, batch: Batch, cache: AttentionCache | None = None) -> torch.Tensor:
         """Hidden states [T, D] after the final norm. cache: generation's keys and values of earlier tokens."""
-        return self.through(None, Row(batch, self._encode(batch)), cache)
+        return self.through(None, StageInput(batch, self._encode(batch)), cache)
 
     def logits(self, h_TD: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., layout.size] of the whole vocabulary, for generation."""

@@ -21,7 +21,7 @@ from megatron_gemini.models.decoder import AttentionCache, Decoder, Part
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.recompute import Recompute
 from megatron_gemini.parallel.stages import stage_layers
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 
 
 class LossOutput(NamedTuple):
@@ -38,7 +38,7 @@ class LossOutput(NamedTuple):
 
 
 @dataclass
-class Row:
+class StageInput:
     """A packed row on its way through the stages of this rank.
 
     embeddings: what the encoders gave for it. own_C: the positions that this context rank has, None if all.
@@ -61,7 +61,7 @@ class Row:
 class DecoderStage(nn.Module):
     """The decoder, or the part of it that a pipeline stage holds, with the embedding of media and the loss."""
 
-    def __init__(self, config: RunConfig, layout: TokenLayout, layers: Layers, part: Part | None = None) -> None:
+    def __init__(self, config: RunConfig, layout: TokenLayout, layers: LayerFactory, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
         self.layout = layout
@@ -69,12 +69,12 @@ class DecoderStage(nn.Module):
         recompute = Recompute(config.engine.recompute, config.engine.offload_activations)
         self.decoder = Decoder(config.model, layout.size, layers, part, recompute)
 
-    def forward(self, h_SD: torch.Tensor | None = None, *, row: Row) -> LossOutput | tuple[torch.Tensor]:
+    def forward(self, h_SD: torch.Tensor | None = None, *, row: StageInput) -> LossOutput | tuple[torch.Tensor]:
         """h_SD: what the stage before gave, None on the first. Returns the loss on the last, else (h_SD,)."""
         h_SD = self.through(h_SD, row)
         return self.loss(h_SD, row) if self.decoder.part.last else (h_SD,)
 
-    def through(self, h_SD: torch.Tensor | None, row: Row, cache: AttentionCache | None = None) -> torch.Tensor:
+    def through(self, h_SD: torch.Tensor | None, row: StageInput, cache: AttentionCache | None = None) -> torch.Tensor:
         """Hidden states after this stage's layers; cache: generation's keys and values of earlier tokens."""
         if h_SD is None:
             h_SD = self.decoder.embed(row.own(row.batch.token_T))
@@ -82,7 +82,7 @@ class DecoderStage(nn.Module):
                 h_SD = place(h_SD, row.embeddings)
         return self.decoder(h_SD, row.batch.position_T, row.plan, cache)
 
-    def loss(self, h_SD: torch.Tensor, row: Row) -> LossOutput:
+    def loss(self, h_SD: torch.Tensor, row: StageInput) -> LossOutput:
         """The loss of this rank's tokens of a packed row. The head sees only positions whose target has a weight."""
         h_CD = self.layers.gather_stream(h_SD)
         batch = row.batch

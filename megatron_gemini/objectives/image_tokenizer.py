@@ -14,7 +14,7 @@ from torch import nn
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.data.loading.images import ImageLoader
 from megatron_gemini.engine.engine import WholeModelEngine
-from megatron_gemini.engine.synchronize import Signature, config_digest
+from megatron_gemini.engine.synchronize import StepFingerprint, config_digest
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.loop import Task, mean
@@ -46,8 +46,8 @@ class ImageTokenizerTraining(Task):
     def weight(self, step: list[torch.Tensor]) -> float:
         return float(sum(len(images) for images in step))
 
-    def signature(self, number: int, step: list[torch.Tensor]) -> Signature:
-        return Signature(number, len(step), config=self.digest)
+    def fingerprint(self, number: int, step: list[torch.Tensor]) -> StepFingerprint:
+        return StepFingerprint(number, len(step), config=self.digest)
 
     def to_device(self, step: list[torch.Tensor]) -> list[torch.Tensor]:
         return [images.to(self.device, self.engine.dtype, non_blocking=True) for images in step]
@@ -72,20 +72,20 @@ class ImageTokenizerTraining(Task):
     def load_data_state(self, state: dict[str, Any]) -> None:
         self.loader.load_state(state)
 
-    def left_out(self) -> Counter[tuple[str, str]]:
+    def skipped(self) -> Counter[tuple[str, str]]:
         return Counter({("images", reason): count for reason, count in self.loader.skipped.items()})
 
-    def held_out(self) -> dict[str, float]:
-        if not self.config.data.held_out:
+    def validation(self) -> dict[str, float]:
+        if not self.config.data.validation:
             return {}
         outputs: list[TokenizerLoss] = []
-        batches = self.to_device(self.loader.held_out())
+        batches = self.to_device(self.loader.validation())
         self.engine.evaluate(batches, outputs.append)
         sums = self.sums(outputs, batches)
         totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
         quality = [psnr(o.reconstruction.float(), b.float()) for o, b in zip(outputs, batches, strict=True)]
         shares = self.engine.total([sum(quality), len(quality)])
-        return {"held_out_loss": totals["loss"], "held_out_psnr": mean(*shares)}
+        return {"validation_loss": totals["loss"], "validation_psnr": mean(*shares)}
 
     def assets(self) -> dict[str, Any]:
         return {}

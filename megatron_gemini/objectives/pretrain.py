@@ -14,15 +14,15 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import MODALITIES, Batch, StepRows, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.loading.source import source_labels
-from megatron_gemini.engine.batch_exchange import RowExchange
+from megatron_gemini.engine.batch_exchange import BatchExchange
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.engine.synchronize import (
-    Signature,
-    agree_on_problem,
-    agree_on_setup,
+    StepFingerprint,
     config_digest,
+    preflight,
+    raise_together,
     shards_digest,
-    sign,
+    step_fingerprint,
 )
 from megatron_gemini.kernels.attention.api import attention_backend
 from megatron_gemini.kernels.losses.softmax_chunk import loss_backend
@@ -34,7 +34,7 @@ from megatron_gemini.models.stage import LossOutput
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.loop import Task, mean
 from megatron_gemini.training.metrics import MIXTURE, TOKEN_KINDS, count_tokens, mixture_of, token_shares
-from megatron_gemini.training.throughput import utilisation
+from megatron_gemini.training.throughput import utilization
 
 
 class Pretraining(Task):
@@ -52,8 +52,8 @@ class Pretraining(Task):
         self.loader = Loader(
             config, topology.rank, topology.world, self.layout, self.tokenizer, pin=device.type == "cuda"
         )
-        agree_on_setup(self.digest, shards_digest(self.loader.sources), topology, device)
-        self.exchange = RowExchange(topology, device)
+        preflight(self.digest, shards_digest(self.loader.sources), topology, device)
+        self.exchange = BatchExchange(topology, device)
         self.engine = MultimodalEngine(config, self.layout, topology, device)
 
     def _load_image_tokenizer(self) -> ImageTokenizer | None:
@@ -90,8 +90,8 @@ class Pretraining(Task):
     def weight(self, step: StepRows) -> float:
         return sum(float(batch.weight_T.sum()) for batch in step.rows)
 
-    def signature(self, number: int, step: StepRows) -> Signature:
-        return sign(number, step.rows, self.config, self.digest)
+    def fingerprint(self, number: int, step: StepRows) -> StepFingerprint:
+        return step_fingerprint(number, step.rows, self.config, self.digest)
 
     def to_device(self, step: StepRows) -> StepRows:
         return step  # the engine takes to the device what this rank needs of it
@@ -107,7 +107,7 @@ class Pretraining(Task):
         sums = {f"nll_{name}": value for name, value in zip(MODALITIES, nll, strict=True)}
         sums |= {f"weight_{name}": value for name, value in zip(MODALITIES, weight, strict=True)}
         counts = self._counts(step.rows)
-        return sums | (counts if self.topology.speaks_for_row else dict.fromkeys(counts, 0.0))
+        return sums | (counts if self.topology.counts_row_once else dict.fromkeys(counts, 0.0))
 
     def _counts(self, batches: list[Batch]) -> dict[str, float]:
         """Figures of the rows, which all ranks that share them know."""
@@ -122,7 +122,7 @@ class Pretraining(Task):
     def record(self, sums: dict[str, float]) -> dict[str, float]:
         weights = [sums[f"weight_{name}"] for name in MODALITIES]
         losses = [sums[f"nll_{name}"] for name in MODALITIES]
-        record = {"loss": mean(sum(losses), sum(weights)), "encoder_balance": self.engine.embedders.balance}
+        record = {"loss": mean(sum(losses), sum(weights)), "encoder_balance": self.engine.encoder_engines.balance}
         for name, loss, weight in zip(MODALITIES, losses, weights, strict=True):
             record[f"loss_{name}"] = mean(loss, weight)
         record |= token_shares(torch.tensor([int(sums[kind]) for kind in TOKEN_KINDS]))
@@ -137,9 +137,9 @@ class Pretraining(Task):
         )
         return record
 
-    def utilisation(self, record: dict[str, float], seconds: float) -> dict[str, float]:
+    def utilization(self, record: dict[str, float], seconds: float) -> dict[str, float]:
         rate = record["tokens"] / seconds
-        share = utilisation(self.config, record["flops_per_token"], rate, self.topology.world)
+        share = utilization(self.config, record["flops_per_token"], rate, self.topology.world)
         return {} if share is None else {"mfu": share}
 
     def data_state(self) -> dict[str, Any]:
@@ -148,24 +148,24 @@ class Pretraining(Task):
     def load_data_state(self, state: dict[str, Any]) -> None:
         self.loader.load_state(state)
 
-    def left_out(self) -> Counter[tuple[str, str]]:
+    def skipped(self) -> Counter[tuple[str, str]]:
         return self.loader.skipped
 
-    def held_out(self) -> dict[str, float]:
-        if not self.config.data.held_out:
+    def validation(self) -> dict[str, float]:
+        if not self.config.data.validation:
             return {}
         outputs: list[LossOutput] = []
-        step = self._held_out_rows()
+        step = self._validation_rows()
         self.engine.evaluate(step, outputs.append)
         sums = self.sums(outputs, step)
         totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
-        return {f"held_out_{key}": totals[key] for key in ("loss", "loss_text", "loss_image")}
+        return {f"validation_{key}": totals[key] for key in ("loss", "loss_text", "loss_image")}
 
-    def _held_out_rows(self) -> StepRows:
+    def _validation_rows(self) -> StepRows:
         topology = self.topology
-        with Loader.held_out(self.config, topology.rank, topology.world, self.layout, self.tokenizer) as loader:
-            step, problem = self._shared(loader, self.config.train.held_out_rows)
-        agree_on_problem(problem, topology, self.device)
+        with Loader.validation(self.config, topology.rank, topology.world, self.layout, self.tokenizer) as loader:
+            step, problem = self._shared(loader, self.config.train.validation_rows)
+        raise_together(problem, topology, self.device)
         return step
 
     def backends(self) -> list[str]:

@@ -107,7 +107,7 @@ class TensorRanks:
 
 
 def gather_stream(x_SD: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
-    """Differentiable `TensorRanks.gather`: [C, D], whose gradient on each rank is a summand."""
+    """Differentiable `TensorRanks.gather`: [C, D], whose gradient on each rank is a partial gradient."""
     return _GatherStream.apply(x_SD, ranks)
 
 

@@ -1,7 +1,7 @@
 """What every parameter declares about itself, and initial values that do not depend on the layout of ranks.
 
 A parameter carries two attributes. `placement` says which part of the global tensor this rank holds; `init` says
-how it begins. Checkpoints, gradient norms and initialisation read only these, never the layer that made them.
+how it begins. Checkpoints, gradient norms and initialization read only these, never the layer that made them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Placement:
     sharded_dim: the dimension divided over the tensor-parallel ranks; None: every rank holds the whole tensor.
     global_shape: shape of the global tensor, without the rows that pad the vocabulary.
     start: where along `sharded_dim` this rank's part begins.
-    partial: every rank holds the whole tensor but computes only a summand of its gradient, from its tokens or heads;
+    partial: every rank holds the whole tensor but computes only a partial gradient, from its tokens or heads;
         the engine sums them over the tensor-parallel ranks once a step.
     tied: another pipeline stage holds the same weight; the engine sums the gradients of both once a step.
     copy: this is the second of the two, which counts neither in the norm nor in checkpoints.

@@ -13,7 +13,7 @@ _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 # Giles, "Approximating the erfinv function" (2010), single precision: relative error about 4e-7.
-_CENTRE = (
+_CENTER = (
     2.81022636e-08,
     3.43273939e-07,
     -3.5233877e-06,
@@ -60,7 +60,7 @@ def _split_mix(key: int, index: torch.Tensor) -> torch.Tensor:
 
 def _erfinv(x: torch.Tensor) -> torch.Tensor:
     w = -_log((1.0 - x) * (1.0 + x))
-    return torch.where(w < 5.0, _polynomial(_CENTRE, w - 2.5), _polynomial(_TAIL, w.sqrt() - 3.0)).mul_(x)
+    return torch.where(w < 5.0, _polynomial(_CENTER, w - 2.5), _polynomial(_TAIL, w.sqrt() - 3.0)).mul_(x)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from megatron_gemini.config.model import ModelConfig
 
 
 def split_layers(layers: int, stages: int, layer_cost: float, head_cost: float) -> list[range]:
-    """The layers of every stage, in order, such that the dearest stage is as cheap as can be.
+    """The layers of every stage, in order, such that the most expensive stage is as cheap as can be.
 
     The last stage also has the head and the loss, worth `head_cost`. Every stage has a layer. What does not divide goes
     to the later ones of the other stages, which keep fewer microbatches in flight.
@@ -17,10 +17,10 @@ def split_layers(layers: int, stages: int, layer_cost: float, head_cost: float) 
     if stages == 1:
         return [range(layers)]
 
-    def dearest(last: int) -> float:
+    def most_expensive(last: int) -> float:
         return max(-(-(layers - last) // (stages - 1)) * layer_cost, last * layer_cost + head_cost)
 
-    last = min(range(1, layers - stages + 2), key=lambda count: (dearest(count), -count))
+    last = min(range(1, layers - stages + 2), key=lambda count: (most_expensive(count), -count))
     even, rest = divmod(layers - last, stages - 1)
     counts = [even + (stage >= stages - 1 - rest) for stage in range(stages - 1)] + [last]
     ends = [sum(counts[: stage + 1]) for stage in range(stages)]

@@ -15,7 +15,7 @@ from megatron_gemini.config.engine import ParallelConfig
 class Topology:
     """This rank's place in the world. The groups are None in a serial process.
 
-    Tensor-parallel ranks are neighbours, then come context, data and pipeline, as megatron-core orders them:
+    Tensor-parallel ranks are neighbors, then come context, data and pipeline, as megatron-core orders them:
     rank = ((pipeline_rank * data_size + data_rank) * context_size + context_rank) * tensor_size + tensor_rank.
 
     tensor: ranks that divide the layers' weights; sequence: they also divide the tokens between the layers.
@@ -56,7 +56,7 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
-    def speaks_for_row(self) -> bool:
+    def counts_row_once(self) -> bool:
         """Whether this rank counts what all peers that share its rows (tensor, context, pipeline) know."""
         return self.last_stage_here and self.context_rank == 0 and self.tensor_rank == 0
 
@@ -64,7 +64,7 @@ class Topology:
 def build_topology(parallel: ParallelConfig, backend: str) -> Topology:
     """Divide the world of the launcher (torchrun's or DeepSpeed's environment) into groups along every axis.
 
-    Joins the world over `backend` ("gloo" or "nccl") unless torch.distributed is initialised already. A world of one
+    Joins the world over `backend` ("gloo" or "nccl") unless torch.distributed is initialized already. A world of one
     process needs no groups and imports nothing. Raises ValueError if the layout does not divide the world.
     """
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

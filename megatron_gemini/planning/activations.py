@@ -52,7 +52,7 @@ def layer_saved(model: ModelConfig, share: RowShare, recompute: str) -> float:
     return mlp_saved(model, share) + (again if recompute == "selective" else attention_saved(model, share))
 
 
-def layer_again(model: ModelConfig, share: RowShare, recompute: str) -> float:
+def layer_recomputed(model: ModelConfig, share: RowShare, recompute: str) -> float:
     """Bytes that recomputing one layer adds while its backward runs; one layer at a time."""
     return 0.0 if recompute == "none" else layer_saved(model, share, "none") - layer_saved(model, share, recompute)
 
@@ -65,8 +65,8 @@ def attention_saved(model: ModelConfig, share: RowShare) -> float:
     gathered = share.row > share.context  # over the context ranks
     values = share.row * keys if share.packed or gathered else 0  # otherwise views of what was projected
     out = share.context * queries * (2 if share.packed else 1)
-    normaliser = share.context * model.heads // share.tensor * FP32
-    kept = (rotated + values + out) * share.element + normaliser
+    normalizer = share.context * model.heads // share.tensor * FP32
+    kept = (rotated + values + out) * share.element + normalizer
     return kept + branch_saved(model, share) + projections_saved(model, share)
 
 

@@ -14,7 +14,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.encoders import build_encoder, enabled
 from megatron_gemini.models.stage import DecoderStage, parts
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.planning.footprint import PARTS, Bytes
 from megatron_gemini.planning.job import Job
@@ -40,7 +40,7 @@ def build(config: RunConfig, layout: TokenLayout, topology: Topology) -> tuple[l
     """(this rank's stages of the decoder, the encoders), without memory."""
     split = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
     with torch.device("meta"):
-        layers = Layers(topology)
+        layers = LayerFactory(topology)
         mine = split[topology.pipeline_rank :: topology.pipeline_size]
         stages = [DecoderStage(config, layout, layers, part) for part in mine]
         encoders = [build_encoder(config, name) for name in enabled(config)]

@@ -10,13 +10,13 @@ from typing import Any
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.deepspeed_config import decided_values, merge, read_json
-from megatron_gemini.planning.search import Plan
+from megatron_gemini.planning.search import LayoutPlan
 from megatron_gemini.planning.zero_state import BUCKET, LIVE
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def write_plan(plan: Plan, path: Path) -> tuple[Path, Path]:
+def write_plan(plan: LayoutPlan, path: Path) -> tuple[Path, Path]:
     """Write `path` (YAML, for `train --config`) and the JSON beside it that its engine.deepspeed_config names.
 
     Raises a `ValueError` for a path that does not end in .yaml or .yml, or whose folder does not exist.
@@ -38,7 +38,7 @@ def check_path(path: Path) -> None:
         raise ValueError(f"--out {path}: the folder {path.parent} does not exist")
 
 
-def deepspeed_settings(plan: Plan) -> dict[str, Any]:
+def deepspeed_settings(plan: LayoutPlan) -> dict[str, Any]:
     """The plan in DeepSpeed's vocabulary, with the bucket sizes that its bytes assume.
 
     What a JSON of the user's own sets beside that is kept. The batch sizes are "auto", so that the rows of a step may

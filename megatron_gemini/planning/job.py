@@ -53,9 +53,9 @@ class Job:
         return self._zero(self.config.engine.zero_stage, self.data * self.config.parallel.context)
 
     @cached_property
-    def embedders_zero(self) -> ZeroPlan:
+    def encoder_engines_zero(self) -> ZeroPlan:
         """Of every encoder's engine, which has every rank."""
-        stage = self.config.embedders.zero_stage
+        stage = self.config.encoder_engines.zero_stage
         return self._zero(self.config.engine.zero_stage if stage < 0 else stage, self.world)
 
     def _zero(self, stage: int, ranks: int) -> ZeroPlan:

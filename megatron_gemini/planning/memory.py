@@ -6,7 +6,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.activations import (
     RowShare,
     audio_saved,
-    layer_again,
+    layer_recomputed,
     layer_saved,
     loss_buffers,
     loss_saved,
@@ -55,7 +55,7 @@ def rank_footprint(job: Job, pipeline_rank: int) -> Footprint:
 
 
 def _encoder_state(job: Job) -> Footprint:
-    zero = job.embedders_zero
+    zero = job.encoder_engines_zero
     state = Footprint(Bytes(weights=sum(job.frozen) * zero.element / (zero.ranks if zero.stage == 3 else 1)))
     for parameters in job.trained:
         state += zero_state(parameters, 0, zero)
@@ -67,7 +67,7 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
     config, share = job.config, RowShare.of(job.config)
     mode, model = config.engine.recompute, config.model
     layers = sum(len(stage.layers) for stage in stages) * waiting / len(stages)
-    kept = layers * layer_saved(model, share, mode) + layer_again(model, share, mode)
+    kept = layers * layer_saved(model, share, mode) + layer_recomputed(model, share, mode)
     host = 0.0
     if config.engine.offload_activations and mode != "none":
         inputs = layer_saved(model, share, "full")
@@ -88,8 +88,8 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
 def _encoder_activations(job: Job) -> tuple[float, bool]:
     """(bytes of the encoders, whether they live as long as the decoder's)."""
     config, element = job.config, job.zero.element
-    inputs = config.embedders.chunk_tokens
-    if not config.embedders.recompute:
+    inputs = config.encoder_engines.chunk_tokens
+    if not config.encoder_engines.recompute:
         inputs = max(inputs, int(MEDIA * config.train.rows_per_step * config.data.row_tokens / job.world))
     kept = [0.0]
     if config.vision.enabled and not config.vision.frozen:
@@ -97,7 +97,7 @@ def _encoder_activations(job: Job) -> tuple[float, bool]:
         kept.append(vision_saved(config.vision, max(inputs, min(image, config.data.row_tokens)), element))
     if config.audio.enabled and not config.audio.frozen:
         kept.append(audio_saved(config.audio, inputs, element))
-    return max(kept), not config.embedders.recompute
+    return max(kept), not config.encoder_engines.recompute
 
 
 def longest_clip(config: RunConfig) -> tuple[int, float]:
@@ -118,7 +118,7 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
     breadth_first = job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
     held = max(stage.parameters for stage in stages) if zero.gathers and breadth_first else None
     decoder = [zero_buffers(stage.parameters, stage.largest, zero, held) for stage in stages]
-    encoders = sum(zero_buffers(parameters, 0, job.embedders_zero) for parameters in job.trained)
+    encoders = sum(zero_buffers(parameters, 0, job.encoder_engines_zero) for parameters in job.trained)
     if zero.stage < 3:
         return max(decoder) + encoders
     if held is not None:  # one stage is gathered at a time; every engine has its own bucket

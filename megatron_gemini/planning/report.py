@@ -9,7 +9,7 @@ from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.planning.footprint import PARTS, Bytes
 from megatron_gemini.planning.memory import USABLE, longest_clip
 from megatron_gemini.planning.parameters import stages
-from megatron_gemini.planning.search import ZERO3_PIPELINE, Plan, alternatives
+from megatron_gemini.planning.search import ZERO3_PIPELINE, LayoutPlan, alternatives
 from megatron_gemini.planning.sizes import show_size
 
 _HEADER = (
@@ -24,7 +24,7 @@ _NOTE = (
 )
 
 
-def report(plans: Sequence[Plan], shown: int) -> str:
+def report(plans: Sequence[LayoutPlan], shown: int) -> str:
     """The table, its best line in detail, and the lines that do not fit but nearly do; best first."""
     fitting = [plan for plan in plans if plan.fits]
     rest = [plan for plan in plans if not plan.fits]
@@ -38,7 +38,7 @@ def report(plans: Sequence[Plan], shown: int) -> str:
     return "\n\n".join(pieces)
 
 
-def shortage(plan: Plan) -> str:
+def shortage(plan: LayoutPlan) -> str:
     """By how much a plan does not fit."""
     lacks = []
     if plan.lacks_gpu:
@@ -48,12 +48,12 @@ def shortage(plan: Plan) -> str:
     return ", ".join(lacks)
 
 
-def layout_options(plan: Plan) -> str:
+def layout_options(plan: LayoutPlan) -> str:
     """A plan's choices as options of the command line."""
     config = plan.job.config
     chosen = [("parallel", field.name) for field in dataclasses.fields(config.parallel)]
     chosen += [("engine", n) for n in ("zero_stage", "offload_optimizer", "offload_parameters", "recompute")]
-    chosen += [("embedders", "zero_stage")] if config.embedders.zero_stage >= 0 else []
+    chosen += [("encoder_engines", "zero_stage")] if config.encoder_engines.zero_stage >= 0 else []
     words = []
     for section, name in chosen:
         value = getattr(getattr(config, section), name)
@@ -61,7 +61,7 @@ def layout_options(plan: Plan) -> str:
     return " ".join(word for word in words if not word.endswith("sequence False"))
 
 
-def _machine(plan: Plan) -> str:
+def _machine(plan: LayoutPlan) -> str:
     job, machine = plan.job, plan.machine
     undivided = dataclasses.replace(job.config, parallel=ParallelConfig())
     decoder = sum(stage.parameters for stage in stages(undivided, job.vocabulary))
@@ -74,13 +74,13 @@ def _machine(plan: Plan) -> str:
     )
 
 
-def _table(plans: Sequence[Plan]) -> str:
+def _table(plans: Sequence[LayoutPlan]) -> str:
     rows = [_HEADER, *map(_row, plans)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
 
-def _row(plan: Plan) -> tuple[str, ...]:
+def _row(plan: LayoutPlan) -> tuple[str, ...]:
     config, job = plan.job.config, plan.job
     parallel, engine = config.parallel, config.engine
     offload = [
@@ -110,8 +110,8 @@ def _row(plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _stages(plan: Plan) -> str:
-    decoder, encoders = plan.job.zero.stage, plan.job.embedders_zero.stage
+def _stages(plan: LayoutPlan) -> str:
+    decoder, encoders = plan.job.zero.stage, plan.job.encoder_engines_zero.stage
     return str(decoder) if decoder == encoders else f"{decoder}/{encoders}"
 
 
@@ -119,7 +119,7 @@ def _more(count: int) -> str:
     return f"\n... and {count} more (--top shows more)" if count > 0 else ""
 
 
-def _best(plan: Plan) -> str:
+def _best(plan: LayoutPlan) -> str:
     machine, job = plan.machine, plan.job
     gpu, host, time = plan.footprint.gpu, plan.footprint.host, plan.time
     causes = sorted(time.causes().items(), key=lambda cause: -cause[1])
@@ -138,7 +138,7 @@ def _best(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _warning(plan: Plan) -> list[str]:
+def _warning(plan: LayoutPlan) -> list[str]:
     """Where the longest clip that the configuration allows would not fit beside what is there during its backward."""
     patches, kept = longest_clip(plan.job.config)
     gpu, usable = plan.footprint.gpu, USABLE * plan.machine.gpu_memory
@@ -155,7 +155,7 @@ def _parts(held: Bytes) -> str:
     return f"{parts} = {show_size(held.total)}"
 
 
-def _reasons(plan: Plan) -> list[str]:
+def _reasons(plan: LayoutPlan) -> list[str]:
     """What the same layout would need and take with one choice made the other way."""
     reasons = []
     for change, other in alternatives(plan):

@@ -32,7 +32,7 @@ STATES: tuple[tuple[int, Offload, Offload], ...] = (
 RECOMPUTE: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 _SEARCHED = (
     *("engine.zero_stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.recompute"),
-    "embedders.zero_stage",
+    "encoder_engines.zero_stage",
 )
 LONG_ROW = 16_384
 """Tokens of a row from which context parallelism is worth a look without being asked for."""
@@ -52,7 +52,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """A layout on a machine. worst: pipeline rank whose GPU is fullest, and `footprint` what that rank holds."""
 
     job: Job
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation in [0, 1], without what is recomputed."""
+        """Model FLOPs utilization in [0, 1], without what is recomputed."""
         peak = self.machine.gpu.peak(self.job.zero.bf16) * self.job.world
         return model_flops(self.job) / (peak * self.time.total)
 
@@ -106,13 +106,13 @@ class Plan:
         return self.lacks_gpu + self.lacks_host, seconds, engine.zero_stage, axes, RECOMPUTE.index(engine.recompute)
 
 
-def search(config: RunConfig, world: int, vocabulary: int, machine: Machine) -> list[Plan]:
+def search(config: RunConfig, world: int, vocabulary: int, machine: Machine) -> list[LayoutPlan]:
     """For every legal layout of `config` on `world` GPUs its best plan, best layout first.
 
     The layout, the ZeRO stage, offload to the host (the optimizer's, and under ZeRO-3 the weights') and recomputation
     are chosen; all else is the configuration's. Raises a `ValueError` where no layout is legal.
     """
-    found: dict[object, Plan] = {}
+    found: dict[object, LayoutPlan] = {}
     for candidate in candidates(config, world):
         plan = judge(Job(candidate, world, vocabulary), machine)
         before = found.get(candidate.parallel)
@@ -140,7 +140,7 @@ def _states(config: RunConfig) -> Iterator[RunConfig]:
     The encoders have the decoder's ZeRO stage, or stage 3 beside a lower one, unless the configuration says which.
     ZeRO-0 is left out in bf16, where it alone sums the gradients of microbatches in bf16.
     """
-    free = config.embedders.zero_stage < 0 and (config.vision.enabled or config.audio.enabled)
+    free = config.encoder_engines.zero_stage < 0 and (config.vision.enabled or config.audio.enabled)
     for stage, optimizer, weights in STATES[config.engine.precision == "bf16" :]:
         for recompute in RECOMPUTE:
             engine = dataclasses.replace(
@@ -153,23 +153,23 @@ def _states(config: RunConfig) -> Iterator[RunConfig]:
             )
             yield dataclasses.replace(config, engine=engine)
             if free and 0 < stage < 3:
-                embedders = dataclasses.replace(config.embedders, zero_stage=3)
-                yield dataclasses.replace(config, engine=engine, embedders=embedders)
+                encoder_engines = dataclasses.replace(config.encoder_engines, zero_stage=3)
+                yield dataclasses.replace(config, engine=engine, encoder_engines=encoder_engines)
 
 
-def judge(job: Job, machine: Machine) -> Plan:
+def judge(job: Job, machine: Machine) -> LayoutPlan:
     """What a layout needs of a machine."""
     found = {rank: rank_footprint(job, rank) for rank in job.places}
     worst = max(found, key=lambda rank: found[rank].gpu.total)
     ranks = min(job.world, machine.gpus_per_node)
     host = ranks * max(footprint.host.total for footprint in found.values())
-    return Plan(job, machine, worst, found[worst], host)
+    return LayoutPlan(job, machine, worst, found[worst], host)
 
 
-def alternatives(plan: Plan) -> list[tuple[str, Plan]]:
+def alternatives(plan: LayoutPlan) -> list[tuple[str, LayoutPlan]]:
     """The same layout with one of its choices made the other way, and what was changed in words."""
     chosen, found = plan.job.config, []
-    undecided = dataclasses.replace(chosen, embedders=dataclasses.replace(chosen.embedders, zero_stage=-1))
+    undecided = dataclasses.replace(chosen, encoder_engines=dataclasses.replace(chosen.encoder_engines, zero_stage=-1))
     for config in _states(undecided):
         changed = [name for name in _SEARCHED if _setting(config, name) != _setting(chosen, name)]
         if len(changed) == 1:

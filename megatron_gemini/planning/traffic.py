@@ -47,7 +47,7 @@ def traffic(job: Job, pipeline_rank: int) -> Traffic:
     sent = sum((number < last) + (number > 0) for number in numbers) if last else 0
     parameters = sum(stage.parameters for stage in stages)
     each, once = _zero(parameters, job.zero, held(job))
-    encoders = sum(sum(_zero(count, job.embedders_zero, once=True)) for count in job.trained)
+    encoders = sum(sum(_zero(count, job.encoder_engines_zero, once=True)) for count in job.trained)
     return Traffic(tensor, context, sent * share.stream * model.width * share.element, each, once + encoders)
 
 

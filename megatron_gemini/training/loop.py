@@ -20,7 +20,7 @@ from megatron_gemini.checkpoint import directory, training_state
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.engine import Engine, StepResult
-from megatron_gemini.engine.synchronize import Signature, agree
+from megatron_gemini.engine.synchronize import StepFingerprint, synchronize_step
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
@@ -50,7 +50,7 @@ class Task(ABC):
         """Sum of the loss weights of this rank's microbatches."""
 
     @abstractmethod
-    def signature(self, number: int, step: Any) -> Signature:
+    def fingerprint(self, number: int, step: Any) -> StepFingerprint:
         """What this rank is about to do in a step, which must fit what the others are about to do."""
 
     @abstractmethod
@@ -75,16 +75,16 @@ class Task(ABC):
     def load_data_state(self, state: dict[str, Any]) -> None: ...
 
     @abstractmethod
-    def left_out(self) -> Counter[tuple[str, str]]:
+    def skipped(self) -> Counter[tuple[str, str]]:
         """Samples that this rank alone read and could not use since the run began, by (source, reason)."""
 
-    def utilisation(self, record: dict[str, float], seconds: float) -> dict[str, float]:
+    def utilization(self, record: dict[str, float], seconds: float) -> dict[str, float]:
         """{"mfu": share of the devices' peak} where that is known."""
         return {}
 
     @abstractmethod
-    def held_out(self) -> dict[str, float]:
-        """Held-out figures, the same on every rank; empty if there is no held-out data."""
+    def validation(self) -> dict[str, float]:
+        """Validation figures, the same on every rank; empty if there is no validation data."""
 
     def backends(self) -> list[str]:
         """One line an operation: which implementation it takes here, and why."""
@@ -104,7 +104,7 @@ class Loop:
     def __init__(self, task: Task) -> None:
         self.task, self.config, self.engine = task, task.config, task.engine
         self.main = task.topology.rank == 0
-        self.state = training_state.Progress()
+        self.state = training_state.RunState()
         self.stop = StopRequest()
         self.resumed_from: Path | None = None
         if self.config.train.resume:
@@ -138,7 +138,7 @@ class Loop:
                 if self._due(train.save_every):
                     self.save(progress)
             self.save(progress)
-            self.report_left_out(progress)
+            self.report_skipped(progress)
         finally:
             writer.close()
             self.task.close()
@@ -156,7 +156,7 @@ class Loop:
         step, started = self.state.step, time.perf_counter()
         rows, problem = self.task.read()
         waited = time.perf_counter() - started
-        weight, number = self.agree(rows, problem)
+        weight, number = self.synchronize(rows, problem)
         if number:
             # The step's rows have been handed out but not trained on: the state before them is what is saved.
             return number
@@ -169,10 +169,10 @@ class Loop:
             "step_seconds": seconds,
             "data_seconds": waited,
             "peak_memory_bytes": peak_memory_bytes(),
-            **self.task.utilisation(record, seconds),
+            **self.task.utilization(record, seconds),
         }
-        if self._due(self.config.train.held_out_every):
-            record |= self.task.held_out()
+        if self._due(self.config.train.validation_every):
+            record |= self.task.validation()
         if writer.due(step):
             writer.write(step, record)
         progress.update(step, record)
@@ -197,8 +197,8 @@ class Loop:
         self.engine.forward_backward(rows, weight, outputs.append)
         lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
         result = self.engine.step(lr)
-        left_out = {"skipped_samples": float(self.task.left_out().total())}
-        sums = self.add_up(self.task.sums(outputs, rows) | left_out)
+        skipped = {"skipped_samples": float(self.task.skipped().total())}
+        sums = self.add_up(self.task.sums(outputs, rows) | skipped)
         record = self.task.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
         return self.advance(record, result, lr)
 
@@ -209,12 +209,12 @@ class Loop:
         self.state.optimizer_steps += not result.skipped
         return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
 
-    def agree(self, rows: Any, problem: str) -> tuple[float, int]:
+    def synchronize(self, rows: Any, problem: str) -> tuple[float, int]:
         """(sum of the step's loss weights, signal number to stop for or 0), the same on every rank; see `agreement`."""
-        signature = Signature(self.state.step, 0) if problem else self.task.signature(self.state.step, rows)
+        fingerprint = StepFingerprint(self.state.step, 0) if problem else self.task.fingerprint(self.state.step, rows)
         weight = 0.0 if problem else self.task.weight(rows)
         stop = self.stop.requested()
-        return agree(weight, stop, signature, self.task.topology, self.task.device, problem)
+        return synchronize_step(weight, stop, fingerprint, self.task.topology, self.task.device, problem)
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
@@ -243,14 +243,14 @@ class Loop:
         if dist.is_initialized():
             dist.barrier()
 
-    def report_left_out(self, progress: Progress) -> None:
+    def report_skipped(self, progress: Progress) -> None:
         """Show what samples of all ranks were left out, and why."""
         total: Counter[tuple[str, str]] = Counter()
-        for mine in self.engine.gather(self.task.left_out()):
+        for mine in self.engine.gather(self.task.skipped()):
             total.update(mine)
         if total:
             lines = [f"  {source}  {why}  {count}" for (source, why), count in total.most_common()]
-            progress.note("\n".join([f"left out {total.total()} samples that could not be used:", *lines]))
+            progress.note("\n".join([f"skipped {total.total()} samples that could not be used:", *lines]))
 
     def write_summary(self) -> None:
         """summary.json: what the run took, for reports."""

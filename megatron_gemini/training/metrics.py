@@ -3,7 +3,7 @@
 A record is a flat mapping of names to numbers. The names that the progress bar and the figures know:
 
 loss, loss_text, loss_image              nats a target token, weighted as trained; by modality
-held_out_loss, held_out_loss_text, ...   the same on held-out data, only in the records of some steps
+validation_loss, validation_loss_text, ...   the same on validation data, only in the records of some steps
 learning_rate, gradient_norm
 tokens, tokens_per_second                tokens of the global step, without padding
 share_text, share_image_codes, share_image, share_video, share_audio, of those tokens (`token_shares`)
@@ -45,7 +45,7 @@ class MetricsWriter:
     """
 
     def __init__(self, config: RunConfig, run_dir: str | Path, rank: int, start_step: int = 0) -> None:
-        self.every, self.held_out_every = config.logging.every, config.train.held_out_every
+        self.every, self.validation_every = config.logging.every, config.train.validation_every
         self.last_step = config.train.steps - 1
         self.active = rank == 0
         self.trackers: list[Tracker] = []
@@ -59,9 +59,10 @@ class MetricsWriter:
         self.file = path.open("a", encoding="utf-8")
 
     def due(self, step: int) -> bool:
-        """Whether a record of this step is wanted: the first, the last, every n-th, and those with held-out losses."""
-        held_out = self.held_out_every > 0 and (step + 1) % self.held_out_every == 0
-        return held_out or step % self.every == 0 or step == self.last_step
+        """Whether a record of this step is wanted: the first, the last, every n-th, and those with validation
+        losses."""
+        validation = self.validation_every > 0 and (step + 1) % self.validation_every == 0
+        return validation or step % self.every == 0 or step == self.last_step
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         """Write the record of a step, at once, so that it can be followed and survives a crash."""

@@ -1,4 +1,4 @@
-"""The figure of a run: losses by modality, held-out losses and the learning rate over the steps."""
+"""The figure of a run: losses by modality, validation losses and the learning rate over the steps."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from megatron_gemini.training.metrics import read_metrics
 
-_COLOURS = {"": "#333333", "text": "#0072b2", "image": "#d55e00"}  # told apart also by the colour-blind (Okabe, Ito)
-_OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_COLORS = {"": "#333333", "text": "#0072b2", "image": "#d55e00"}  # told apart also by the color-blind (Okabe, Ito)
+_OTHER_COLORS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def plot_losses(metrics_path: str | Path, out_png: str | Path) -> None:
     """Draw a metrics.jsonl into a PNG. Raises a `ValueError` where it holds no losses."""
     records = list(read_metrics(metrics_path))
-    trained, held_out = _curves(records, "loss"), _curves(records, "held_out_loss")
+    trained, validation = _curves(records, "loss"), _curves(records, "validation_loss")
     if not trained:
         raise ValueError(f"{metrics_path} holds no record of a loss; there is nothing to draw")
 
@@ -22,13 +22,13 @@ def plot_losses(metrics_path: str | Path, out_png: str | Path) -> None:
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    colours = _colours([*trained, *held_out])
+    colors = _colors([*trained, *validation])
     for name, (steps, values) in trained.items():
-        losses.plot(steps, values, color=colours[name], alpha=0.25, linewidth=0.8)
-        losses.plot(steps, _smoothed(values), color=colours[name], linewidth=1.6, label=name or "all")
-    for name, (steps, values) in held_out.items():
+        losses.plot(steps, values, color=colors[name], alpha=0.25, linewidth=0.8)
+        losses.plot(steps, _smoothed(values), color=colors[name], linewidth=1.6, label=name or "all")
+    for name, (steps, values) in validation.items():
         label = f"{name or 'all'}, held out"
-        losses.plot(steps, values, color=colours[name], linestyle="--", marker="o", markersize=4, label=label)
+        losses.plot(steps, values, color=colors[name], linestyle="--", marker="o", markersize=4, label=label)
     losses.set_ylabel("loss (nats per target)")
     losses.legend(frameon=False, ncols=2)
     steps, values = _curves(records, "learning_rate").get("", ([], []))
@@ -54,9 +54,9 @@ def _curves(records: list[dict[str, float]], prefix: str) -> dict[str, tuple[lis
     return curves
 
 
-def _colours(names: list[str]) -> dict[str, Any]:
-    others = sorted(set(names) - set(_COLOURS))
-    return _COLOURS | {name: _OTHER_COLOURS[i % len(_OTHER_COLOURS)] for i, name in enumerate(others)}
+def _colors(names: list[str]) -> dict[str, Any]:
+    others = sorted(set(names) - set(_COLORS))
+    return _COLORS | {name: _OTHER_COLORS[i % len(_OTHER_COLORS)] for i, name in enumerate(others)}
 
 
 def _smoothed(values: list[float]) -> list[float]:

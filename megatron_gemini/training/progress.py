@@ -17,7 +17,7 @@ class Progress:
 
     steps: of the whole run; start: the step that this process begins with, after a resume.
     stream: standard output by default. On a terminal there is one bar; otherwise a line for the first and the last
-        step, for a held-out loss, and at most one in `SECONDS_BETWEEN_LINES`.
+        step, for a validation loss, and at most one in `SECONDS_BETWEEN_LINES`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Progress:
 
     def _line_is_due(self, record: Mapping[str, float]) -> bool:
         ends = self.done in (self.start + 1, self.steps)
-        return ends or "held_out_loss" in record or self.clock() - self.last_line >= SECONDS_BETWEEN_LINES
+        return ends or "validation_loss" in record or self.clock() - self.last_line >= SECONDS_BETWEEN_LINES
 
     def _open_bar(self) -> Any:
         from tqdm import tqdm
@@ -134,13 +134,13 @@ class _Enduring:
 
 
 def describe(record: Mapping[str, float]) -> str:
-    """A record in one short line: what it has of loss, rate, shares, memory and utilisation."""
+    """A record in one short line: what it has of loss, rate, shares, memory and utilization."""
     parts = []
     for name, form in _FORMS.items():
         if record.get(name) is not None:
             parts.append(form(record[name]))
     if record.get("skipped_samples"):
-        parts.append(f"{record['skipped_samples']:.0f} samples left out")
+        parts.append(f"{record['skipped_samples']:.0f} samples skipped")
     shares = [
         f"{name.removeprefix('share_')} {value:.0%}"
         for name, value in record.items()
@@ -151,7 +151,7 @@ def describe(record: Mapping[str, float]) -> str:
 
 _FORMS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4f}",
-    "held_out_loss": lambda value: f"held-out {value:.4f}",
+    "validation_loss": lambda value: f"validation {value:.4f}",
     "learning_rate": lambda value: f"lr {value:.2e}",
     "tokens_per_second": lambda value: f"{_short(value)} tokens/s",
     "peak_memory_bytes": lambda value: f"{value / 2**30:.2f} GiB",

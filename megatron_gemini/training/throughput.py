@@ -1,4 +1,4 @@
-"""How much of the machine a run uses: peak memory, and model FLOPs utilisation where the device's peak is known."""
+"""How much of the machine a run uses: peak memory, and model FLOPs utilization where the device's peak is known."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.models.flops import peak_flops
 
 
-def utilisation(config: RunConfig, flops_per_token: float, tokens_per_second: float, devices: int) -> float | None:
-    """Model FLOPs utilisation (MFU) in [0, 1]: the FLOP/s that the model needs over the dense bf16 peak of `devices`.
+def utilization(config: RunConfig, flops_per_token: float, tokens_per_second: float, devices: int) -> float | None:
+    """Model FLOPs utilization (MFU) in [0, 1]: the FLOP/s that the model needs over the dense bf16 peak of `devices`.
 
     None without CUDA, on a device that is not in the table, and in fp32, which has another peak.
     """

@@ -80,8 +80,8 @@ class _WeightsAndBiases:
 
 
 def _grouped(name: str) -> str:
-    """`held_out_loss_text` belongs to the figure `held_out_loss`, `share_audio` to `share`: they use a slash."""
-    for group in ("held_out_loss", "loss", "share"):
+    """`validation_loss_text` belongs to the figure `validation_loss`, `share_audio` to `share`: they use a slash."""
+    for group in ("validation_loss", "loss", "share"):
         if name.startswith(f"{group}_"):
             return f"{group}/{name.removeprefix(group + '_')}"
     return name

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from megatron_gemini.contracts import Batch
 from megatron_gemini.engine.distributed import end_process, leave
-from megatron_gemini.models.stage import DecoderStage, Row
+from megatron_gemini.models.stage import DecoderStage, StageInput
 from megatron_gemini.parallel.parameters import initialize, placement_of
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.attention_rows import row
@@ -77,12 +77,12 @@ def batch(name: str) -> Batch:
 
 def run(model: str, given: Batch, topology: Topology, recompute: Any = "none") -> tuple[DecoderStage, torch.Tensor]:
     """The model after one forward and backward; float32 [5]: loss, weighted nll and weight of both modalities."""
-    layers = Layers(topology)
+    layers = LayerFactory(topology)
     sizes = dataclasses.replace(CONFIG.model, init_std=0.2, layers=2, **MODELS[model])
     engine = dataclasses.replace(CONFIG.engine, recompute=recompute)
     stage = DecoderStage(dataclasses.replace(CONFIG, model=sizes, engine=engine), LAYOUT, layers)
     initialize(stage, seed=7)
-    output = stage(row=Row(given, None, layers.context_positions(T)))
+    output = stage(row=StageInput(given, None, layers.context_positions(T)))
     output.loss.backward()
     sums = (output.loss.detach()[None], output.nll_by_modality, output.weight_by_modality)
     return stage, torch.cat(sums)

@@ -1,4 +1,4 @@
-"""One rank of the embedders' test: several layouts, one after the other, each trained for some steps.
+"""One rank of the encoder_engines' test: several layouts, one after the other, each trained for some steps.
 
     torchrun --nproc-per-node N -m tests.distributed.encoder_cases OUT CASE...
 
@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_gemini.config.engine import EmbeddersConfig, ParallelConfig
+from megatron_gemini.config.engine import EncoderEnginesConfig, ParallelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
-from megatron_gemini.engine.batch_exchange import RowExchange
+from megatron_gemini.engine.batch_exchange import BatchExchange
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.encoder_engine import Encoder
-from megatron_gemini.engine.encoder_engines import Embedders, groups_of_world
+from megatron_gemini.engine.encoder_engines import EncoderEngines, groups_of_world
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.norm import global_norm
-from megatron_gemini.engine.synchronize import Signature, agree, agree_on_setup
+from megatron_gemini.engine.synchronize import StepFingerprint, preflight, synchronize_step
 from megatron_gemini.models.encoding_plan import check_media
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.context.positions import stream_positions
@@ -99,7 +99,9 @@ def case_config(ranks: str, name: str) -> RunConfig:
             offload_optimizer=case["offload"],
             precision=case["precision"],
         ),
-        embedders=EmbeddersConfig(zero_stage=case["own"], recompute=case["recompute"], chunk_tokens=case["chunk"]),
+        encoder_engines=EncoderEnginesConfig(
+            zero_stage=case["own"], recompute=case["recompute"], chunk_tokens=case["chunk"]
+        ),
     )
     for encoder in case["frozen"]:
         config = dataclasses.replace(config, **{encoder: dataclasses.replace(getattr(config, encoder), frozen=True)})
@@ -124,14 +126,14 @@ def pretend_loss(embeddings: Embeddings | None, row: int, positions: torch.Tenso
 
 def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
     device = torch.device("cpu")
-    embedders = Embedders(config, topology, device)
+    encoder_engines = EncoderEngines(config, topology, device)
     found: dict[str, torch.Tensor] = {}
     positions = stream_positions(T, topology)
     for step in range(STEPS):
         mine = step_rows(rows_of(step), topology)
         for batch in mine.rows:
             check_media(batch, LAYOUT, config)
-        given = embedders.forward(mine)
+        given = encoder_engines.forward(mine)
         assert topology.pipeline_rank == 0 or all(each is None for each in given)
         if topology.pipeline_rank == 0:
             for place, embeddings in enumerate(given):
@@ -142,20 +144,20 @@ def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
                 loss = pretend_loss(embeddings, number, positions) * topology.shard_size
                 if loss.requires_grad:
                     loss.backward()
-        embedders.backward()
-        for part in embedders.parts:
+        encoder_engines.backward()
+        for part in encoder_engines.parts:
             part.wait()
-        pieces = [piece for part in embedders.parts for piece in part.owned()]
+        pieces = [piece for part in encoder_engines.parts for piece in part.owned()]
         for piece in pieces:
             gradient = piece.gradient()
             assert gradient is not None, f"{piece.name} has no gradient in step {step}"
             found[f"gradients{step}/{piece.start}/{piece.name}"] = gradient[: piece.count].clone()
         norm = global_norm(pieces, device)
-        for part in embedders.parts:
+        for part in encoder_engines.parts:
             part.step(LR, norm)
         found[f"{step}/norm"] = norm
-        found[f"{step}/balance"] = torch.tensor(embedders.balance)
-    for part in [*embedders.parts, *embedders.frozen]:
+        found[f"{step}/balance"] = torch.tensor(encoder_engines.balance)
+    for part in [*encoder_engines.parts, *encoder_engines.frozen]:
         for fragment in part.owned():
             found[f"weights/{fragment.start}/{fragment.name}"] = fragment.master().detach().clone().contiguous()
     return found
@@ -204,7 +206,7 @@ def gathers(topology: Topology) -> dict[str, torch.Tensor]:
 def disagreements(topology: Topology) -> dict[str, str]:
     """What each rank is told where the last but one would run something else, and where it would not."""
     odd, rank = topology.world - 2, topology.rank
-    usual = Signature(step=1, microbatches=4, row_tokens=T, encoders=("vision", "audio"), rows=topology.data_rank)
+    usual = StepFingerprint(step=1, microbatches=4, row_tokens=T, encoders=("vision", "audio"), rows=topology.data_rank)
     cases: dict[str, dict[str, object]] = {
         "microbatches": {"microbatches": 3},
         "encoders": {"encoders": ("vision",)},
@@ -213,20 +215,20 @@ def disagreements(topology: Topology) -> dict[str, str]:
     }
     found = {}
     for name, fields in cases.items():
-        signature = dataclasses.replace(usual, **fields) if rank == odd else usual
+        fingerprint = dataclasses.replace(usual, **fields) if rank == odd else usual
         try:
-            found[name] = str(agree(1.0, 0, signature, topology, torch.device("cpu")))
+            found[name] = str(synchronize_step(1.0, 0, fingerprint, topology, torch.device("cpu")))
         except ValueError as error:
             found[name] = str(error)
     problem = "sample x cannot be read" if rank == odd else ""
     try:
-        agree(1.0, 0, usual, topology, torch.device("cpu"), problem)
+        synchronize_step(1.0, 0, usual, topology, torch.device("cpu"), problem)
     except ValueError as error:
         found["problem"] = str(error)
     setups = {"settings": (7, int(rank == odd)), "shards": (7 + (rank == odd), 7), "same setup": (7, 7)}
     for name, (shards, settings) in setups.items():
         try:
-            found[name] = str(agree_on_setup(settings, shards, topology, torch.device("cpu")))
+            found[name] = str(preflight(settings, shards, topology, torch.device("cpu")))
         except ValueError as error:
             found[name] = str(error)
     return found
@@ -237,7 +239,7 @@ def missing_rows(topology: Topology) -> list[int]:
     everything = rows_of(0)
     read = {number: row for number, row in enumerate(everything) if number % topology.world == topology.rank}
     read.pop(2, None)
-    shared = RowExchange(topology, torch.device("cpu")).share(read, len(everything))
+    shared = BatchExchange(topology, torch.device("cpu")).share(read, len(everything))
     assert len(shared.rows) == ROWS // topology.data_size - (topology.data_rank == 2 % topology.data_size)
     return shared.readers
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.engine import EmbeddersConfig, EngineConfig, ParallelConfig
+from megatron_gemini.config.engine import EncoderEnginesConfig, EngineConfig, ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LossConfig, OptimizerConfig, TrainConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
-from megatron_gemini.engine.batch_exchange import RowExchange
+from megatron_gemini.engine.batch_exchange import BatchExchange
 from megatron_gemini.parallel.topology import Topology
 
 ROWS, T = 8, 96
@@ -31,7 +31,7 @@ CONFIG = RunConfig(
     loss=LossConfig(text=1.0, image=0.5, z_loss=1e-3),
     train=TrainConfig(rows_per_step=ROWS, seed=3),
     engine=EngineConfig(zero_stage=0, offload_optimizer="none", gradient_clipping=0.5),
-    embedders=EmbeddersConfig(chunk_tokens=24),  # more than one chunk an encoder
+    encoder_engines=EncoderEnginesConfig(chunk_tokens=24),  # more than one chunk an encoder
 )
 
 
@@ -43,25 +43,26 @@ class Letters:
 
 
 def with_layout(**layout: Any) -> RunConfig:
-    """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (the encoders), embedders_zero."""
+    """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (the encoders),
+    encoder_engines_zero."""
     given = dict(layout)
     tied, frozen = given.pop("tied", True), given.pop("frozen", "")
     sizes = {"mlp_width": given.pop("mlp_width", CONFIG.model.mlp_width)}
-    embedders = dataclasses.replace(CONFIG.embedders, zero_stage=given.pop("embedders_zero", -1))
+    encoder_engines = dataclasses.replace(CONFIG.encoder_engines, zero_stage=given.pop("encoder_engines_zero", -1))
     parallel = {f.name for f in dataclasses.fields(ParallelConfig)}
     return dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, tie_embeddings=tied, **sizes),
         vision=dataclasses.replace(CONFIG.vision, frozen="vision" in frozen),
         audio=dataclasses.replace(CONFIG.audio, frozen="audio" in frozen),
-        embedders=embedders,
+        encoder_engines=encoder_engines,
         parallel=ParallelConfig(**{key: value for key, value in given.items() if key in parallel}),
         engine=dataclasses.replace(CONFIG.engine, **{k: v for k, v in given.items() if k not in parallel}),
     )
 
 
 def rows(step: int) -> list[Batch]:
-    """The ROWS rows of a global step. Row 1 has text only, and every row another number of targets."""
+    """The ROWS rows of a global step. StageInput 1 has text only, and every row another number of targets."""
     random = np.random.default_rng(step)
     return [pack(_documents(random, row), T, CONFIG.loss) for row in range(ROWS)]
 
@@ -70,7 +71,7 @@ def step_rows(everything: list[Batch], topology: Topology) -> StepRows:
     """What a rank has of a global step, each of whose rows another rank has read than the one that trains on it."""
     world = topology.world
     read = {number: row for number, row in enumerate(everything) if (3 * number + 1) % world == topology.rank}
-    return RowExchange(topology, torch.device("cpu")).share(read, len(everything))
+    return BatchExchange(topology, torch.device("cpu")).share(read, len(everything))
 
 
 def _documents(random: np.random.Generator, row: int) -> list[Document]:

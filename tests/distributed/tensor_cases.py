@@ -25,10 +25,10 @@ from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy
-from megatron_gemini.kernels.rope import rotation
+from megatron_gemini.kernels.rope import rope_cos_sin
 from megatron_gemini.models.decoder import DecoderLayer
 from megatron_gemini.parallel.parameters import initialize, placement_of
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows
 
@@ -45,7 +45,7 @@ ROW = rows(0)[3]  # a picture, speech, image codes and text
 class Stack(nn.Module):
     """The decoder as its parts make it: embedding, media in the stream, layers, norm, head and loss."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
         self.config, self.make = config, layers
         self.embedding = layers.embedding(LAYOUT.size, config.width, std=config.init_std)
@@ -61,10 +61,10 @@ class Stack(nn.Module):
         """(loss, logits of this rank's ids)."""
         h_SD = self.embedding(ROW.token_T) * self.config.width**0.5
         h_SD = h_SD.index_copy(0, self.slots, self.media_OD)
-        turn = rotation(ROW.position_T, self.config.head_width, self.config.rope_theta, h_SD.dtype)
+        cos_sin = rope_cos_sin(ROW.position_T, self.config.head_width, self.config.rope_theta, h_SD.dtype)
         plan = plan_attention(ROW.segment_T, ROW.span_T)
         for layer in self.layers:
-            h_SD = layer(h_SD, turn, plan, None)
+            h_SD = layer(h_SD, cos_sin, plan, None)
         h_TD = self.make.gather_stream(self.norm(h_SD))
         head = self.embedding if self.head is None else self.head
         weighted = ROW.weight_T.nonzero().squeeze(1)
@@ -84,7 +84,7 @@ def media_embeddings(width: int) -> torch.Tensor:
 
 def run(name: str, topology: Topology) -> tuple[Stack, torch.Tensor, torch.Tensor]:
     """The model after one forward and backward, the loss and the logits of the whole vocabulary."""
-    model = Stack(dataclasses.replace(CONFIG.model, init_std=0.2, **CASES[name]), Layers(topology))
+    model = Stack(dataclasses.replace(CONFIG.model, init_std=0.2, **CASES[name]), LayerFactory(topology))
     initialize(model, seed=7)
     loss, logits = model()
     loss.backward()
@@ -134,7 +134,7 @@ def main() -> None:
                 save_file(result, Path(out) / f"{name}-{sequence}.safetensors")
                 (Path(out) / f"{name}-{sequence}.json").write_text(json.dumps(partial))
     if topology.rank == 0:
-        models = [Stack(CONFIG.model, Layers(place)) for place in (Topology.serial(), topology)]
+        models = [Stack(CONFIG.model, LayerFactory(place)) for place in (Topology.serial(), topology)]
         (Path(out) / "names.json").write_text(json.dumps([sorted(model.state_dict()) for model in models]))
     leave()
 

@@ -2,7 +2,7 @@
 
 The oracle is the serial model from the same seed, which recomputes nothing; its attention is tested against a dense
 float64 reference elsewhere. The rows have documents and bidirectional spans over the borders of the chunks that ranks
-are dealt, and one has ranks with nothing but padding. Initial weights are ten times those of training, so that
+are assigned, and one has ranks with nothing but padding. Initial weights are ten times those of training, so that
 attention is far from uniform.
 """
 

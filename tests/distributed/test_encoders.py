@@ -2,8 +2,8 @@
 
 The oracle is plain torch: all encoders in one module from the same seed, one forward a row and encoder (so other
 packing, other numbers of forwards, no dummies), autograd, torch's clipping and AdamW. It shares the encoders' code and
-the rule for initial values, and neither dealing, exchange, DeepSpeed nor recomputation. In one of three steps nobody
-has sound.
+the rule for initial values, and neither load balancing, exchange, DeepSpeed nor recomputation. In one of three steps
+nobody has sound.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ALL = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """By the number of ranks: the folder of what the ranks of one launch wrote."""
-    base = tmp_path_factory.mktemp("embedders")
+    base = tmp_path_factory.mktemp("encoder_engines")
 
     @functools.cache
     def launch(ranks: str) -> Path:

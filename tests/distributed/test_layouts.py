@@ -2,10 +2,10 @@
 
 The oracle is a plain loop: the serial model, started from the same seed, torch's AdamW, torch's gradient clipping,
 the loss as a sum over all rows of the step divided by the sum of the weights. It shares with the layouts only the
-model's code and the rule for initial values. ZeRO, DeepSpeed, accumulation, every kind of parallelism, the dealing
-and recomputation of the encoders, our norm and our clipping are all absent from it. The clipping bound binds on most
-steps (asserted), so that a wrong norm bends the curve; one row has text only; rows have unequal targets; initial
-weights come from the seed on every rank and are never copied.
+model's code and the rule for initial values. ZeRO, DeepSpeed, accumulation, every kind of parallelism, the load
+balancing and recomputation of the encoders, our norm and our clipping are all absent from it. The clipping bound binds
+on most steps (asserted), so that a wrong norm bends the curve; one row has text only; rows have unequal targets;
+initial weights come from the seed on every rank and are never copied.
 
 Compared over ten steps: the loss, the global norm, and every gradient before clipping, put together from the pieces
 of all ranks, to 1e-5; final weights to a hundredth of the learning rate, with Adam's eps large enough (1e-4) that
@@ -31,7 +31,7 @@ import torch
 from megatron_gemini.checkpoint.pieces import WEIGHT, PieceReader
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows, total_weight, with_layout
 from tests.distributed.train_layouts import MORE, STEPS
@@ -80,7 +80,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"context": 4, "zero_stage": 0},
         {"tensor": 2, "sequence": True, "context": 2, "zero_stage": 1, **CPU, "frozen": "audio"},
         {"pipeline": 2, "zero_stage": 2, **CPU},
-        {"pipeline": 2, "zero_stage": 3, **ALL_CPU, "embedders_zero": 1},
+        {"pipeline": 2, "zero_stage": 3, **ALL_CPU, "encoder_engines_zero": 1},
         {"pipeline": 4, "zero_stage": 1, "frozen": "vision audio"},
         {"tensor": 2, "pipeline": 2, "zero_stage": 3, **CPU},
         {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **ALL_CPU},
@@ -92,7 +92,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tensor": 2, "pipeline": 2, "zero_stage": 3, **CPU},
         {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 1, "virtual_stages": 2, **BREADTH},
         {"tensor": 2, "sequence": True, "context": 2, "pipeline": 2, "zero_stage": 3, **CPU},
-        {"zero_stage": 3, "embedders_zero": 0},
+        {"zero_stage": 3, "encoder_engines_zero": 0},
     ],
 }
 
@@ -131,7 +131,7 @@ def oracle(
     tied: bool, frozen: str, mlp_width: int
 ) -> tuple[list[list[float]], list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """([loss, norm] a step, gradients a step, final weights) of the plain loop."""
-    model = Gemini(with_layout(tied=tied, mlp_width=mlp_width), LAYOUT, Layers(Topology.serial()))
+    model = Gemini(with_layout(tied=tied, mlp_width=mlp_width), LAYOUT, LayerFactory(Topology.serial()))
     initialize(model, CONFIG.train.seed)
     for encoder in frozen.split():
         model.encoders[encoder].requires_grad_(False)

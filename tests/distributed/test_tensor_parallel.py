@@ -94,7 +94,7 @@ def test_the_partial_parameters_are_those_whose_ranks_see_other_tokens_or_heads(
 @with_and_without
 @each_case
 def test_gradients_that_are_not_summed_are_the_same_on_every_rank(results, name, sequence):
-    """Bit for bit: otherwise the copies of a weight drift apart over a run. Summands differ."""
+    """Bit for bit: otherwise the copies of a weight drift apart over a run. Partial gradients differ."""
     found, partial = found_of(results, name, sequence)
     assert ("norm.weight" in partial) and partial["norm.weight"] == sequence
     for parameter_name, is_partial in partial.items():

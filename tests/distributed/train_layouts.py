@@ -89,7 +89,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
 
     engine = build()
     curve = train(engine, 0, STEPS, out)
-    progress = training_state.Progress(step=STEPS, optimizer_steps=STEPS)
+    progress = training_state.RunState(step=STEPS, optimizer_steps=STEPS)
     path = training_state.save(engine, out, progress, {}, keep=1)
     onward = train(engine, STEPS, STEPS + MORE)
     again = build()

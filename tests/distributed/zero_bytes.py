@@ -23,8 +23,8 @@ from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
-from megatron_gemini.models.stage import DecoderStage, Row
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.models.stage import DecoderStage, StageInput
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.distributed.rows import LAYOUT, rows
@@ -56,14 +56,14 @@ def held(engine: dict[str, Any], topology: Topology, folder: Path) -> list[int]:
     settings = deepspeed_config(config, 2, topology.shard_size)
     before = storages()  # kept, so that no address of theirs is used again
     zero = ZeroEngine(
-        lambda: DecoderStage(config, LAYOUT, Layers(topology)),
+        lambda: DecoderStage(config, LAYOUT, LayerFactory(topology)),
         config,
         EngineGroups.of_decoder(topology),
         settings,
         torch.device("cpu"),
     )
     counts = [getattr(p, "ds_numel", p.numel()) for p in zero.module.parameters()]
-    row = Row(rows(0)[1])  # text only
+    row = StageInput(rows(0)[1])  # text only
     for boundary in (False, True):
         zero.backward(zero.forward(row=row).loss, boundary)
     zero.wait()

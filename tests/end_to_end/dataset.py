@@ -39,7 +39,7 @@ def write_data(root: Path) -> Path:
     folder.mkdir(parents=True)
     train_text_model(folder / "text.model")
     write_tar(folder / "digits.tar", {f"{number:03}": _digit(number, random) for number in range(24)})
-    write_tar(folder / "held_out.tar", {f"h{number}": _digit(number, random) for number in range(6)})
+    write_tar(folder / "validation.tar", {f"h{number}": _digit(number, random) for number in range(6)})
     write_tar(folder / "speech.tar", {f"s{number}": _speech(number) for number in range(4)})
     write_tar(folder / "clip.tar", {"v0": {"mp4": encode_video(_frames(random), 4.0), "txt": b"one two three"}})
     write_tar(folder / "text.tar", {f"t{number}": {"txt": NAMES[number].encode()} for number in range(8)})
@@ -62,7 +62,7 @@ def settings(data: Path, output: Path) -> dict[str, Any]:
                 {"shards": str(data / "clip.tar"), "task": "video_caption", "weight": 0.2},
                 {"shards": str(data / "text.tar"), "task": "text", "weight": 0.5},
             ],
-            "held_out": [{"shards": str(data / "held_out.tar"), "task": "caption"}],
+            "validation": [{"shards": str(data / "validation.tar"), "task": "caption"}],
             "text_model": str(data / "text.model"),
             "row_tokens": 256,
             "lanes": 4,

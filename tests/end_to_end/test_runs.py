@@ -24,7 +24,7 @@ OFTEN = ["--train.steps", 6, "--train.save_every", 2, "--train.keep", 2, "--logg
 # name: (arguments, accident)
 RUNS: dict[str, tuple[list[Any], str]] = {
     **{name: (arguments, "") for name, arguments in ENGINES.items()},
-    "often": ([*OFTEN, "--train.held_out_every", 2, "--train.held_out_rows", 1], ""),
+    "often": ([*OFTEN, "--train.validation_every", 2, "--train.validation_rows", 1], ""),
     "bad samples": (["--data.sources.0.shards", "{folder}/some_bad.tar", "--train.steps", 6], ""),
     "bad images": (["--config", "{folder}/images.yaml"], ""),
     "signalled": (["--train.save_every", 2, "--train.steps", 8], "signal_in_save"),
@@ -110,9 +110,9 @@ def test_every_engine_has_the_same_losses(name: str, runs: dict[str, Ended], fol
 def test_intervals_are_kept(runs: dict[str, Ended], folder: Path) -> None:
     assert runs["often"].status == 0, runs["often"].output
     found = records(folder / "often")
-    assert [record["step"] for record in found] == [0, 1, 3, 5]  # every third, the last, those with held-out losses
-    held_out = [record["step"] for record in found if math.isfinite(record.get("held_out_loss", math.nan))]
-    assert held_out == [1, 3, 5]
+    assert [record["step"] for record in found] == [0, 1, 3, 5]  # every third, the last, those with validation losses
+    validation = [record["step"] for record in found if math.isfinite(record.get("validation_loss", math.nan))]
+    assert validation == [1, 3, 5]
     assert checkpoints(folder / "often") == ["latest", "step-00000004", "step-00000006"]
     assert json.loads((folder / "often" / "summary.json").read_text())["steps"] == 6
 
@@ -121,7 +121,7 @@ def test_bad_samples_are_counted_and_shown(runs: dict[str, Ended], folder: Path)
     assert runs["bad samples"].status == 0, runs["bad samples"].output
     counts = [record["skipped_samples"] for record in records(folder / "bad samples")]
     assert 0 < counts[-1] >= counts[0]
-    assert "samples left out" in runs["bad samples"].output
+    assert "samples skipped" in runs["bad samples"].output
     assert "that could not be used:\n  caption:some_bad.tar  " in runs["bad samples"].output
     assert all(record["skipped_samples"] == 0 for record in records(folder / "often"))
 

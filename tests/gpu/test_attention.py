@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_gemini.kernels.attention.api import attention, attention_with_lse, plan_attention
-from megatron_gemini.kernels.attention.dispatch import BACKENDS, Ask
+from megatron_gemini.kernels.attention.dispatch import BACKENDS, AttentionRequest
 from megatron_gemini.kernels.attention.reference import attend_densely
 from tests.attention_rows import heads, only_backend, row
 
@@ -60,7 +60,7 @@ def test_our_kernels_equal_the_reference(name, counts, dtype, width):
 def test_a_backend_that_is_named_runs_and_no_other_does(monkeypatch, backend):
     only_backend(monkeypatch, backend)
     plan = on_card(ROWS["causal"])
-    ask = Ask(torch.device("cuda"), torch.bfloat16, 128, plan.sequences is not None, False)
+    ask = AttentionRequest(torch.device("cuda"), torch.bfloat16, 128, plan.sequences is not None, False)
     reason = next(b for b in BACKENDS if b.name == backend).unable(ask)
     if reason:
         pytest.skip(reason)

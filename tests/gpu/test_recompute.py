@@ -10,7 +10,7 @@ from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.models.decoder import Decoder
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.recompute import Recompute
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ class Case:
     """A decoder on the GPU and a row of two documents."""
 
     def __init__(self, mode: str, offload: bool) -> None:
-        self.model = Decoder(CONFIG, 16, Layers(Topology.serial()), recompute=Recompute(mode, offload))
+        self.model = Decoder(CONFIG, 16, LayerFactory(Topology.serial()), recompute=Recompute(mode, offload))
         initialize(self.model, seed=1)
         self.model.cuda()
         self.h_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(0)).cuda().requires_grad_()

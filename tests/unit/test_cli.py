@@ -1,4 +1,4 @@
-"""How the commands answer: fast help, one line for a mistake, a status, and who speaks in a job of several ranks."""
+"""How the commands answer: fast help, one line for a mistake, a status, and who sends in a job of several ranks."""
 
 from __future__ import annotations
 

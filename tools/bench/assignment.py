@@ -1,11 +1,11 @@
-"""How evenly a step's images and sounds are dealt to the ranks, how many travel, and what working it out costs.
+"""How evenly a step's images and sounds are assigned to the ranks, how many travel, and what working it out costs.
 
     python tools/bench/assignment.py            # a line of JSON for each layout
 
 Made-up rows: four items in five are images of 4 x 4 to 31 x 31 patches, the others sounds of 1 to 30 seconds. Rows are
-read by all ranks in turn. Balance is the cost of the dearest rank over the mean; undealt is what it would be if every
-rank encoded what it has read, and at home if the ranks of the embedding stage encoded those of their rows. Seconds are
-one rank's CPU time for plan and routes.
+read by all ranks in turn. Balance is the cost of the most expensive rank over the mean; unassigned is what it would be
+if every rank encoded what it has read, and at home if the ranks of the embedding stage encoded those of their rows.
+Seconds are one rank's CPU time for plan and routes.
 """
 
 from __future__ import annotations
@@ -56,18 +56,20 @@ def measure(data: int, tensor: int, pipeline: int, rows: int, items: int, repeat
         plan = make_plan(tables, readers, config, topology, training=True)
         embedding_routes(plan.items, streams, rows, np.array([True, True]))
         seconds.append(time.process_time() - begin)
-    dealt = plan.items
+    assigned = plan.items
     names = enumerate(("vision", "audio"))
-    cost = np.concatenate([costs(name, plan.grid_I3[dealt.encoder == n], config.embedders) for n, name in names])
-    undealt = np.bincount(dealt.holder, weights=cost, minlength=topology.world)
-    at_home = np.bincount(dealt.home, weights=cost) / tensor
+    cost = np.concatenate(
+        [costs(name, plan.grid_I3[assigned.encoder == n], config.encoder_engines) for n, name in names]
+    )
+    unassigned = np.bincount(assigned.holder, weights=cost, minlength=topology.world)
+    at_home = np.bincount(assigned.home, weights=cost) / tensor
     return {
         "ranks": topology.world,
-        "items": len(dealt.rank),
+        "items": len(assigned.rank),
         "balance": round(plan.balance, 3),
         "balance_at_home": round(float(at_home.max() / (cost.sum() / topology.world)), 3),
-        "balance_undealt": round(float(undealt.max() / (cost.sum() / topology.world)), 3),
-        "travel": round(float(np.mean(dealt.rank != dealt.holder)), 3),
+        "balance_undealt": round(float(unassigned.max() / (cost.sum() / topology.world)), 3),
+        "travel": round(float(np.mean(assigned.rank != assigned.holder)), 3),
         "median_seconds": round(statistics.median(seconds), 4),
     }
 

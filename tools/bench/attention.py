@@ -158,7 +158,13 @@ def compare_on_cpu(rounds: int) -> Iterator[dict[str, object]]:
     """The comparisons that have a bound; ratio: ours to the other, forward and backward together."""
     shape, mixed = (8, 1, 64), Row((1024, 512, 256, 256), image=192, image_every=256).plan("cpu")
     comparisons = [
-        ("packed 1024 + 512 + 256 + 256 : padded", Row((1024, 512, 256, 256)).plan("cpu"), padded(4), 4096, 0.40),
+        (
+            "packed 1024 + 512 + 256 + 256 : padded",
+            Row((1024, 512, 256, 256)).plan("cpu"),
+            padded(4),
+            4096,
+            0.40,
+        ),
         ("mixed mask : SDPA with a dense mask", mixed, masked(dense_mask(mixed)), 2048, 0.30),
         ("64 documents of 32 : padded", Row((32,) * 64).plan("cpu"), padded(64), 2048, 1.1),
     ]

@@ -34,10 +34,10 @@ from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
-from megatron_gemini.kernels.rope import Rotation, rotation
+from megatron_gemini.kernels.rope import CosSin, rope_cos_sin
 from megatron_gemini.models.decoder import Attention, DecoderLayer
 from megatron_gemini.parallel.parameters import initialize, placement_of
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.tensor.shards import HeadShard
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
@@ -112,8 +112,8 @@ class Case:
     topology: Topology
 
     @property
-    def layers(self) -> Layers:
-        return Layers(self.topology)
+    def layers(self) -> LayerFactory:
+        return LayerFactory(self.topology)
 
     @property
     def whole_keys(self) -> bool:
@@ -136,23 +136,23 @@ class Case:
         return torch.randn(len(self.layers.stream(self.tokens)), self.model.width, requires_grad=True)
 
 
-def rotation_and_plan(case: Case) -> tuple[Rotation, AttentionPlan]:
+def cos_sin_and_plan(case: Case) -> tuple[CosSin, AttentionPlan]:
     """Of one document as long as the row."""
     ones = torch.ones(case.tokens, dtype=torch.int32)
-    turn = rotation(torch.arange(case.tokens), case.model.head_width, 10_000.0, torch.get_default_dtype())
-    return turn, plan_attention(ones, ones * 0, case.layers.context_positions(case.tokens))
+    cos_sin = rope_cos_sin(torch.arange(case.tokens), case.model.head_width, 10_000.0, torch.get_default_dtype())
+    return cos_sin, plan_attention(ones, ones * 0, case.layers.context_positions(case.tokens))
 
 
 def attention(case: Case, sum_gradient: bool = False) -> Callable[[], torch.Tensor]:
     """Forward of this package's attention block; sum_gradient: as it was before."""
     module = Attention(case.model, case.layers, 0)
     initialize(module, 0)
-    turn, plan = rotation_and_plan(case)
+    cos_sin, plan = cos_sin_and_plan(case)
     h_SD = case.stream()
     if sum_gradient:
         how = (module.input.shard, case.model.kv_heads, case.topology.tensor_group)
         module.input.register_forward_hook(lambda *x: (x[-1][0], *_SumKeyValueGradient.apply(*x[-1][1:], *how)))
-    return lambda: module(h_SD, turn, plan, None)
+    return lambda: module(h_SD, cos_sin, plan, None)
 
 
 def mlp(case: Case) -> Callable[[], torch.Tensor]:
@@ -246,7 +246,7 @@ def kept(case: Case) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(case.stream(), *rotation_and_plan(case), None)
+        module(case.stream(), *cos_sin_and_plan(case), None)
         return sum(storage.nbytes() for storage in storages.values())
 
 

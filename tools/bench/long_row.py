@@ -30,7 +30,7 @@ from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.models.decoder import Decoder, Part
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 
@@ -48,13 +48,13 @@ class Kept:
     """Inside it, counts the bytes of what autograd saves, every storage once."""
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.left_out = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self.ignored = {p.untyped_storage().data_ptr() for p in module.parameters()}
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.left_out:
+        if storage.data_ptr() not in self.ignored:
             self.storages[storage.data_ptr()] = storage
         return tensor
 
@@ -67,7 +67,7 @@ class Kept:
 
 def run(model: ModelConfig, tokens: int, topology: Topology) -> tuple[torch.Tensor, Cost]:
     """Hidden states of this rank's tokens after the layers, and what they cost."""
-    layers = Layers(topology)
+    layers = LayerFactory(topology)
     decoder = Decoder(model, 1, layers, Part(range(model.layers), first=False, last=False))
     initialize(decoder, seed=0)
     own_C = layers.context_positions(tokens)
@@ -98,7 +98,7 @@ def compare(model: ModelConfig, tokens: int, topology: Topology) -> bool:
         print(f"{name:<16}{of.kept:>16,}{of.kept / alone.kept:>16.3f}{of.cpu:>10.1f}{of.wall:>10.1f}")
     keys = model.layers * tokens * 2 * model.kv_heads * model.head_width * out_CD.itemsize
     print(f"{'keys and values':<16}{keys:>16,}{keys / alone.kept:>16.3f}  of the whole row, within each of the above")
-    own_C = Layers(topology).context_positions(tokens)
+    own_C = LayerFactory(topology).context_positions(tokens)
     wanted_CD = whole_TD if own_C is None else whole_TD.index_select(0, own_C)
     worst = float((out_CD - wanted_CD).abs().max() / wanted_CD.abs().max())
     print(f"outputs differ by {worst:.1e} of the largest")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 from megatron_gemini.kernels.linear import gated_mlp
 from megatron_gemini.kernels.norm import rms_norm
-from megatron_gemini.kernels.rope import Rotation, rotate_both, rotation
+from megatron_gemini.kernels.rope import CosSin, apply_rope_to_both, rope_cos_sin
 from megatron_gemini.models.placement import Embeddings, place
 
 EPS = 1e-6
@@ -46,12 +46,12 @@ def plain_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (wide * inverse * (1 + weight.float())).to(x.dtype)
 
 
-def plain_rope(q: torch.Tensor, k: torch.Tensor, turn: Rotation) -> tuple[torch.Tensor, ...]:
-    def turned(x: torch.Tensor) -> torch.Tensor:
+def plain_rope(q: torch.Tensor, k: torch.Tensor, cos_sin: CosSin) -> tuple[torch.Tensor, ...]:
+    def rotated(x: torch.Tensor) -> torch.Tensor:
         low, high = x.chunk(2, -1)
-        return x * turn.cos_T1H + torch.cat((high, low), -1) * turn.sin_T1H
+        return x * cos_sin.cos_T1H + torch.cat((high, low), -1) * cos_sin.sin_T1H
 
-    return turned(q), turned(k)
+    return rotated(q), rotated(k)
 
 
 def plain_mlp(h: torch.Tensor, norm: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -64,7 +64,7 @@ def cases(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> 
         return (torch.randn(shape, device=device, dtype=dtype) * scale).requires_grad_()
 
     heads, head_width = 8, width // 8
-    turn = rotation(torch.arange(tokens, device=device), head_width, 10_000.0, dtype)
+    cos_sin = rope_cos_sin(torch.arange(tokens, device=device), head_width, 10_000.0, dtype)
     position_O = torch.randperm(tokens, device=device)[: tokens // 4].sort().values
     is_media_T1 = torch.zeros(tokens, 1, dtype=torch.bool, device=device).index_fill_(0, position_O, True)
 
@@ -81,8 +81,8 @@ def cases(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> 
             [stream, draw(tokens, width), norm],
         ),
         "RoPE": Case(
-            lambda q, k: plain_rope(q, k, turn),
-            lambda q, k: rotate_both(q, k, turn),
+            lambda q, k: plain_rope(q, k, cos_sin),
+            lambda q, k: apply_rope_to_both(q, k, cos_sin),
             [draw(tokens, heads, head_width), draw(tokens, 1, head_width)],
         ),
         "gated MLP": Case(plain_mlp, lambda h, n, g, d: gated_mlp(h, n, EPS, g, d, "gelu"), [stream, norm, *inner]),

@@ -3,9 +3,9 @@
     python tools/bench/packing.py                                            # generated lengths
     python tools/bench/packing.py --config examples/quickstart/pretrain.yaml # the rows of a run, from its own data
 
-Generated: documents of random lengths in rows of 2,048 tokens, by the choice of data/packing/pack.py and, for comparison, by
-taking the longest that fits again and again. Both take the document that has waited longest first, and choose among
-`look_ahead` of them. Microseconds are CPU time a row of the choice alone.
+Generated: documents of random lengths in rows of 2,048 tokens, by the choice of data/packing/pack.py and, for
+comparison, by taking the longest that fits again and again. Both take the document that has waited longest first, and
+choose among `look_ahead` of them. Microseconds are CPU time a row of the choice alone.
 """
 
 from __future__ import annotations

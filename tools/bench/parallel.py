@@ -44,7 +44,7 @@ from megatron_gemini.models.decoder import DecoderLayer
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel import collectives
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 
@@ -115,7 +115,7 @@ def forward_backward(model: nn.Module, batch: Batch) -> Step:
 
 
 def serial_model(config: RunConfig, layout: TokenLayout) -> Gemini:
-    model = Gemini(config, layout, Layers(Topology.serial()))
+    model = Gemini(config, layout, LayerFactory(Topology.serial()))
     initialize(model, 0)
     return model
 
@@ -126,7 +126,7 @@ def tensor(pairs: int) -> list[dict[str, Any]]:
     layout = layout_of(8192)
     config = configuration(8, 512, 8, 1024, 8192, tensor=2)
     topology, batch = build_topology(config.parallel, "gloo"), row(1024, layout)
-    divided = Gemini(config, layout, Layers(topology))
+    divided = Gemini(config, layout, LayerFactory(topology))
     initialize(divided, 0)
     alone, both = forward_backward(serial_model(config, layout), batch), forward_backward(divided, batch)
     seconds: list[list[float]] = []

@@ -24,7 +24,7 @@ from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.models.decoder import Decoder
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.recompute import Recompute
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 MODES = {
@@ -43,7 +43,7 @@ class Case:
         config = ModelConfig(
             width=width, layers=layers, heads=8, kv_heads=1, head_width=width // 8, mlp_width=8 * width
         )
-        self.model = Decoder(config, 16, Layers(Topology.serial()), recompute=recompute)
+        self.model = Decoder(config, 16, LayerFactory(Topology.serial()), recompute=recompute)
         initialize(self.model, seed=0)
         self.position_T = torch.arange(tokens)
         ends = torch.tensor([tokens // 2, tokens // 2 + tokens // 3, tokens])

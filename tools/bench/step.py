@@ -25,7 +25,7 @@ from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 VOCABULARY = 1024
@@ -46,7 +46,7 @@ def our_step(layers: int, width: int, tokens: int) -> Callable[[], torch.Tensor]
         loss=LossConfig(z_loss=0.0),
     )
     layout = TokenLayout(text_size=VOCABULARY - TokenLayout(1, 0).size + 1, image_codes=0)
-    model = Gemini(config, layout, Layers(Topology.serial()))
+    model = Gemini(config, layout, LayerFactory(Topology.serial()))
     initialize(model, seed=0)
     token = torch.randint(layout.text_size, (tokens + 1,))
     ones = torch.ones(tokens, dtype=torch.int32)

@@ -58,7 +58,7 @@ def run(config: str, ranks: int, steps: int, arguments: list[str]) -> list[float
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
         command += ["--master_port", str(port), "--module", "megatron_gemini.train", "--config", config, *arguments]
         command += ["--train.steps", str(steps), "--train.output_dir", folder, "--schedule.warmup_steps", "1"]
-        command += ["--train.held_out_every", "0", "--train.save_every", "0", "--logging.tensorboard", "False"]
+        command += ["--train.validation_every", "0", "--train.save_every", "0", "--logging.tensorboard", "False"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr[-2000:]}")

@@ -25,8 +25,8 @@ from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
-from megatron_gemini.models.stage import DecoderStage, Row
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.models.stage import DecoderStage, StageInput
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
 
@@ -43,7 +43,7 @@ def engine_of(stage: int) -> ZeroEngine:
         engine=EngineConfig(**{"zero_stage": stage, "offload_optimizer": "none", "adam": "torch", **offload}),
     )
     return ZeroEngine(
-        lambda: DecoderStage(config, LAYOUT, Layers(Topology.serial())),
+        lambda: DecoderStage(config, LAYOUT, LayerFactory(Topology.serial())),
         config,
         EngineGroups(),
         deepspeed_config(config, microbatches=2, ranks=1),
@@ -51,11 +51,11 @@ def engine_of(stage: int) -> ZeroEngine:
     )
 
 
-def row() -> Row:
+def row() -> StageInput:
     """One document."""
     ids, ones = torch.arange(TOKENS), torch.ones(TOKENS, dtype=torch.int32)
     zeros = torch.zeros(TOKENS, dtype=torch.int8)
-    return Row(Batch(ids, ids, torch.ones(TOKENS), ids, ones, ones * 0, zeros))
+    return StageInput(Batch(ids, ids, torch.ones(TOKENS), ids, ones, ones * 0, zeros))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

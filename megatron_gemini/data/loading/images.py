@@ -69,9 +69,9 @@ class ImageLoader:
         self.step += 1
         return signed_pixels(np.stack(found))
 
-    def held_out(self) -> list[torch.Tensor]:
-        """This rank's share of the first images of data.held_out, as one batch, the same in every run."""
-        data = dataclasses.replace(self.config.data, sources=self.config.data.held_out)
+    def validation(self) -> list[torch.Tensor]:
+        """This rank's share of the first images of data.validation, as one batch, the same in every run."""
+        data = dataclasses.replace(self.config.data, sources=self.config.data.validation)
         return [ImageLoader(dataclasses.replace(self.config, data=data), self.rank, self.size).next()]
 
     def state(self) -> dict[str, Any]:

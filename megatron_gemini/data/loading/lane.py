@@ -14,13 +14,13 @@ from megatron_gemini.config.data import DataConfig
 from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import Batch
 from megatron_gemini.data.loading.mixture import Mixture
-from megatron_gemini.data.loading.source import Source
+from megatron_gemini.data.loading.source import DocumentSource
 from megatron_gemini.data.packing.pack import choose, pack, row_limits
 from megatron_gemini.data.samples.document import Document, Size
 from megatron_gemini.modalities.bad_sample import BadSample
 
 Draw = Callable[["Lane", int, int], Document]  # of (lane, number of the source, position); raises BadSample
-GivenUp = tuple[str, int, str]  # label of the source, position, reason
+Quarantined = tuple[str, int, str]  # label of the source, position, reason
 
 
 class Lane:
@@ -33,7 +33,7 @@ class Lane:
         self,
         number: int,
         lanes: int,
-        sources: Sequence[Source],
+        sources: Sequence[DocumentSource],
         draw: Draw,
         *,
         seed: int,
@@ -45,7 +45,7 @@ class Lane:
         self.limits, self.look_ahead, self.loss = row_limits(data), data.look_ahead, loss
         self.mixture = Mixture(number, lanes, sources, data, seed=seed, rows_per_step=rows_per_step)
         self._waiting: list[tuple[int, int, Document]] = []  # (source, position, document), oldest first
-        self._given_up: dict[tuple[str, int], str] = {}
+        self._quarantined: dict[tuple[str, int], str] = {}
         self._rows = 0
         self.read = 0
         self.skipped: Counter[tuple[str, str]] = Counter()
@@ -83,7 +83,7 @@ class Lane:
     def _add(self, source: int, position: int) -> bool:
         """Let the document at a position wait for its row. False, and counted with the reason, if it cannot be used."""
         label = self.sources[source].label
-        reason = self._given_up.pop((label, position), "")
+        reason = self._quarantined.pop((label, position), "")
         if not reason:
             try:
                 self._waiting.append((source, position, self.draw(self, source, position)))
@@ -105,7 +105,7 @@ class Lane:
             **self.mixture.state(),
             "samples": {source.label: len(source) for source in self.sources},
             "waiting": [[self.sources[source].label, position] for source, position, _ in self._waiting],
-            "given_up": [[label, position, reason] for (label, position), reason in self._given_up.items()],
+            "quarantined": [[label, position, reason] for (label, position), reason in self._quarantined.items()],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -115,7 +115,7 @@ class Lane:
         self._rows, self.read = state["rows"], state["read"]
         self.skipped = skipped_in(state)
         self.mixture.load_state(state)
-        self._given_up = {(label, position): reason for label, position, reason in state["given_up"]}
+        self._quarantined = {(label, position): reason for label, position, reason in state["quarantined"]}
         self._waiting = []
         for label, position in state["waiting"]:
             self._add(numbers[label], position)
@@ -136,16 +136,18 @@ def skipped_in(state: dict[str, Any]) -> Counter[tuple[str, str]]:
     return Counter({(label, reason): count for label, reasons in by_label for reason, count in reasons.items()})
 
 
-def with_given_up(state: dict[str, Any], lane: int, lanes: int, given_up: Iterable[GivenUp]) -> dict[str, Any]:
+def with_quarantined(
+    state: dict[str, Any], lane: int, lanes: int, quarantined: Iterable[Quarantined]
+) -> dict[str, Any]:
     """`state` of a lane, told of samples that must not be tried (again), as far as it has not drawn them yet."""
     waiting = {(label, position) for label, position in state["waiting"]}
-    known = {(label, position): reason for label, position, reason in [*state["given_up"], *given_up]}
+    known = {(label, position): reason for label, position, reason in [*state["quarantined"], *quarantined]}
     ahead = [
         [label, position, reason]
         for (label, position), reason in known.items()
         if (position - lane) // lanes >= state["drawn"][label] or (label, position) in waiting
     ]
-    return {**state, "given_up": ahead}
+    return {**state, "quarantined": ahead}
 
 
 def _listed(samples: dict[str, int]) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
-from megatron_gemini.data.loading.lane import skipped_in, with_given_up
+from megatron_gemini.data.loading.lane import skipped_in, with_quarantined
 from megatron_gemini.data.loading.prefetch import Prefetch
-from megatron_gemini.data.loading.reader import Reader, make_sources, skipped_table
+from megatron_gemini.data.loading.reader import LaneReader, make_sources, skipped_table
 from megatron_gemini.data.loading.workers import Lanes, WorkerPool
 from megatron_gemini.data.packing.wire import pinned
 from megatron_gemini.data.samples.document import Encodes
@@ -60,23 +60,26 @@ class Loader:
         for source in self.sources:
             source.check_shards()
         self._of_shards = self._report_shards() if rank == 0 else Counter()  # every rank sees all shards
-        self._reader = Reader(config, self.sources, lanes_of(rank, ranks, data.lanes))
+        self._reader = LaneReader(config, self.sources, lanes_of(rank, ranks, data.lanes))
         self._pool: WorkerPool | None = None
         self._ahead: Prefetch[Step] | None = None
         self._begin(self._reader.states())
 
     @classmethod
-    def held_out(cls, config: RunConfig, rank: int, ranks: int, layout: TokenLayout, tokenizer: Encodes) -> Loader:
-        """A loader of data.held_out, whose every step is train.held_out_rows rows and whose prompts are never empty.
+    def validation(cls, config: RunConfig, rank: int, ranks: int, layout: TokenLayout, tokenizer: Encodes) -> Loader:
+        """A loader of data.validation, whose every step is train.validation_rows rows and whose prompts are never
+        empty.
 
-        Its first `next()` gives this rank's share of the rows of the held-out loss, the same ones in every run.
+        Its first `next()` gives this rank's share of the rows of the validation loss, the same ones in every run.
         """
-        if not config.data.held_out:
-            raise ValueError("data.held_out is empty; name the shards of the held-out loss or leave held_out_every 0")
-        rows = config.train.held_out_rows
+        if not config.data.validation:
+            raise ValueError(
+                "data.validation is empty; name the shards of the validation loss or leave validation_every 0"
+            )
+        rows = config.train.validation_rows
         data = dataclasses.replace(
             config.data,
-            sources=config.data.held_out,
+            sources=config.data.validation,
             curriculum=(),
             caption_dropout=0.0,
             prefetch=0,
@@ -102,9 +105,9 @@ class Loader:
 
         It names the samples that workers have given up since, so that whoever goes on from it does not try them.
         """
-        lanes, given_up = self._config.data.lanes, self._lanes.given_up
+        lanes, quarantined = self._config.data.lanes, self._lanes.quarantined
         return {
-            number: with_given_up(state, int(number), lanes, given_up.get(int(number), []))
+            number: with_quarantined(state, int(number), lanes, quarantined.get(int(number), []))
             for number, state in self._handed_out.items()
         }
 
@@ -178,7 +181,7 @@ class Loader:
 
     @property
     def skipped(self) -> Counter[tuple[str, str]]:
-        """Number of samples left out by this rank's lanes until the rows handed out last, since the beginning of the
+        """Number of samples skipped by this rank's lanes until the rows handed out last, since the beginning of the
         run, and on rank 0 of members of tars, by (source, reason)."""
         total = Counter(self._of_shards)
         for state in self._handed_out.values():

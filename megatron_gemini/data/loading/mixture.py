@@ -14,7 +14,7 @@ from megatron_gemini.config.data import DataConfig
 from megatron_gemini.data.samples.tasks import random_stream
 
 
-class Drawn(Protocol):
+class MixtureSource(Protocol):
     """What is needed to know of a source. epochs, tokens: after which it drops out, 0 for never."""
 
     label: str
@@ -34,7 +34,14 @@ class Mixture:
     """
 
     def __init__(
-        self, number: int, lanes: int, sources: Sequence[Drawn], data: DataConfig, *, seed: int, rows_per_step: int
+        self,
+        number: int,
+        lanes: int,
+        sources: Sequence[MixtureSource],
+        data: DataConfig,
+        *,
+        seed: int,
+        rows_per_step: int,
     ) -> None:
         self.number, self.lanes, self.sources, self.rows_per_step = number, lanes, sources, rows_per_step
         phases = [(0, [source.weight for source in sources]), *((p.step, list(p.weights)) for p in data.curriculum)]

@@ -10,9 +10,9 @@ from typing import Any
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.data.loading.lane import Lane
-from megatron_gemini.data.loading.source import Cache, Source, source_labels
+from megatron_gemini.data.loading.source import Cache, DocumentSource, source_labels
 from megatron_gemini.data.samples.document import Document, Encodes
-from megatron_gemini.modalities.bad_sample import FILTERED, BadSample, LeftOut
+from megatron_gemini.modalities.bad_sample import FILTERED, BadSample, FilteredSample
 
 logger = logging.getLogger(__name__)
 FIRST_SAMPLES = 200  # before the share of bad ones is judged
@@ -21,22 +21,22 @@ FEW_PASS = 10_000  # samples of a lane, of which a filter should have let one pa
 Watch = Callable[[int, int, int], None]  # told (lane, source, position) of what is about to be decoded
 
 
-def make_sources(config: RunConfig, layout: TokenLayout, tokenizer: Encodes, cache_bytes: int) -> list[Source]:
+def make_sources(config: RunConfig, layout: TokenLayout, tokenizer: Encodes, cache_bytes: int) -> list[DocumentSource]:
     """The sources of data.sources. Raises ValueError for shards that are missing or empty."""
     data, cache = config.data, Cache(cache_bytes)
     return [
-        Source(source, label, config, layout, tokenizer, cache, data.caption_dropout)
+        DocumentSource(source, label, config, layout, tokenizer, cache, data.caption_dropout)
         for source, label in zip(data.sources, source_labels(data.sources), strict=True)
     ]
 
 
-class Reader:
+class LaneReader:
     """Some of the lanes. Raises ValueError where more than data.max_bad_share of their samples are bad."""
 
     def __init__(
         self,
         config: RunConfig,
-        sources: list[Source],
+        sources: list[DocumentSource],
         lanes: Iterable[int],
         watch: Watch = lambda lane, source, position: None,
         done: Callable[[], None] = lambda: None,
@@ -79,7 +79,7 @@ class Reader:
             return source.document(position)
         except BadSample as error:
             self._tell(source.label, error)
-            if not isinstance(error, LeftOut):
+            if not isinstance(error, FilteredSample):
                 self._judge()
             elif lane.read > FEW_PASS and lane.skipped.total() + 1 >= lane.read:
                 raise ValueError(
@@ -100,9 +100,9 @@ class Reader:
     def _judge(self) -> None:
         """Called with a bad sample that is not counted in `skipped` yet."""
         skipped = self.skipped()
-        left_out = sum(count for (_, reason), count in skipped.items() if reason.startswith(FILTERED))
-        read = sum(lane.read for lane in self.lanes.values()) - left_out
-        bad = skipped.total() + 1 - left_out
+        filtered = sum(count for (_, reason), count in skipped.items() if reason.startswith(FILTERED))
+        read = sum(lane.read for lane in self.lanes.values()) - filtered
+        bad = skipped.total() + 1 - filtered
         allowed = min(self._config.data.max_bad_share * read, read - 1)  # without a good one, no row ends
         if read > FIRST_SAMPLES and bad > allowed:
             raise ValueError(

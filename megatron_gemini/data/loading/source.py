@@ -11,10 +11,10 @@ from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.loading.order import Order
-from megatron_gemini.data.operations.pipeline import Pipeline
+from megatron_gemini.data.operations.pipeline import OperationPipeline
 from megatron_gemini.data.operations.registry import Setting
 from megatron_gemini.data.packing.pack import check_fits, row_limits
-from megatron_gemini.data.samples.decode import Decoder, field_bytes
+from megatron_gemini.data.samples.decode import SampleDecoder, field_bytes
 from megatron_gemini.data.samples.document import Document, Encodes
 from megatron_gemini.data.samples.tasks import check_prompts, random_stream
 from megatron_gemini.data.sources.attachments import read_named
@@ -54,7 +54,7 @@ class Cache:
             self._fields[label, sample] = fields
 
 
-class Source:
+class DocumentSource:
     """Documents by position in an endless sequence of epochs; position p is in epoch p // len(source).
 
     Raises ValueError for shards that are missing or empty, naming the shard.
@@ -77,11 +77,11 @@ class Source:
         self.limits, self.cache = row_limits(config.data), cache
         try:
             self.schema = Schema.of(source)
-            decoder = Decoder.from_config(config)
+            decoder = SampleDecoder.from_config(config)
             setting = Setting(
                 source.task, decoder, self.schema, layout, text_tokenizer, source.prompts, caption_dropout
             )
-            self.pipeline = Pipeline(source.operations, setting)
+            self.pipeline = OperationPipeline(source.operations, setting)
         except ValueError as error:
             raise ValueError(f"the data source {label!r}: {error}") from None
         self.names = self.schema.members(source.task)
@@ -105,7 +105,7 @@ class Source:
         return document
 
     def fields(self, sample: int) -> dict[str, Any]:
-        """What the sample is in every epoch, from the cache if it is there. Raises BadSample, LeftOut."""
+        """What the sample is in every epoch, from the cache if it is there. Raises BadSample, FilteredSample."""
         fields = self.cache.get(self.label, sample)
         if fields is None:
             members = self.shards.read(sample, self.names)

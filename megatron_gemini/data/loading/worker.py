@@ -18,7 +18,7 @@ import torch
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.data.loading.prefetch import Prefetch
-from megatron_gemini.data.loading.reader import Reader, make_sources
+from megatron_gemini.data.loading.reader import LaneReader, make_sources
 from megatron_gemini.data.packing.wire import to_bytes
 from megatron_gemini.data.samples.document import Encodes
 
@@ -71,7 +71,7 @@ def _send_rows(work: Work, rows: Connection, now_decoding: Any) -> None:
         now_decoding[STARTED] = 0.0
 
     sources = make_sources(work.config, work.layout, work.tokenizer, work.cache_bytes)
-    reader = Reader(work.config, sources, work.lanes, watch, done)
+    reader = LaneReader(work.config, sources, work.lanes, watch, done)
     if work.states is not None:
         reader.load_states(work.states)
     numbers = work.rows()

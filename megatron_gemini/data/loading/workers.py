@@ -16,7 +16,7 @@ import torch
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
-from megatron_gemini.data.loading.lane import GivenUp, with_given_up
+from megatron_gemini.data.loading.lane import Quarantined, with_quarantined
 from megatron_gemini.data.loading.source import source_labels
 from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, Work, run_worker
 from megatron_gemini.data.packing.wire import from_bytes, parse_header
@@ -48,7 +48,7 @@ class Lanes:
     """The lanes of a rank: their states after the rows received so far, and the samples given up in each."""
 
     states: dict[str, Any]
-    given_up: dict[int, list[GivenUp]] = field(default_factory=dict)
+    quarantined: dict[int, list[Quarantined]] = field(default_factory=dict)
 
 
 class WorkerPool:
@@ -87,7 +87,7 @@ class WorkerPool:
     def row(self, number: int) -> tuple[Batch, dict[str, Any]]:
         """Row `number` and the state of its lane after it. Each worker's rows must be asked for in their order.
 
-        Raises ValueError for what ends the reading (see `Reader`), `PoolClosed` after `close`.
+        Raises ValueError for what ends the reading (see `LaneReader`), `PoolClosed` after `close`.
         """
         lane = number % self._config.data.lanes
         worker = self._of_lane[lane]
@@ -128,7 +128,7 @@ class WorkerPool:
             raise PoolClosed
         self._end(worker)  # from here on, what it says of itself stays as it is
         if worker.now_decoding[STARTED] > 0 and (not slow or self._late(worker)):
-            self._give_up(worker, "too_slow" if slow else "worker_crashed")
+            self._quarantine(worker, "too_slow" if slow else "worker_crashed")
         elif not slow:  # a slow one had just finished its sample
             worker.deaths += 1
             if worker.deaths >= _DEATHS:
@@ -138,17 +138,19 @@ class WorkerPool:
                 )
         self._start(worker)
 
-    def _give_up(self, worker: _Worker, reason: str) -> None:
+    def _quarantine(self, worker: _Worker, reason: str) -> None:
         lane, source, position = (int(worker.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
         label = self._labels[source]
-        self._lanes.given_up.setdefault(lane, []).append((label, position, reason))
-        logger.warning("gave up the sample at position %d of %s (%s); it is counted", position, label, reason)
+        self._lanes.quarantined.setdefault(lane, []).append((label, position, reason))
+        logger.warning("quarantined the sample at position %d of %s (%s); it is counted", position, label, reason)
 
     def _start(self, worker: _Worker) -> None:
         states = {}
         for lane in worker.work.lanes:
-            given_up = self._lanes.given_up.get(lane, [])
-            states[str(lane)] = with_given_up(self._lanes.states[str(lane)], lane, self._config.data.lanes, given_up)
+            quarantined = self._lanes.quarantined.get(lane, [])
+            states[str(lane)] = with_quarantined(
+                self._lanes.states[str(lane)], lane, self._config.data.lanes, quarantined
+            )
         worker.work = replace(worker.work, states=states)
         worker.rows, rows = self._context.Pipe(duplex=False)
         lifeline, worker.lifeline = self._context.Pipe(duplex=False)

@@ -10,11 +10,11 @@ from megatron_gemini.data.operations import media, text
 from megatron_gemini.data.operations.registry import OPERATIONS, Sample, Setting, make_operation
 from megatron_gemini.data.samples.document import Document
 
-USUAL_OPERATIONS = ("decode", "resize", "patches", "log_mel", "format", "tokenise")
+USUAL_OPERATIONS = ("decode", "resize", "patches", "log_mel", "format", "tokenize")
 assert all(name in OPERATIONS for name in USUAL_OPERATIONS), (media, text)  # which register them
 
 
-class Pipeline:
+class OperationPipeline:
     """The operations in `names`, or `USUAL_OPERATIONS` if there are none.
 
     Raises ValueError for an operation that does not exist or cannot stand where it does.
@@ -23,9 +23,9 @@ class Pipeline:
     def __init__(self, names: Sequence[str], setting: Setting) -> None:
         names = tuple(names) or USUAL_OPERATIONS
         plain = [name.partition("(")[0].strip() for name in names]
-        if plain[:1] != ["decode"] or plain[-2:] != ["format", "tokenise"] or len(set(plain)) < len(plain):
+        if plain[:1] != ["decode"] or plain[-2:] != ["format", "tokenize"] or len(set(plain)) < len(plain):
             raise ValueError(
-                f"the operations {', '.join(names)} must begin with decode, end with format and tokenise, and name "
+                f"the operations {', '.join(names)} must begin with decode, end with format and tokenize, and name "
                 f"each one once; the usual ones are {', '.join(USUAL_OPERATIONS)}"
             )
         made = [make_operation(name, setting) for name in names]

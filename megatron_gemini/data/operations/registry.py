@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.samples.document import Encodes
 from megatron_gemini.data.sources.schema import Schema
 
@@ -29,7 +29,7 @@ class Setting:
     """What operations may depend on beside their own arguments."""
 
     task: str
-    decoder: Decoder
+    decoder: SampleDecoder
     schema: Schema
     layout: TokenLayout
     text_tokenizer: Encodes
@@ -38,14 +38,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Entry:
+class OperationEntry:
     """A registered operation."""
 
     make: Callable[..., Operation]
     random: bool
 
 
-OPERATIONS: dict[str, Entry] = {}
+OPERATIONS: dict[str, OperationEntry] = {}
 _CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\))?\s*")
 
 
@@ -56,7 +56,7 @@ def operation(name: str, random: bool = False) -> Callable[[Callable[..., Operat
     """
 
     def register(make: Callable[..., Operation]) -> Callable[..., Operation]:
-        OPERATIONS[name] = Entry(make, random)
+        OPERATIONS[name] = OperationEntry(make, random)
         return make
 
     return register

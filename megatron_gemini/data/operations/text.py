@@ -6,12 +6,13 @@ import numpy as np
 
 from megatron_gemini.data.operations.registry import Operation, Sample, Setting, operation
 from megatron_gemini.data.samples.document import build_conversation, build_document
-from megatron_gemini.data.samples.tasks import ask
+from megatron_gemini.data.samples.tasks import format_example
 
 
 @operation("decode")
 def decode(setting: Setting) -> Operation:
-    """`members`, bytes by name, to the fields that the task needs (`Decoder.fields`). Sound becomes mono at 16 kHz."""
+    """`members`, bytes by name, to the fields that the task needs (`SampleDecoder.fields`). Sound becomes mono at 16
+    kHz."""
 
     def apply(sample: Sample, random: np.random.Generator) -> Sample:
         fields = setting.decoder.fields(
@@ -40,20 +41,21 @@ def choose_caption(setting: Setting, first: float = 0.5) -> Operation:
 
 @operation("format", random=True)
 def form(setting: Setting, caption_dropout: float = -1.0) -> Operation:
-    """`prompt` and `answer` of the task, see `tasks.ask`. caption_dropout: if not negative, in place of the usual."""
+    """`prompt` and `answer` of the task, see `tasks.format_example`. caption_dropout: if not negative, in place of the
+    usual."""
     if caption_dropout > 1:
         raise ValueError(f"caption_dropout is {caption_dropout}; it is a share, at most 1")
     dropout = caption_dropout if caption_dropout >= 0 else setting.caption_dropout
 
     def apply(sample: Sample, random: np.random.Generator) -> Sample:
-        prompt, answer = ask(setting.task, sample, setting.prompts, random, dropout)
+        prompt, answer = format_example(setting.task, sample, setting.prompts, random, dropout)
         return {**sample, "prompt": prompt, "answer": answer}
 
     return apply
 
 
-@operation("tokenise")
-def tokenise(setting: Setting) -> Operation:
+@operation("tokenize")
+def tokenize(setting: Setting) -> Operation:
     """`document`: the question, or the whole conversation, as tokens, spans, loss marks and encoder inputs."""
     decoder = setting.decoder
 

@@ -31,7 +31,7 @@ Fetch = Callable[[str], bytes | None]  # a file that a document or conversation 
 
 
 @dataclass(frozen=True)
-class Decoder:
+class SampleDecoder:
     """The settings that decoding depends on."""
 
     vision: VisionConfig
@@ -39,7 +39,7 @@ class Decoder:
     image_tokenizer: ImageTokenizerConfig
 
     @classmethod
-    def from_config(cls, config: RunConfig) -> Decoder:
+    def from_config(cls, config: RunConfig) -> SampleDecoder:
         return cls(config.vision, config.audio, config.image_tokenizer)
 
     def decode(

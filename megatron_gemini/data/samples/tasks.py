@@ -21,7 +21,7 @@ PROMPTS: dict[str, tuple[str, ...]] = {
 DRAWING = ("generate", "speech_to_image")
 
 
-class Question(NamedTuple):
+class Example(NamedTuple):
     """The two sides of a document; `answer` is None where the whole of it is learned (text, interleave)."""
 
     prompt: list[Item]
@@ -43,32 +43,32 @@ def check_prompts(task: str, prompts: Sequence[str], source: str) -> None:
             raise ValueError(f"the prompt {prompt!r} of the data source {source!r} has no {{text}} for the caption")
 
 
-def ask(
+def format_example(
     task: str,
     fields: dict[str, Any],
     prompts: Sequence[str],
     random: np.random.Generator,
     caption_dropout: float = 0.0,
-) -> Question:
+) -> Example:
     """Form the question that `task` makes of a decoded sample.
 
     prompts: to choose from; the task's own when empty. caption_dropout: how often the prompt of a drawing is left
     empty, which is the unconditional half of classifier-free guidance (Ho and Salimans 2022).
     """
     if task == "text":
-        return Question([Text(fields["text"])], None)
+        return Example([Text(fields["text"])], None)
     if task == "interleave":
-        return Question(fields["items"], None)
+        return Example(fields["items"], None)
     if task == "chat":  # its first exchange; as a document it has all of them
         turns = fields["messages"]
         first = next(place for place, turn in enumerate(turns) if turn.answer)
-        return Question([item for turn in turns[:first] for item in turn.items], list(turns[first].items))
+        return Example([item for turn in turns[:first] for item in turn.items], list(turns[first].items))
     choices = prompts or PROMPTS[task]
     words = choices[int(random.integers(len(choices)))]
     answer: list[Item] = [fields["codes"] if task in DRAWING else Text(fields["text"])]
     if task in DRAWING and random.random() < caption_dropout:
-        return Question([], answer)
+        return Example([], answer)
     if task == "generate":
-        return Question([Text(words.replace("{text}", fields["text"]))], answer)
+        return Example([Text(words.replace("{text}", fields["text"]))], answer)
     medium = {"caption": "image", "video_caption": "video"}.get(task, "audio")
-    return Question([fields[medium], Text(words)], answer)
+    return Example([fields[medium], Text(words)], answer)

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_gemini.config.data import FieldsConfig, SourceConfig
 from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.sources.records import RECORD, column_bytes
-from megatron_gemini.modalities.bad_sample import FILTERED, LeftOut
+from megatron_gemini.modalities.bad_sample import FILTERED, FilteredSample
 
 IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 # Where a field is looked for: members of tars first, then the usual names of columns.
@@ -125,14 +125,14 @@ class Schema:
         return found
 
     def check(self, members: Mapping[str, bytes]) -> None:
-        """Raise LeftOut("filtered:NAME") for a sample that does not pass a filter, BadSample for bad JSON."""
+        """Raise FilteredSample("filtered:NAME") for a sample that does not pass a filter, BadSample for bad JSON."""
         if not self.conditions:
             return
         record = decode_json(members.get(RECORD, b"{}"))
         for condition in self.conditions:
             if not (isinstance(record, dict) and condition.holds(record)):
                 value = json.dumps(record.get(condition.name))[:40] if isinstance(record, dict) else "no record"
-                raise LeftOut(f"{FILTERED}{condition.name}", f"{condition.name} is {value}")
+                raise FilteredSample(f"{FILTERED}{condition.name}", f"{condition.name} is {value}")
 
 
 USUAL = Schema(USUAL_NAMES)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from megatron_gemini.kernels.attention.cpu.node import attend_and_project_on_cpu
-from megatron_gemini.kernels.attention.dispatch import Ask, choose_backend
+from megatron_gemini.kernels.attention.dispatch import AttentionRequest, choose_backend
 from megatron_gemini.kernels.attention.merge import merge_attention
 from megatron_gemini.kernels.attention.plan import AttentionPlan, plan_attention
 from megatron_gemini.kernels.linear import linear_add
-from megatron_gemini.kernels.rope import Rotation
+from megatron_gemini.kernels.rope import CosSin
 
 __all__ = [
     "AttentionPlan",
@@ -32,19 +32,19 @@ def attention(
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None = None,
-    turn: Rotation | None = None,
+    cos_sin: CosSin | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v within documents, by the mask rule of `contracts.Batch`; [Q, N, H], padding rows are 0.
 
     The queries are the row's tokens that the plan was made for, all T of them by default; keys and values are always
     the whole row's, and their gradients are what these queries give: ranks that divide the queries sum them.
-    scale: above 0, 1/sqrt(H) if None. turn: rotates queries and keys first (RoPE); it is for the whole row, and queries
-    that are only some of it take the rotations of their tokens. K divides N: query head n reads key/value head
+    scale: above 0, 1/sqrt(H) if None. cos_sin: rotates queries and keys first (RoPE); it is for the whole row, and
+    queries that are only some of it take the rotations of their tokens. K divides N: query head n reads key/value head
     n // (N // K). backend: a name of `attention_backends.BACKENDS`; the first able one if None.
     Raises ValueError for shapes, dtypes and devices that do not fit each other or the plan.
     """
-    return _attend(q_QNH, k_TKH, v_TKH, plan, scale, turn, backend, with_lse=False)[0]
+    return _attend(q_QNH, k_TKH, v_TKH, plan, scale, cos_sin, backend, with_lse=False)[0]
 
 
 def attention_with_lse(
@@ -53,14 +53,14 @@ def attention_with_lse(
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None = None,
-    turn: Rotation | None = None,
+    cos_sin: CosSin | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(`attention`, log(sum(exp(q k^T * scale))) as float32 [Q, N], -inf for padding): for `merge_attention`.
 
     Both are differentiable.
     """
-    out, lse = _attend(q_QNH, k_TKH, v_TKH, plan, scale, turn, backend, with_lse=True)
+    out, lse = _attend(q_QNH, k_TKH, v_TKH, plan, scale, cos_sin, backend, with_lse=True)
     assert lse is not None, "the backend said that it gives the log-sum-exp"
     return out, lse
 
@@ -70,15 +70,15 @@ def attention_output(
     k_TKH: torch.Tensor,
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
-    turn: Rotation,
+    cos_sin: CosSin,
     weight: torch.Tensor,
     residual_QD: torch.Tensor,
 ) -> torch.Tensor:
     """residual + attention(q, k, v) W^T with W [D, N H]: the end of a residual branch, one autograd node on CPU."""
     if q_QNH.device.type == "cpu" and not plan.empty:
-        _check(q_QNH, k_TKH, v_TKH, plan, None, turn)
-        return attend_and_project_on_cpu(q_QNH, k_TKH, v_TKH, plan, turn, weight, residual_QD)
-    return linear_add(attention(q_QNH, k_TKH, v_TKH, plan, turn=turn), weight, residual_QD)
+        _check(q_QNH, k_TKH, v_TKH, plan, None, cos_sin)
+        return attend_and_project_on_cpu(q_QNH, k_TKH, v_TKH, plan, cos_sin, weight, residual_QD)
+    return linear_add(attention(q_QNH, k_TKH, v_TKH, plan, cos_sin=cos_sin), weight, residual_QD)
 
 
 def attention_backend(
@@ -88,7 +88,7 @@ def attention_backend(
 
     It is that of rows with images, which not every backend can do; text alone may take another.
     """
-    backend = choose_backend(Ask(device, dtype, head_width, sequences=False, with_lse=False))
+    backend = choose_backend(AttentionRequest(device, dtype, head_width, sequences=False, with_lse=False))
     return backend.name, backend.why
 
 
@@ -98,16 +98,18 @@ def _attend(
     v: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
     name: str | None,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    _check(q, k, v, plan, scale, turn)
-    backend = choose_backend(Ask(q.device, q.dtype, q.shape[2], plan.sequences is not None, with_lse), name)
+    _check(q, k, v, plan, scale, cos_sin)
+    backend = choose_backend(
+        AttentionRequest(q.device, q.dtype, q.shape[2], plan.sequences is not None, with_lse), name
+    )
     if plan.empty:  # the graph stays whole, with gradients of zero
         out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
         return out, out.float().sum(-1) + float("-inf") if with_lse else None
-    return backend.attend(q, k, v, plan, scale, turn, with_lse=with_lse)
+    return backend.attend(q, k, v, plan, scale, cos_sin, with_lse=with_lse)
 
 
 def _check(
@@ -116,7 +118,7 @@ def _check(
     v: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
 ) -> None:
     """Raises ValueError for what would give a wrong result, or an error far from its cause."""
     tokens, heads, kv_heads, width = plan.tokens, *_heads(q, k)
@@ -140,9 +142,9 @@ def _check(
         )
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale}; it is a finite number above 0")
-    if turn is not None and turn.cos_T1H.shape != (tokens, 1, width):
+    if cos_sin is not None and cos_sin.cos_T1H.shape != (tokens, 1, width):
         raise ValueError(
-            f"turn has shape {list(turn.cos_T1H.shape)}; a plan of {tokens} tokens and heads of {width} want "
+            f"cos_sin has shape {list(cos_sin.cos_T1H.shape)}; a plan of {tokens} tokens and heads of {width} want "
             f"[{tokens}, 1, {width}], the rotations of the whole row"
         )
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megatron_gemini.kernels.attention.row import Row
+from megatron_gemini.kernels.attention.row import RowLayout
 
 ORDER_TOKENS = 128  # tiles are put in order by blocks of so many tokens
 
@@ -45,7 +45,7 @@ class Bounds:
         return self._orders[kind, group, block]
 
 
-class Sequences(NamedTuple):
+class PackedSequences(NamedTuple):
     """Documents back to back that are all causal, or all seen whole.
 
     edges: int32[documents + 1], where each begins, and the end. real: tokens that are no padding.
@@ -57,22 +57,22 @@ class Sequences(NamedTuple):
     real: int
 
 
-def read_sequences(row: Row, device: torch.device) -> Sequences | None:
+def read_sequences(row: RowLayout, device: torch.device) -> PackedSequences | None:
     """None if the row's documents are not alike, or there is none."""
     edges = row.documents[row.documents <= row.real]
     causal = not row.span[: row.real].any()
     if not row.real or not (causal or _all_whole(row, edges)):
         return None
-    return Sequences(_to_device(edges, device), int(np.diff(edges).max()), causal, row.real)
+    return PackedSequences(_to_device(edges, device), int(np.diff(edges).max()), causal, row.real)
 
 
-def _all_whole(row: Row, edges: np.ndarray) -> bool:
+def _all_whole(row: RowLayout, edges: np.ndarray) -> bool:
     """Every document is one span: each span is within a document, so there is a span a document and no gap."""
     spans = row.spans[row.spans <= row.real]
     return np.array_equal(spans, edges) and bool((row.span[edges[:-1]] != 0).all())
 
 
-def read_bounds(row: Row, device: torch.device) -> Bounds:
+def read_bounds(row: RowLayout, device: torch.device) -> Bounds:
     query_2Q, key_2T = _intervals(row)
     if row.query is not None:
         query_2Q = query_2Q[:, row.query]
@@ -81,7 +81,7 @@ def read_bounds(row: Row, device: torch.device) -> Bounds:
     return Bounds(_to_device(query_2Q, device), _to_device(key_2T, device), blocks)
 
 
-def _intervals(row: Row) -> tuple[np.ndarray, np.ndarray]:
+def _intervals(row: RowLayout) -> tuple[np.ndarray, np.ndarray]:
     """(query_2Q, key_2T) of all tokens."""
     tokens, real = len(row.segment), row.real
     query, key = np.empty((2, tokens), np.int32), np.empty((2, tokens), np.int32)

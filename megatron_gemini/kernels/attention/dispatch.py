@@ -24,7 +24,7 @@ SHARED_MEMORY = 163 * 1024  # bytes of a multiprocessor that a program can have:
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
-class Ask(NamedTuple):
+class AttentionRequest(NamedTuple):
     """sequences: the row is documents that are all causal or all seen whole, and every query is here."""
 
     device: torch.device
@@ -34,31 +34,31 @@ class Ask(NamedTuple):
     with_lse: bool
 
 
-class Backend(NamedTuple):
+class AttentionBackend(NamedTuple):
     """unable: why it cannot do what is asked, or "". attend: (out_QNH, lse_QN; None if it was not asked for)."""
 
     name: str
     why: str
-    unable: Callable[[Ask], str]
-    attend: Callable[..., Result]  # (q, k, v, plan, scale, turn, with_lse=...)
+    unable: Callable[[AttentionRequest], str]
+    attend: Callable[..., Result]  # (q, k, v, plan, scale, cos_sin, with_lse=...)
 
 
-def _cpu_unable(ask: Ask) -> str:
-    return "" if ask.device.type == "cpu" else "it is for tensors on the CPU"
+def _cpu_unable(request: AttentionRequest) -> str:
+    return "" if request.device.type == "cpu" else "it is for tensors on the CPU"
 
 
-def _triton_unable(ask: Ask) -> str:
+def _triton_unable(request: AttentionRequest) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if ask.dtype not in (*HALF, torch.float32):
-        return f"it takes float16, bfloat16 and float32, not {ask.dtype}"
-    if ask.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if request.dtype not in (*HALF, torch.float32):
+        return f"it takes float16, bfloat16 and float32, not {request.dtype}"
+    if request.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return ""
-    if ask.device.type != "cuda":
-        return f"it is for CUDA, not {ask.device.type}; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"
-    if ask.head_width not in TRITON_WIDTHS:
-        return f"it takes heads of {', '.join(map(str, TRITON_WIDTHS))}, not {ask.head_width}"
-    return card_runs_triton(ask.device)
+    if request.device.type != "cuda":
+        return f"it is for CUDA, not {request.device.type}; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"
+    if request.head_width not in TRITON_WIDTHS:
+        return f"it takes heads of {', '.join(map(str, TRITON_WIDTHS))}, not {request.head_width}"
+    return card_runs_triton(request.device)
 
 
 @lru_cache(maxsize=64)
@@ -73,37 +73,37 @@ def card_runs_triton(device: torch.device) -> str:
     return ""
 
 
-def _flash_unable(ask: Ask) -> str:
-    if ask.device.type != "cuda":
-        return f"it is for CUDA, not {ask.device.type}"
+def _flash_unable(request: AttentionRequest) -> str:
+    if request.device.type != "cuda":
+        return f"it is for CUDA, not {request.device.type}"
     if installed_flash_attention() is None:
         return "flash-attn is not installed"
-    if ask.dtype not in HALF:
-        return f"it takes float16 and bfloat16, not {ask.dtype}"
-    if not ask.sequences:
+    if request.dtype not in HALF:
+        return f"it takes float16 and bfloat16, not {request.dtype}"
+    if not request.sequences:
         return "the row mixes causal tokens and spans, or only some of its queries are here"
-    if ask.with_lse:
+    if request.with_lse:
         return "its log-sum-exp has no gradient"
-    return "" if ask.head_width <= 256 else f"it takes heads of at most 256, not {ask.head_width}"
+    return "" if request.head_width <= 256 else f"it takes heads of at most 256, not {request.head_width}"
 
 
-def _newest_flash_unable(ask: Ask) -> str:
+def _newest_flash_unable(request: AttentionRequest) -> str:
     found = installed_flash_attention()
     if found is not None and found[0] == 2:
         return "only version 2 is installed, which does not share keys between heads"
-    return _flash_unable(ask)
+    return _flash_unable(request)
 
 
-def _flex_unable(ask: Ask) -> str:
-    if ask.device.type == "cpu":
+def _flex_unable(request: AttentionRequest) -> str:
+    if request.device.type == "cpu":
         return "it has no backward on the CPU" if torch.is_grad_enabled() else ""
-    if ask.device.type != "cuda":
-        return f"it is compiled for CUDA, not {ask.device.type}"
+    if request.device.type != "cuda":
+        return f"it is compiled for CUDA, not {request.device.type}"
     return "" if importlib.util.find_spec("triton") else "it is compiled by triton, which is not installed"
 
 
-def _sdpa_unable(ask: Ask) -> str:
-    return "torch's public call returns no log-sum-exp" if ask.with_lse else ""
+def _sdpa_unable(request: AttentionRequest) -> str:
+    return "torch's public call returns no log-sum-exp" if request.with_lse else ""
 
 
 def _by_cpu(*inputs: Any, with_lse: bool) -> Result:
@@ -134,21 +134,23 @@ def _by_flex(*inputs: Any, with_lse: bool) -> Result:
 # docs/performance.md, "Attention on CPU", decided for the first. The order on CUDA is not measured: flash-attn 3 and 4
 # are known to be faster than what Triton reaches on plain causal rows, and only our kernel shares keys between heads.
 BACKENDS = (
-    Backend("cpu", "torch's CPU flash attention, document by document, as one autograd node", _cpu_unable, _by_cpu),
-    Backend("flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, _by_flash),
-    Backend("triton", "the heads that share keys read them once", _triton_unable, _by_triton),
-    Backend("flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, _by_flash),
-    Backend("flex", "torch's FlexAttention, compiled", _flex_unable, _by_flex),
-    Backend("sdpa", "torch SDPA, documents of similar length in one call", _sdpa_unable, _by_sdpa),
+    AttentionBackend(
+        "cpu", "torch's CPU flash attention, document by document, as one autograd node", _cpu_unable, _by_cpu
+    ),
+    AttentionBackend("flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, _by_flash),
+    AttentionBackend("triton", "the heads that share keys read them once", _triton_unable, _by_triton),
+    AttentionBackend("flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, _by_flash),
+    AttentionBackend("flex", "torch's FlexAttention, compiled", _flex_unable, _by_flex),
+    AttentionBackend("sdpa", "torch SDPA, documents of similar length in one call", _sdpa_unable, _by_sdpa),
 )
 
 
-def choose_backend(ask: Ask, name: str | None = None) -> Backend:
+def choose_backend(request: AttentionRequest, name: str | None = None) -> AttentionBackend:
     """The first able backend, or the one of this name. Raises ValueError if there is none or it is not able."""
     reasons = []
     for backend in BACKENDS:
         if name in (None, backend.name):
-            reason = backend.unable(ask)
+            reason = backend.unable(request)
             if not reason:
                 return backend
             reasons.append(f"{backend.name}: {reason}")

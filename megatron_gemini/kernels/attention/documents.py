@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megatron_gemini.kernels.attention.row import Row
-from megatron_gemini.kernels.attention.slot_mapping import Slots, slots_of
+from megatron_gemini.kernels.attention.row import RowLayout
+from megatron_gemini.kernels.attention.slot_mapping import SlotMapping, slots_of
 
 MAX_WASTE = 0.15  # of a bucket's slots may be padding: more costs arithmetic, less costs more and smaller calls
 CALL_PAIRS = 2048  # pairs of a query and a key that take about as long as one more call: below it a mask is cheaper
@@ -57,8 +57,8 @@ class DocumentCalls:
     more. queries and keys: where the calls' slots are in q's and in k's and v's rows; one object if they are the same.
     """
 
-    queries: Slots
-    keys: Slots
+    queries: SlotMapping
+    keys: SlotMapping
     buckets: tuple[Bucket, ...]
     runs: tuple[Run, ...]
     query_slots: int
@@ -81,7 +81,7 @@ class _Document(NamedTuple):
         return self.query_end - self.query == self.length
 
 
-def group_documents(row: Row, device: torch.device) -> DocumentCalls:
+def group_documents(row: RowLayout, device: torch.device) -> DocumentCalls:
     span, query = row.span, row.query
     documents = _documents(row)
     long = {d for d in documents if d.kind == MIXED and d.length**2 > 2 * CALL_PAIRS}
@@ -102,7 +102,7 @@ def group_documents(row: Row, device: torch.device) -> DocumentCalls:
     return DocumentCalls(queries, keys, buckets, _placed(cut, runs, sum(map(len, together))), len(query_S), len(key_S))
 
 
-def _documents(row: Row) -> list[_Document]:
+def _documents(row: RowLayout) -> list[_Document]:
     """Those that have a query."""
     edges = row.documents.tolist()
     places = edges if row.query is None else np.searchsorted(row.query, edges).tolist()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_gemini.kernels.attention.plan import AttentionPlan
-from megatron_gemini.kernels.rope import Rotation
+from megatron_gemini.kernels.rope import CosSin
 
 _PLACES = ((4, "flash_attn.cute"), (3, "flash_attn_interface"), (2, "flash_attn"))
 
@@ -38,13 +38,13 @@ def attend_by_flash_attention(
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
 ) -> torch.Tensor:
     """See `attention.attention`; the plan has `sequences`."""
     found, sequences = installed_flash_attention(), plan.sequences
     assert found is not None and sequences is not None, "the dispatch point asks first"
-    if turn is not None:
-        q_TNH, k_TKH = plan.rotate(q_TNH, k_TKH, turn)
+    if cos_sin is not None:
+        q_TNH, k_TKH = plan.apply_rope(q_TNH, k_TKH, cos_sin)
     real = sequences.real
     result = found[1](
         *(x[:real] for x in (q_TNH, k_TKH, v_TKH)), **_options(found[1], sequences.edges, sequences.longest),

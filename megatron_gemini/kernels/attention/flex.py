@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from megatron_gemini.kernels.attention.plan import AttentionPlan
-from megatron_gemini.kernels.rope import Rotation
+from megatron_gemini.kernels.rope import CosSin
 
 
 def attend_by_flex(
@@ -21,11 +21,11 @@ def attend_by_flex(
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out_QNH, lse_QN): see `attention.attention_with_lse`."""
-    if turn is not None:
-        q_QNH, k_TKH = plan.rotate(q_QNH, k_TKH, turn)
+    if cos_sin is not None:
+        q_QNH, k_TKH = plan.apply_rope(q_QNH, k_TKH, cos_sin)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q_QNH, k_TKH, v_TKH))
     if not torch.is_grad_enabled():  # on the CPU it refuses inputs that could need a gradient
         q, k, v = q.detach(), k.detach(), v.detach()

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_gemini.kernels.attention.bounds import Bounds, Sequences, read_bounds, read_sequences
+from megatron_gemini.kernels.attention.bounds import Bounds, PackedSequences, read_bounds, read_sequences
 from megatron_gemini.kernels.attention.cpu.calls import Call, cpu_calls
 from megatron_gemini.kernels.attention.documents import DocumentCalls, group_documents
-from megatron_gemini.kernels.attention.row import Row, read_row
-from megatron_gemini.kernels.rope import Rotation, rotate, rotate_both
+from megatron_gemini.kernels.attention.row import RowLayout, read_row
+from megatron_gemini.kernels.rope import CosSin, apply_rope, apply_rope_to_both
 
 Made = TypeVar("Made")
 
@@ -31,7 +31,7 @@ class AttentionPlan:
     segment_T: torch.Tensor
     span_T: torch.Tensor
     query_Q: torch.Tensor | None
-    _row: Row
+    _row: RowLayout
     _made: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,7 +59,7 @@ class AttentionPlan:
         return read_bounds(self._row, self.segment_T.device)
 
     @cached_property
-    def sequences(self) -> Sequences | None:
+    def sequences(self) -> PackedSequences | None:
         """For backends with one mask for all documents; None if the row is not so, or some queries are elsewhere."""
         return None if self.query_Q is not None else read_sequences(self._row, self.segment_T.device)
 
@@ -73,14 +73,14 @@ class AttentionPlan:
     def cpu_calls(self) -> tuple[Call, ...]:
         return cpu_calls(self.documents)
 
-    def rotate(
-        self, q_QNH: torch.Tensor, k_TKH: torch.Tensor, turn: Rotation, direction: int = 1
+    def apply_rope(
+        self, q_QNH: torch.Tensor, k_TKH: torch.Tensor, cos_sin: CosSin, direction: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """RoPE of both by `turn`, which is for the whole row: queries take the rows of their tokens."""
+        """RoPE of both by `cos_sin`, which is for the whole row: queries take the rows of their tokens."""
         if self.query_Q is None:
-            return rotate_both(q_QNH, k_TKH, turn, direction)
-        own = Rotation(*(x_T1H.index_select(0, self.query_Q) for x_T1H in turn))
-        return rotate(q_QNH, own, direction), rotate(k_TKH, turn, direction)
+            return apply_rope_to_both(q_QNH, k_TKH, cos_sin, direction)
+        own = CosSin(*(x_T1H.index_select(0, self.query_Q) for x_T1H in cos_sin))
+        return apply_rope(q_QNH, own, direction), apply_rope(k_TKH, cos_sin, direction)
 
 
 def plan_attention(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None = None) -> AttentionPlan:

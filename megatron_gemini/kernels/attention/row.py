@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 
-class Row(NamedTuple):
+class RowLayout(NamedTuple):
     """documents: int32, where each run of one document id begins (padding is the last), and the end of the row.
 
     spans: the same of the span ids. query: int64 [Q], positions of the queries; None for all. real: tokens that are no
@@ -26,12 +26,12 @@ class Row(NamedTuple):
     real: int
 
 
-def read_row(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None) -> Row:
+def read_row(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None) -> RowLayout:
     """Raises ValueError for what `attention_plan.plan_attention` does not take."""
     _check_metadata(segment_T, span_T, query_Q)
     segment, span = segment_T.cpu().numpy(), span_T.cpu().numpy()
     query = None if query_Q is None else query_Q.cpu().numpy()
-    row = Row(segment, span, query, run_edges(segment), run_edges(span), int(np.count_nonzero(segment)))
+    row = RowLayout(segment, span, query, run_edges(segment), run_edges(span), int(np.count_nonzero(segment)))
     _check_documents(row)
     _check_spans(row)
     if query is not None:
@@ -62,7 +62,7 @@ def _check_metadata(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torc
         raise ValueError(f"span_T has {len(span_T)} tokens and segment_T {len(segment_T)}; both describe one row")
 
 
-def _check_documents(row: Row) -> None:
+def _check_documents(row: RowLayout) -> None:
     starts = row.documents[:-1]
     ids = row.segment[starts] if len(row.segment) else row.segment
     if not ids[:-1].all():
@@ -70,7 +70,7 @@ def _check_documents(row: Row) -> None:
     _check_runs("segment_T", "document", ids, starts)
 
 
-def _check_spans(row: Row) -> None:
+def _check_spans(row: RowLayout) -> None:
     """Each nonzero id is one run, and that run lies within one document. Spans of padding alone mean nothing."""
     starts, ends = row.spans[:-1], row.spans[1:]
     ids = row.span[starts] if len(row.span) else row.span

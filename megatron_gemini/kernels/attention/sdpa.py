@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from megatron_gemini.kernels.attention.plan import AttentionPlan
-from megatron_gemini.kernels.attention.slot_mapping import Slots, to_rows, to_slots, without_repeats
-from megatron_gemini.kernels.rope import Rotation
+from megatron_gemini.kernels.attention.slot_mapping import SlotMapping, to_rows, to_slots, without_repeats
+from megatron_gemini.kernels.rope import CosSin
 
 
 def attend_by_sdpa(
@@ -24,11 +24,11 @@ def attend_by_sdpa(
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
 ) -> torch.Tensor:
     """See `attention.attention`; some query must see a key."""
-    if turn is not None:
-        q_QNH, k_TKH = plan.rotate(q_QNH, k_TKH, turn)
+    if cos_sin is not None:
+        q_QNH, k_TKH = plan.apply_rope(q_QNH, k_TKH, cos_sin)
     calls = plan.documents
     q_SNH = _ToSlots.apply(q_QNH, calls.queries)
     k_SKH, v_SKH = (_ToSlots.apply(x, calls.keys) for x in (k_TKH, v_TKH))
@@ -75,7 +75,7 @@ class _ToSlots(torch.autograd.Function):
     """`to_slots`, whose backward is a gather too; index_select's own adds row by row, several times slower on CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x_T: torch.Tensor, slots: Slots) -> torch.Tensor:
+    def forward(ctx: Any, x_T: torch.Tensor, slots: SlotMapping) -> torch.Tensor:
         ctx.slots = slots
         return to_slots(x_T, slots)
 
@@ -86,7 +86,7 @@ class _ToSlots(torch.autograd.Function):
 
 class _ToRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_S: torch.Tensor, slots: Slots) -> torch.Tensor:
+    def forward(ctx: Any, x_S: torch.Tensor, slots: SlotMapping) -> torch.Tensor:
         ctx.slots = slots
         return to_rows(x_S, slots)
 

@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Slots:
+class SlotMapping:
     """Which row every slot shows.
 
     size: T, rows of the tensor. covered: rows that have a slot; they come first unless `rows` says where they are.
@@ -30,13 +30,13 @@ class Slots:
     repeats: torch.Tensor | None
 
 
-def slots_of(row_S: np.ndarray, size: int, device: torch.device) -> Slots:
+def slots_of(row_S: np.ndarray, size: int, device: torch.device) -> SlotMapping:
     """row_S: int64, the row that every slot shows; a row's slots are adjacent."""
     count = len(row_S)
     first = np.ones(count, bool)
     first[1:] = row_S[1:] != row_S[:-1]
     if not count or (row_S[0] == 0 and row_S[-1] == count - 1 and (np.diff(row_S) == 1).all()):
-        return Slots(size, count, None, None, None, None)
+        return SlotMapping(size, count, None, None, None, None)
     slot_of_row = np.full(size, -1, np.int64)
     slot_of_row[row_S[first]] = np.flatnonzero(first)
     rows = np.flatnonzero(slot_of_row >= 0)
@@ -45,7 +45,7 @@ def slots_of(row_S: np.ndarray, size: int, device: torch.device) -> Slots:
     def tensor(x: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(x).to(device)
 
-    return Slots(
+    return SlotMapping(
         size,
         len(rows),
         None if prefix else tensor(rows),
@@ -55,14 +55,14 @@ def slots_of(row_S: np.ndarray, size: int, device: torch.device) -> Slots:
     )
 
 
-def to_slots(x_T: torch.Tensor, slots: Slots) -> torch.Tensor:
+def to_slots(x_T: torch.Tensor, slots: SlotMapping) -> torch.Tensor:
     """[T, ...] -> [S, ...]."""
     if slots.gather is not None:
         return x_T.index_select(0, slots.gather)
     return x_T if slots.covered == slots.size else x_T[: slots.covered]
 
 
-def to_rows(x_S: torch.Tensor, slots: Slots, missing: float = 0.0) -> torch.Tensor:
+def to_rows(x_S: torch.Tensor, slots: SlotMapping, missing: float = 0.0) -> torch.Tensor:
     """[S, ...] -> [T, ...], `missing` in rows without a slot.
 
     The inverse of `to_slots` and, since a repeat's gradient is zero (no token sees it), its gradient as well.
@@ -81,6 +81,6 @@ def to_rows(x_S: torch.Tensor, slots: Slots, missing: float = 0.0) -> torch.Tens
     return out
 
 
-def without_repeats(x_S: torch.Tensor, slots: Slots) -> torch.Tensor:
+def without_repeats(x_S: torch.Tensor, slots: SlotMapping) -> torch.Tensor:
     """The gradient of what `to_rows` reads: 0 at repeats. Changes `x_S` in place where there are any."""
     return x_S if slots.repeats is None else x_S.index_fill_(0, slots.repeats, 0.0)

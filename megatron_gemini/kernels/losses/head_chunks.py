@@ -12,7 +12,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.kernels.losses.softmax_chunk import Kept, Labels, Normaliser, Statistics, choose_backend
+from megatron_gemini.kernels.losses.softmax_chunk import (
+    KeptExponentials,
+    Labels,
+    Normalizer,
+    Statistics,
+    choose_backend,
+)
 
 # Bytes of a chunk's logits. A larger chunk adds to the weight's gradient less often, a smaller one takes less memory:
 # at V=65,536 on a CPU, 64 MiB are 256 tokens, where the loss is faster than torch's in a twelfth of its memory. On a
@@ -111,7 +117,7 @@ class HeadChunks:
         self.rows = [slice(i, min(i + tokens, length)) for i in range(0, max(1, length), tokens)]
         self.buffer = None if len(self.rows) == 1 else h.new_empty(tokens, self.columns)
 
-    def leave_out(self, x_T: torch.Tensor) -> torch.Tensor:
+    def without_padding(self, x_T: torch.Tensor) -> torch.Tensor:
         """x with 0 at the tokens that do not count."""
         return x_T if self.counted is None else torch.where(self.counted, x_T, 0)
 
@@ -126,37 +132,37 @@ class HeadChunks:
 
     def statistics(self, rows: slice, logits: torch.Tensor) -> Statistics:
         """Of a chunk's logits over the whole vocabulary, whatever the number of ranks; changes the logits."""
-        normaliser, target, kept = self.backend.statistics(logits, self._labels(rows))
+        normalizer, target, kept = self.backend.statistics(logits, self._labels(rows))
         if self.group is not None:
-            normaliser, target = _of_all_ranks(normaliser, target, self.group)
-        return normaliser, target, kept
+            normalizer, target = _of_all_ranks(normalizer, target, self.group)
+        return normalizer, target, kept
 
     def gradient(
         self,
         rows: slice,
         logits: torch.Tensor,
-        kept: Kept | None,
-        normaliser: Normaliser,
+        kept: KeptExponentials | None,
+        normalizer: Normalizer,
         of_softmax: torch.Tensor,
         of_target: torch.Tensor,
     ) -> torch.Tensor:
-        """See `softmax_chunk.Backend.gradient`."""
-        return self.backend.gradient(logits, kept, normaliser, of_softmax, of_target, self._labels(rows))
+        """See `softmax_chunk.LossBackend.gradient`."""
+        return self.backend.gradient(logits, kept, normalizer, of_softmax, of_target, self._labels(rows))
 
     def _labels(self, rows: slice) -> Labels:
         return self.labels if self.buffer is None else self.labels.chunk(rows)
 
 
 def _of_all_ranks(
-    normaliser: Normaliser, target_C: torch.Tensor, group: ProcessGroup
-) -> tuple[Normaliser, torch.Tensor]:
+    normalizer: Normalizer, target_C: torch.Tensor, group: ProcessGroup
+) -> tuple[Normalizer, torch.Tensor]:
     """Every rank computes the same from the same numbers, so the ranks agree to the bit."""
-    mine = torch.stack((*normaliser, target_C))
+    mine = torch.stack((*normalizer, target_C))
     everyone = mine.new_empty(group.size(), *mine.shape)
     dist.all_gather(list(everyone.unbind()), mine, group=group)
     largest_RC, sum_RC, target_RC = everyone.unbind(1)
     largest_C = largest_RC.amax(0)
-    return Normaliser(largest_C, (sum_RC * (largest_RC - largest_C).exp()).sum(0)), target_RC.amax(0)
+    return Normalizer(largest_C, (sum_RC * (largest_RC - largest_C).exp()).sum(0)), target_RC.amax(0)
 
 
 class GradientSums:

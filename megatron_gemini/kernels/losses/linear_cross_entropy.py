@@ -20,7 +20,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_gemini.kernels.losses.head_chunks import GradientSums, HeadChunks, Place, check_head, join
-from megatron_gemini.kernels.losses.softmax_chunk import Normaliser
+from megatron_gemini.kernels.losses.softmax_chunk import Normalizer
 
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # whether this backward may come a second time
 
@@ -41,7 +41,7 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum(weight_T * nll) + z_loss * sum(weight_T * lse^2), nll_T), of the logits h W^T.
 
-    nll is lse - the target's logit with lse = log(sum(exp(logits))); z-loss keeps the softmax's normaliser near 1
+    nll is lse - the target's logit with lse = log(sum(exp(logits))); z-loss keeps the softmax's normalizer near 1
     (PaLM, section 5). The loss is a float32 scalar with a graph, nll_T float32 [T] without one; float64 for float64.
 
     weight_VD: rows first, first + 1, ... of a vocabulary of `size` ids, in h's dtype; rows from `size` on are padding,
@@ -50,7 +50,8 @@ def linear_cross_entropy(
         `size` or more is an error on a CPU; on a GPU, where looking for it would stall the device, its nll is infinite.
     weight_T: float, of every token. group: ranks that hold the vocabulary's other rows, None if this one has them all.
     deferred: see the head of this file. Only then may weight_T ask for a gradient.
-    reduce_input_gradient: False leaves h's gradient as this rank's summand; otherwise it is summed over `group`.
+    reduce_input_gradient: False leaves h's gradient as this rank's partial gradient; otherwise it is summed over
+    `group`.
     backend: "torch" or "triton" in place of the one that `softmax_chunk.loss_backend` names.
 
     Raises ValueError for shapes, dtypes, devices, sizes or ids that do not fit together.
@@ -112,27 +113,27 @@ class _LossNow(torch.autograd.Function):
         chunks = HeadChunks(h, weight, target, place)
         needs = ctx.needs_input_grad[:2] if graph else (False, False)
         gradients = GradientSums(chunks, needs) if any(needs) else None
-        token_weight = chunks.leave_out(token_weight.to(chunks.dtype))
+        token_weight = chunks.without_padding(token_weight.to(chunks.dtype))
         nlls: list[torch.Tensor] = []
         terms: list[torch.Tensor] = []
         for rows in chunks.rows:
             logits = chunks.logits(rows)
-            normaliser, of_target, kept = chunks.statistics(rows, logits)
-            log_sum, factor = normaliser.sum_C.log(), token_weight[rows]
-            nll = log_sum - (of_target - normaliser.largest_C)
+            normalizer, of_target, kept = chunks.statistics(rows, logits)
+            log_sum, factor = normalizer.sum_C.log(), token_weight[rows]
+            nll = log_sum - (of_target - normalizer.largest_C)
             of_softmax, term = factor, nll
             if z_loss:
-                lse = log_sum + normaliser.largest_C
+                lse = log_sum + normalizer.largest_C
                 of_softmax, term = factor * (1 + 2 * z_loss * lse), nll + z_loss * lse.square()
             nlls.append(nll)
             terms.append(term)
             if gradients is not None:
-                gradients.add(rows, chunks.gradient(rows, logits, kept, normaliser, of_softmax, factor))
+                gradients.add(rows, chunks.gradient(rows, logits, kept, normalizer, of_softmax, factor))
         if gradients is not None:
             ctx.save_for_backward(*gradients.finish())
-        nll = chunks.leave_out(join(nlls))
+        nll = chunks.without_padding(join(nlls))
         ctx.mark_non_differentiable(nll)
-        return torch.dot(token_weight, chunks.leave_out(join(terms)) if z_loss else nll), nll
+        return torch.dot(token_weight, chunks.without_padding(join(terms)) if z_loss else nll), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -152,23 +153,23 @@ class _LogProbabilities(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chunks = HeadChunks(h, weight, target, place)
         found = [chunks.statistics(rows, chunks.logits(rows))[:2] for rows in chunks.rows]
-        largest, total = (join(x) for x in zip(*(normaliser for normaliser, _ in found), strict=True))
+        largest, total = (join(x) for x in zip(*(normalizer for normalizer, _ in found), strict=True))
         of_target = join([target for _, target in found])
         ctx.save_for_backward(h, weight, target, largest, total)
         ctx.place = place
         log_sum = total.log()
-        return chunks.leave_out(of_target - largest - log_sum), chunks.leave_out(log_sum + largest)
+        return chunks.without_padding(of_target - largest - log_sum), chunks.without_padding(log_sum + largest)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         h, weight, target, largest, total = ctx.saved_tensors
         chunks = HeadChunks(h, weight, target, ctx.place)
-        of_probability, of_lse = map(chunks.leave_out, grads)
+        of_probability, of_lse = map(chunks.without_padding, grads)
         of_softmax, of_target = of_lse - of_probability, -of_probability
         gradients = GradientSums(chunks, ctx.needs_input_grad)
         for rows in chunks.rows:
-            normaliser = Normaliser(largest[rows], total[rows])
+            normalizer = Normalizer(largest[rows], total[rows])
             logits = chunks.logits(rows)
-            gradients.add(rows, chunks.gradient(rows, logits, None, normaliser, of_softmax[rows], of_target[rows]))
+            gradients.add(rows, chunks.gradient(rows, logits, None, normalizer, of_softmax[rows], of_target[rows]))
         return *gradients.finish(), None, None

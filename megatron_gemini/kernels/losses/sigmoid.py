@@ -34,15 +34,15 @@ def sigmoid_contrastive_loss(
     t = exp(log_temperature), b = bias (the paper begins with log 10 and -10); z is 1 where i and j are a pair and -1
     otherwise. A sum, as every loss here is: the paper's is the sum over all ranks divided by the pairs of all ranks.
 
-    image_BD, text_BD: row i of both is a pair; normalised to length 1 by the caller, in one dtype; computed in float32
+    image_BD, text_BD: row i of both is a pair; normalized to length 1 by the caller, in one dtype; computed in float32
         (float64 for float64). Ranks may have different numbers of pairs.
     log_temperature, bias: one number each, replicated.
     group: the ranks whose pairs are one batch; all of them call together. None: this process alone.
     chunk: the sides of a tile; memory beyond the embeddings is a few tiles of chunk x chunk numbers.
 
     The gradients are made in the forward. Those of image_BD and text_BD are of the sum of all ranks' losses, which all
-    ranks must therefore scale by the same factor; those of log_temperature and bias are this rank's summands of it, to
-    be summed like all gradients of a data-parallel group.
+    ranks must therefore scale by the same factor; those of log_temperature and bias are this rank's partial gradients
+    of it, to be summed like all gradients of a data-parallel group.
 
     Raises ValueError for shapes, dtypes and devices that do not fit together, on one rank or between ranks.
     """

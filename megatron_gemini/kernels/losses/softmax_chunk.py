@@ -29,35 +29,37 @@ class Labels(NamedTuple):
         return Labels(self.column_C[rows], None if self.held_C is None else self.held_C[rows])
 
 
-class Normaliser(NamedTuple):
+class Normalizer(NamedTuple):
     """Of every token's softmax: its largest logit and the sum of exp(logit - largest), [C], float32 or float64."""
 
     largest_C: torch.Tensor
     sum_C: torch.Tensor
 
 
-class Kept(NamedTuple):
-    """exp(logits - largest), [C, V] in the normaliser's dtype, and that largest."""
+class KeptExponentials(NamedTuple):
+    """exp(logits - largest), [C, V] in the normalizer's dtype, and that largest."""
 
     exponential_CV: torch.Tensor
     largest_C: torch.Tensor
 
 
-Statistics = tuple[Normaliser, torch.Tensor, Kept | None]
-"""Of a rank's logits: the normaliser, the targets' logits (-inf where it does not hold them), what is kept of them."""
+Statistics = tuple[Normalizer, torch.Tensor, KeptExponentials | None]
+"""Of a rank's logits: the normalizer, the targets' logits (-inf where it does not hold them), what is kept of them."""
 
 
-class Backend(NamedTuple):
+class LossBackend(NamedTuple):
     """statistics(logits_CV, labels) -> `Statistics`.
 
-    gradient(logits_CV, kept, normaliser, of_softmax_C, of_target_C, labels) -> [C, V] in the logits' dtype and memory:
-    of_softmax * softmax - of_target * onehot(target). The normaliser is that of all ranks. kept is what `statistics`
+    gradient(logits_CV, kept, normalizer, of_softmax_C, of_target_C, labels) -> [C, V] in the logits' dtype and memory:
+    of_softmax * softmax - of_target * onehot(target). The normalizer is that of all ranks. kept is what `statistics`
     gave, or None in a recomputation: the logits are then as they were before `statistics`.
     """
 
     name: str
     statistics: Callable[[torch.Tensor, Labels], Statistics]
-    gradient: Callable[[torch.Tensor, Kept | None, Normaliser, torch.Tensor, torch.Tensor, Labels], torch.Tensor]
+    gradient: Callable[
+        [torch.Tensor, KeptExponentials | None, Normalizer, torch.Tensor, torch.Tensor, Labels], torch.Tensor
+    ]
 
 
 def _wide(logits_CV: torch.Tensor) -> torch.Tensor:
@@ -72,38 +74,40 @@ def _statistics(logits_CV: torch.Tensor, labels: Labels) -> Statistics:
         target_C = target_C.masked_fill_(~labels.held_C, -torch.inf)
     exponential = values.sub_(largest_C1).exp_()
     largest_C = largest_C1.squeeze(1)
-    return Normaliser(largest_C, exponential.sum(-1)), target_C, Kept(exponential, largest_C)
+    return Normalizer(largest_C, exponential.sum(-1)), target_C, KeptExponentials(exponential, largest_C)
 
 
 def _gradient(
     logits_CV: torch.Tensor,
-    kept: Kept | None,
-    normaliser: Normaliser,
+    kept: KeptExponentials | None,
+    normalizer: Normalizer,
     of_softmax_C: torch.Tensor,
     of_target_C: torch.Tensor,
     labels: Labels,
 ) -> torch.Tensor:
-    factor_C = of_softmax_C / normaliser.sum_C
+    factor_C = of_softmax_C / normalizer.sum_C
     if kept is None:
-        exponential = _wide(logits_CV).sub_(normaliser.largest_C.unsqueeze(1)).exp_()
+        exponential = _wide(logits_CV).sub_(normalizer.largest_C.unsqueeze(1)).exp_()
     else:
         exponential = kept.exponential_CV
-        if kept.largest_C is not normaliser.largest_C:
-            factor_C *= (kept.largest_C - normaliser.largest_C).exp_()
+        if kept.largest_C is not normalizer.largest_C:
+            factor_C *= (kept.largest_C - normalizer.largest_C).exp_()
     if labels.held_C is not None:
         of_target_C = of_target_C * labels.held_C
     exponential.mul_(factor_C.unsqueeze(1)).scatter_add_(1, labels.column_C.unsqueeze(1), -of_target_C.unsqueeze(1))
     return exponential if exponential.dtype == logits_CV.dtype else logits_CV.copy_(exponential)
 
 
-TORCH = Backend("torch", _statistics, _gradient)
+TORCH = LossBackend("torch", _statistics, _gradient)
 
 
 @functools.cache
-def _triton() -> Backend:
-    from megatron_gemini.kernels import softmax_chunk_triton as triton  # imports Triton, which CPUs need not have
+def _triton() -> LossBackend:
+    from megatron_gemini.kernels.losses import (
+        softmax_chunk_triton as triton,  # imports Triton, which CPUs need not have
+    )
 
-    return Backend("triton", triton.statistics, triton.gradient)
+    return LossBackend("triton", triton.statistics, triton.gradient)
 
 
 def loss_backend(device: torch.device) -> tuple[str, str]:
@@ -116,7 +120,7 @@ def loss_backend(device: torch.device) -> tuple[str, str]:
 
 
 @functools.cache
-def choose_backend(device: torch.device, dtype: torch.dtype, forced: str | None = None) -> Backend:
+def choose_backend(device: torch.device, dtype: torch.dtype, forced: str | None = None) -> LossBackend:
     """That of `loss_backend`, or `forced`; float64, which is there for tests, is torch's.
 
     Raises ValueError for a name that is not a backend's.

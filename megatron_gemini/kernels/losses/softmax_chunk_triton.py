@@ -1,4 +1,4 @@
-"""The loss's work on a chunk of logits as two Triton kernels; see `softmax_chunk.Backend` for what they compute.
+"""The loss's work on a chunk of logits as two Triton kernels; see `softmax_chunk.LossBackend` for what they compute.
 
 Each reads a logit once, in whatever dtype it has, and computes in float32: no copy of the chunk, one pass a kernel.
 Row offsets are 64-bit: a chunk may have more than 2^31 logits.
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_gemini.kernels.losses.softmax_chunk import Kept, Labels, Normaliser, Statistics
+from megatron_gemini.kernels.losses.softmax_chunk import KeptExponentials, Labels, Normalizer, Statistics
 
 BLOCK = 4096  # columns that a program holds at once: 16 a thread of 8 warps, two 16-byte loads of bfloat16
 WARPS = 8
@@ -96,13 +96,13 @@ def statistics(logits_CV: torch.Tensor, labels: Labels) -> Statistics:
         logits_CV.stride(0),
         columns,
     )
-    return Normaliser(largest_C, sum_C), target_C, None
+    return Normalizer(largest_C, sum_C), target_C, None
 
 
 def gradient(
     logits_CV: torch.Tensor,
-    kept: Kept | None,
-    normaliser: Normaliser,
+    kept: KeptExponentials | None,
+    normalizer: Normalizer,
     of_softmax_C: torch.Tensor,
     of_target_C: torch.Tensor,
     labels: Labels,
@@ -115,7 +115,7 @@ def gradient(
         logits_CV,
         labels.column_C,
         _held(labels),
-        *normaliser,
+        *normalizer,
         of_softmax_C.contiguous(),
         of_target_C.contiguous(),
         logits_CV.stride(0),

@@ -113,7 +113,7 @@ def audio_output_length(frames: int) -> int:
 def log_mel(wave_16k: np.ndarray | torch.Tensor, mels: int = 128) -> torch.Tensor:
     """Log-mel spectrogram of float32[samples] at 16 kHz as float32[L, M] in [-1, 1].
 
-    32 ms Hann window every 10 ms, each centred on its hop, zeros beyond the ends; energies in a Slaney mel
+    32 ms Hann window every 10 ms, each centered on its hop, zeros beyond the ends; energies in a Slaney mel
     filterbank; base-10 logarithm. The clip's loudest cell is 1 and whatever lies 80 dB or more below it is -1,
     so that the recording level does not matter. (USM's front end: Zhang et al. 2023, section 2.1.)
     """
@@ -143,7 +143,7 @@ def _mel_filters(mels: int) -> torch.Tensor:
     mel = torch.linspace(0.0, top, mels + 2, dtype=torch.float64)
     hertz = torch.where(mel < 15.0, mel * (200.0 / 3.0), 1000.0 * torch.exp((mel - 15.0) * (math.log(6.4) / 27.0)))
     bins = torch.linspace(0.0, SAMPLE_RATE / 2, FOURIER // 2 + 1, dtype=torch.float64)
-    left, centre, right = hertz[:-2, None], hertz[1:-1, None], hertz[2:, None]
-    rising, falling = (bins - left) / (centre - left), (right - bins) / (right - centre)
+    left, center, right = hertz[:-2, None], hertz[1:-1, None], hertz[2:, None]
+    rising, falling = (bins - left) / (center - left), (right - bins) / (right - center)
     triangles = torch.minimum(rising, falling).clamp_min(0.0)
     return (triangles * (2.0 / (right - left))).to(torch.float32)

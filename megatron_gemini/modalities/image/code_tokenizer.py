@@ -42,7 +42,7 @@ class TokenizerLoss(NamedTuple):
 
 
 class ImageTokenizer(nn.Module):
-    """Transformer encoder, l2-normalised factorised codebook, transformer decoder; one code a patch.
+    """Transformer encoder, l2-normalized factorized codebook, transformer decoder; one code a patch.
 
     Trained on pixels alone: l2, the codebook's losses and a small logit-Laplace likelihood (Ramesh et al. 2021,
     section 3.1). The paper's adversarial and perceptual losses need networks of their own and are not used.
@@ -98,7 +98,7 @@ class ImageTokenizer(nn.Module):
         return _to_pixels(mean).clamp(-1, 1)
 
     def _encode(self, images_BSS3: torch.Tensor) -> torch.Tensor:
-        """[X, C], not yet normalised."""
+        """[X, C], not yet normalized."""
         size = self.config.image_size
         if images_BSS3.shape[1:] != (size, size, CHANNELS):
             raise ValueError(f"images are {tuple(images_BSS3.shape)}; the tokenizer takes [B, {size}, {size}, 3]")

@@ -50,7 +50,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
                 _shrink(image, shrink_to)
             image.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
-        except Exception as error:  # as above: truncated data, bad checksums, broken colour tables
+        except Exception as error:  # as above: truncated data, bad checksums, broken color tables
             raise BadSample("image_corrupt", f"the image cannot be decoded: {one_line(error)}") from None
 
 
@@ -88,8 +88,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.int64) >> 8
         return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
-        colours = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
+        colors = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
     return image.convert("RGB")
 
 

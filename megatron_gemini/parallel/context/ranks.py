@@ -28,7 +28,7 @@ class ContextRanks:
         self.size, self.group = topology.context_size, topology.context_group
 
     def gather(self, k_CKH: torch.Tensor, v_CKH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k_TKH and v_TKH of the row whose tokens `stream.context_positions` deals to the ranks; all ranks call it.
+        """k_TKH and v_TKH of the row whose tokens `stream.context_positions` assigns to the ranks; all ranks call it.
 
         Their gradients are summed over the ranks, in the type of k and v, and each rank gets those of its own tokens.
         """
@@ -59,7 +59,7 @@ class _Gather(torch.autograd.Function):
 
 
 def row_order(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    """[T, ...], rank after rank as `stream.context_positions` deals the chunks -> in the order of the row."""
+    """[T, ...], rank after rank as `stream.context_positions` assigns the chunks -> in the order of the row."""
     first, second = x.view(ranks, 2, -1, *x.shape[1:]).unbind(1)
     return torch.cat((first, second.flip(0))).flatten(0, 1)
 

@@ -113,14 +113,14 @@ class _Tokens:
 class EmbeddingRoutes:
     """The way of embeddings from where they are made into the streams, and that of their gradients.
 
-    forth: from this rank's embeddings, item after item, to those of its stream's tokens, row after row.
-    back: from the gradients of the latter to those of the embeddings of trained encoders that this rank made. Where
-        tensor-parallel ranks have the same gradient, one of them sends it, by turns.
+    to_decoder: from this rank's embeddings, item after item, to those of its stream's tokens, row after row.
+    to_encoder: from the gradients of the latter to those of the embeddings of trained encoders that this rank made.
+        Where tensor-parallel ranks have the same gradient, one of them sends it, by turns.
     position: position in this rank's stream of every embedding that it gets. counts: how many of them in each row.
     """
 
-    forth: Route
-    back: Route
+    to_decoder: Route
+    to_encoder: Route
     position: torch.Tensor
     counts: list[int]
 
@@ -135,26 +135,26 @@ def embedding_routes(items: Items, streams: Streams, rows: int, trained: np.ndar
     by_row = np.argsort(items.row[held.item], kind="stable")
     to = [streams.rank(items.home[made.item], made.position, copy) for copy in range(copies)]
     number = np.arange(len(made.item))
-    forth = Route.make(topology.world, np.tile(number, copies), np.concatenate(to), items.rank[held.item], by_row)
-    back = _back(items, streams, made, held, by_row, trained)
+    to_decoder = Route.make(topology.world, np.tile(number, copies), np.concatenate(to), items.rank[held.item], by_row)
+    to_encoder = _to_encoder(items, streams, made, held, by_row, trained)
     position = streams.index_T[held.position[by_row]]
     counts = np.bincount(items.row[held.item], minlength=rows)
-    return EmbeddingRoutes(forth, back, torch.from_numpy(position), counts.tolist())
+    return EmbeddingRoutes(to_decoder, to_encoder, torch.from_numpy(position), counts.tolist())
 
 
-def _back(
+def _to_encoder(
     items: Items, streams: Streams, made: _Tokens, held: _Tokens, by_row: np.ndarray, trained: np.ndarray
 ) -> Route:
     topology, copies = streams.topology, streams.copies
-    speaks = trained[items.encoder[held.item]]
+    sends = trained[items.encoder[held.item]]
     if copies > 1:
-        speaks &= held.item % copies == topology.tensor_rank
+        sends &= held.item % copies == topology.tensor_rank
     place = np.empty_like(by_row)
     place[by_row] = np.arange(len(by_row))
     wanted = trained[items.encoder[made.item]]
     item, position = made.item[wanted], made.position[wanted]
     source = streams.rank(items.home[item], position, item % copies)
-    return Route.make(topology.world, place[speaks], items.rank[held.item[speaks]], source, np.arange(len(item)))
+    return Route.make(topology.world, place[sends], items.rank[held.item[sends]], source, np.arange(len(item)))
 
 
 def exchange_inputs(

@@ -1,7 +1,7 @@
 """The decoder's layers, whatever the number of tensor-parallel ranks: one interface, one set of parameter names.
 
-A model asks `Layers` for a layer and never learns whether it is divided. Serial layers are plain torch; divided ones
-are megatron-core's (`tensor_layers.py`, imported only then).
+A model asks `LayerFactory` for a layer and never learns whether it is divided. Serial layers are plain torch; divided
+ones are megatron-core's (`tensor_layers.py`, imported only then).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from megatron_gemini.kernels.attention.api import AttentionPlan, attention_output
 from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
-from megatron_gemini.kernels.rope import Rotation, rotate
+from megatron_gemini.kernels.rope import CosSin, apply_rope
 from megatron_gemini.parallel.collectives import TensorRanks, gather_stream
 from megatron_gemini.parallel.context.positions import context_positions, stream_positions
 from megatron_gemini.parallel.context.ranks import ContextRanks
@@ -70,19 +70,21 @@ class AttentionOutput(nn.Module):
         k_TKH: torch.Tensor,
         v_TKH: torch.Tensor,
         plan: AttentionPlan,
-        turn: Rotation,
+        cos_sin: CosSin,
         attend: Attend | None = None,
     ) -> torch.Tensor:
         """attend: takes the place of the row's own attention, as generation from a cache does."""
         if attend is None:
-            return attention_output(q_TNH, k_TKH, v_TKH, plan, turn, self.weight, h_TD)
-        return linear_add(attend(rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan), self.weight, h_TD)
+            return attention_output(q_TNH, k_TKH, v_TKH, plan, cos_sin, self.weight, h_TD)
+        return linear_add(
+            attend(apply_rope(q_TNH, cos_sin), apply_rope(k_TKH, cos_sin), v_TKH, plan), self.weight, h_TD
+        )
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * (1 + weight) over the last dimension, `width` wide.
 
-    partial: tensor-parallel ranks see different heads or tokens, so each computes a summand of the weight's gradient.
+    partial: tensor-parallel ranks see different heads or tokens, so each computes a partial gradient of the weight.
     """
 
     def __init__(self, width: int, eps: float, partial: bool = False) -> None:
@@ -119,7 +121,7 @@ class Vocabulary(nn.Module):
         return logits
 
 
-class Layers:
+class LayerFactory:
     """Makes the layers of one topology. Widths are global; `std` is that of the normal initial weights."""
 
     def __init__(self, topology: Topology) -> None:
@@ -137,7 +139,7 @@ class Layers:
         if not self.divided:
             return AttentionInput(width, query, key, head_width, eps=eps, init=normal(std))
         shard = self.heads(query_heads, key_heads)
-        layer = self._tensor_layers().DividedAttentionInput
+        layer = self._tensor_layers().TensorParallelAttentionInput
         return layer(self.topology, width, shard, key, head_width, eps=eps, init=normal(std))
 
     def mlp(self, width: int, mlp_width: int, activation: str, *, eps: float, std: float, last_std: float) -> nn.Module:
@@ -145,20 +147,20 @@ class Layers:
         sizes = (width, mlp_width, activation)
         if not self.divided:
             return MLP(*sizes, eps=eps, init=normal(std), last=normal(last_std))
-        layer = self._tensor_layers().DividedMLP
+        layer = self._tensor_layers().TensorParallelMLP
         return layer(self.topology, *sizes, eps=eps, init=normal(std), last=normal(last_std))
 
     def attention_output(self, width_in: int, width: int, *, std: float) -> nn.Module:
         """An `AttentionOutput` of this rank's heads; the output is the stream."""
         if not self.divided:
             return AttentionOutput(width_in, width, init=normal(std))
-        return self._tensor_layers().DividedAttentionOutput(self.topology, width_in, width, init=normal(std))
+        return self._tensor_layers().TensorParallelAttentionOutput(self.topology, width_in, width, init=normal(std))
 
     def embedding(self, size: int, width: int, *, std: float) -> nn.Module:
         """A `Vocabulary` of `size` rows, divided over the ranks (and padded to a multiple of them)."""
         if not self.divided:
             return Vocabulary(size, width, init=normal(std))
-        return self._tensor_layers().DividedVocabulary(self.topology, size, width, init=normal(std))
+        return self._tensor_layers().TensorParallelVocabulary(self.topology, size, width, init=normal(std))
 
     def norm(self, width: int, eps: float) -> RMSNorm:
         """RMSNorm of the stream."""
@@ -175,7 +177,7 @@ class Layers:
     def gather_stream(self, h_SD: torch.Tensor) -> torch.Tensor:
         """The stream of all tensor-parallel ranks, before the head: [C, D].
 
-        Under sequence parallelism its gradient is summed over the ranks here; the head leaves it a summand.
+        Under sequence parallelism its gradient is summed over the ranks here; the head leaves it a partial gradient.
         """
         if not (self.divided and self.topology.sequence):
             return h_SD
@@ -201,6 +203,6 @@ class Layers:
 
     @staticmethod
     def _tensor_layers() -> Any:
-        from megatron_gemini.parallel import tensor_layers  # imports megatron.core, which takes seconds
+        from megatron_gemini.parallel.tensor import parallel_layers  # imports megatron.core, which takes seconds
 
-        return tensor_layers
+        return parallel_layers

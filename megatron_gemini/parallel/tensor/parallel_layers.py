@@ -2,7 +2,7 @@
 
 The embedding is megatron-core's. Its linear layers cannot share one input gradient between queries and replicated keys,
 and under sequence parallelism run on CUDA only, so the products are `tensor_products.py`'s. Importing this imports
-megatron.core, which takes seconds: `Layers` does so only when there is something to divide.
+megatron.core, which takes seconds: `LayerFactory` does so only when there is something to divide.
 
 Shape suffixes: T = C tokens of the (context-local) row, S tokens of this rank's stream (C without sequence
 parallelism), D model width, N query heads of this rank, K key/value heads that they read, H head width.
@@ -20,7 +20,7 @@ from torch import nn
 
 from megatron_gemini.kernels.attention.api import AttentionPlan, attention
 from megatron_gemini.kernels.linear import linear
-from megatron_gemini.kernels.rope import Rotation, rotate
+from megatron_gemini.kernels.rope import CosSin, apply_rope
 from megatron_gemini.parallel.collectives import TensorRanks
 from megatron_gemini.parallel.parameters import Init, Placement, declare, new_parameter, zeros
 from megatron_gemini.parallel.tensor.products import embed_stream, gated_mlp, norm_query_key_value, project_add
@@ -28,7 +28,7 @@ from megatron_gemini.parallel.tensor.shards import Attend, FusedHead, HeadShard,
 from megatron_gemini.parallel.topology import Topology
 
 
-def _no_values(_: torch.Tensor) -> None:
+def no_init(_: torch.Tensor) -> None:
     """megatron-core's init_method: there is nothing to do."""
 
 
@@ -41,7 +41,7 @@ def _divided_rows(topology: Topology, *shape: int, init: Init) -> nn.Parameter:
 
 
 def _whole(*shape: int, init: Init, partial: bool) -> nn.Parameter:
-    """A parameter that every rank holds; partial: and of whose gradient it computes a summand."""
+    """A parameter that every rank holds; partial: and of whose gradient it computes a part."""
     return new_parameter(*shape, init=init, placement=Placement(None, shape, partial=partial))
 
 
@@ -52,7 +52,7 @@ def _divided_columns(topology: Topology, rows: int, columns: int, *, init: Init)
     return new_parameter(rows, local, init=init, placement=placement)
 
 
-class DividedAttentionInput(nn.Module):
+class TensorParallelAttentionInput(nn.Module):
     """`layers.AttentionInput`: query heads divided, key/value heads divided too or whole on every rank."""
 
     def __init__(
@@ -74,7 +74,7 @@ class DividedAttentionInput(nn.Module):
         return norm_query_key_value(h_SD, self.norm, self.eps, self.query, self.key_value, self.shard, self.ranks)
 
 
-class DividedMLP(nn.Module):
+class TensorParallelMLP(nn.Module):
     """`layers.MLP`, divided over its inner width."""
 
     def __init__(
@@ -92,7 +92,7 @@ class DividedMLP(nn.Module):
         return gated_mlp(h_SD, self.norm, self.eps, self.gate_up, self.down, self.activation, self.ranks)
 
 
-class DividedAttentionOutput(nn.Module):
+class TensorParallelAttentionOutput(nn.Module):
     """`layers.AttentionOutput` of the query heads of every rank."""
 
     def __init__(self, topology: Topology, width_in: int, width: int, *, init: Init) -> None:
@@ -107,17 +107,17 @@ class DividedAttentionOutput(nn.Module):
         k_TKH: torch.Tensor,
         v_TKH: torch.Tensor,
         plan: AttentionPlan,
-        turn: Rotation,
+        cos_sin: CosSin,
         attend: Attend | None = None,
     ) -> torch.Tensor:
         if attend is None:
-            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, turn=turn)
+            out_TNH = attention(q_TNH, k_TKH, v_TKH, plan, cos_sin=cos_sin)
         else:
-            out_TNH = attend(rotate(q_TNH, turn), rotate(k_TKH, turn), v_TKH, plan)
+            out_TNH = attend(apply_rope(q_TNH, cos_sin), apply_rope(k_TKH, cos_sin), v_TKH, plan)
         return project_add(out_TNH, self.weight, h_SD, self.ranks)
 
 
-class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
+class TensorParallelVocabulary(tensor_parallel.VocabParallelEmbedding):
     """`layers.Vocabulary` divided by rows over the tensor-parallel ranks.
 
     The rows are padded to a multiple of the ranks; the padding is zero, masked from the softmax and in no checkpoint.
@@ -136,7 +136,7 @@ class DividedVocabulary(tensor_parallel.VocabParallelEmbedding):
         super().__init__(
             rows * topology.tensor_size,
             width,
-            init_method=_no_values,
+            init_method=no_init,
             config=config,
             tp_group=topology.tensor_group,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_gemini.kernels.discarded_output import is_unread, no_values
+from megatron_gemini.kernels.discarded_output import discarded_output, output_is_discarded
 from megatron_gemini.kernels.linear import gated_backward, gated_forward, gated_weight_gradient
 from megatron_gemini.kernels.norm import norm_backward, norm_forward
 from megatron_gemini.parallel.collectives import TensorRanks
@@ -35,7 +35,7 @@ def norm_query_key_value(
     query: [shard.query * H, D]. key_value: [2, heads held * H, D]. -> [C, query, H], [C, key, H], [C, key, H].
     Key/value heads that every rank holds are computed once among the ranks under sequence parallelism (every rank its
     tokens, then an all-gather of the small result), and by each rank for itself otherwise. The gradients of `key_value`
-    where every rank holds it, and of the norm under sequence parallelism, are summands.
+    where every rank holds it, and of the norm under sequence parallelism, are partial gradients.
     """
     return _NormQueryKeyValue.apply(h_SD, norm_D, eps, query, key_value, shard, ranks)
 
@@ -144,8 +144,8 @@ class _ProjectAdd(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ranks = ranks
-        if is_unread():
-            return no_values(residual)
+        if output_is_discarded():
+            return discarded_output(residual)
         return ranks.reduce(torch.mm(x.flatten(1), weight.t())).wait().add_(residual)
 
     @staticmethod
@@ -172,8 +172,8 @@ class _GatedMLP(torch.autograd.Function):
         inner, saved = gated_forward(ranks.gather(normed).wait(), gate_up, activation)
         ctx.save_for_backward(h, inverse, scale, normed, gate_up, inner, down, *saved)
         ctx.activation, ctx.ranks = activation, ranks
-        if is_unread():
-            return no_values(h)
+        if output_is_discarded():
+            return discarded_output(h)
         return ranks.reduce(torch.mm(inner, down.t())).wait().add_(h)
 
     @staticmethod

@@ -269,7 +269,7 @@ def test_answers_that_are_refused(path, expected, server, names):
 
 
 @pytest.mark.parametrize("path", ["drip-body", "drip-header"])
-def test_a_server_that_sends_a_byte_now_and_then_is_given_up_in_time(path, server, names):
+def test_a_server_that_sends_a_byte_now_and_then_is_quarantined_in_time(path, server, names):
     started = time.monotonic()
     assert reason(f"http://site.test:{server}/{path}", seconds=0.4) == "fetch_timeout"
     assert time.monotonic() - started < 3

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from megatron_gemini.building.captions import Captions
+from megatron_gemini.building.captions import CaptionOrigin
 from megatron_gemini.building.records import Columns, folder_records, row_count, table_records
 
 
@@ -14,24 +14,24 @@ def test_folders_are_read_in_the_order_of_their_names(tmp_path):
     for name in ("b/2.PNG", "b/1.jpg", "a.webp", "b/note.txt", "c/x.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = folder_records([str(tmp_path)], Captions.TXT)
+    found = folder_records([str(tmp_path)], CaptionOrigin.TXT)
     assert [record.image for record in found] == [
         str(tmp_path / n) for n in ("a.webp", "b/1.jpg", "b/2.PNG", "c/x.gif")
     ]
     assert [record.number for record in found] == [0, 1, 2, 3]
     assert found[1].caption == tmp_path / "b/1.txt"
     with pytest.raises(ValueError, match="is no folder"):
-        folder_records([str(tmp_path / "nowhere")], Captions.TXT)
+        folder_records([str(tmp_path / "nowhere")], CaptionOrigin.TXT)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="there is no picture"):
-        folder_records([str(tmp_path / "empty")], Captions.TXT)
+        folder_records([str(tmp_path / "empty")], CaptionOrigin.TXT)
 
 
 def test_captions_of_names(tmp_path):
     (tmp_path / "polar_bear").mkdir()
     picture = tmp_path / "polar_bear" / "on-the_ice.png"
-    assert Captions.FOLDER.of(picture) == "polar bear"
-    assert Captions.NAME.of(picture) == "on the ice"
+    assert CaptionOrigin.FOLDER.of(picture) == "polar bear"
+    assert CaptionOrigin.NAME.of(picture) == "on the ice"
 
 
 def test_every_kind_of_table_gives_the_same_records(tmp_path):

@@ -104,12 +104,12 @@ def test_key_value_heads_divide_the_tensor_ranks_or_are_divided_by_them():
         check_layout(grouped(6), 4)
 
 
-def test_held_out_rows_count_where_there_is_a_held_out_loss():
-    held_out = DataConfig(lanes=16, row_tokens=64, held_out=(SourceConfig(shards="a.tar"),))
-    broken = dataclasses.replace(config(), data=held_out, train=TrainConfig(rows_per_step=16, held_out_rows=6))
+def test_validation_rows_count_where_there_is_a_validation_loss():
+    validation = DataConfig(lanes=16, row_tokens=64, validation=(SourceConfig(shards="a.tar"),))
+    broken = dataclasses.replace(config(), data=validation, train=TrainConfig(rows_per_step=16, validation_rows=6))
     check_layout(broken, 4)
-    broken = dataclasses.replace(broken, train=dataclasses.replace(broken.train, held_out_every=5))
-    with pytest.raises(ValueError, match=r"train.held_out_rows is 6, which 4 data-parallel ranks"):
+    broken = dataclasses.replace(broken, train=dataclasses.replace(broken.train, validation_every=5))
+    with pytest.raises(ValueError, match=r"train.validation_rows is 6, which 4 data-parallel ranks"):
         check_layout(broken, 4)
 
 

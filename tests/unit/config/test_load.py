@@ -91,8 +91,8 @@ def test_items_of_a_list_come_from_the_file_and_may_be_changed_by_number(write):
         ValueError, match=r"--data\.sources\.2 does not exist; the list in the file has the items 0 to 1"
     ):
         load_config([*argv, "--data.sources.2.weight", "1"])
-    with pytest.raises(ValueError, match=r"--data\.held_out\.0 does not exist; the list in the file is empty"):
-        load_config([*argv, "--data.held_out.0.weight", "1"])
+    with pytest.raises(ValueError, match=r"--data\.validation\.0 does not exist; the list in the file is empty"):
+        load_config([*argv, "--data.validation.0.weight", "1"])
 
 
 def test_an_error_in_an_item_says_which(write):
@@ -265,7 +265,7 @@ def test_help_shows_every_setting_with_the_value_it_has_now(write, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for name in setting_names(RunConfig):
-        lists = ("data.sources", "data.held_out", "data.curriculum")
+        lists = ("data.sources", "data.validation", "data.curriculum")
         assert f"--{name} " in shown or f"--{name}," in shown or name in lists, name
     assert "12345" in shown
     assert "0.0625" in shown

@@ -21,7 +21,7 @@ MEMORY = 200  # MB beyond what the process has after its imports
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("malice")
+    folder = tmp_path_factory.mktemp("adversarial")
     return write_corpus(folder, folder / "canary"), folder / "canary"
 
 
@@ -30,7 +30,7 @@ def result(corpus):
     arguments = [word for source in corpus[0] for word in (source.task, source.shard)]
     code = (
         f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({ADDRESS_SPACE}, {ADDRESS_SPACE})); "
-        f"from tests.unit.data import malice_run; malice_run.main({arguments!r})"
+        f"from tests.unit.data import adversarial_run; adversarial_run.main({arguments!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

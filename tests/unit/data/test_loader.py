@@ -70,7 +70,7 @@ def test_every_lane_has_one_reader_and_readers_have_equally_many(ranks, lanes):
     assert sorted(lane for share in shares for lane in share) == list(range(lanes))
     sizes = list(map(len, shares))
     assert max(sizes) - min(sizes) <= 1
-    if lanes < ranks:  # nodes, which are neighbours, have equally many too
+    if lanes < ranks:  # nodes, which are neighbors, have equally many too
         halves = [sum(sizes[: ranks // 2]), sum(sizes[-(ranks // 2) :])]
         assert abs(halves[0] - halves[1]) <= 1
 
@@ -163,11 +163,11 @@ def test_rows_keep_the_budgets_of_the_encoders(mixture):
     assert not loader.skipped
 
 
-def test_held_out_rows_are_the_same_every_time_and_never_have_an_empty_prompt(mixture):
-    data = dataclasses.replace(mixture.data, held_out=mixture.data.sources, caption_dropout=1.0)
-    train = dataclasses.replace(mixture.train, held_out_rows=4)
+def test_validation_rows_are_the_same_every_time_and_never_have_an_empty_prompt(mixture):
+    data = dataclasses.replace(mixture.data, validation=mixture.data.sources, caption_dropout=1.0)
+    train = dataclasses.replace(mixture.train, validation_rows=4)
     config = dataclasses.replace(mixture, data=data, train=train)
-    make = lambda rank, size: Loader.held_out(config, rank, size, LAYOUT, Characters())  # noqa: E731
+    make = lambda rank, size: Loader.validation(config, rank, size, LAYOUT, Characters())  # noqa: E731
     one = steps([make(0, 1)], 1)
     assert len(one) == 4
     assert steps([make(0, 2), make(1, 2)], 1) == one
@@ -175,8 +175,8 @@ def test_held_out_rows_are_the_same_every_time_and_never_have_an_empty_prompt(mi
     row = make(0, 1).next()[0]
     opening = torch.tensor([LAYOUT.control("user"), LAYOUT.control("model")])
     assert not (row.token_T.unfold(0, 2, 1) == opening).all(dim=1).any()
-    with pytest.raises(ValueError, match=r"data\.held_out is empty"):
-        Loader.held_out(mixture, 0, 1, LAYOUT, Characters())
+    with pytest.raises(ValueError, match=r"data\.validation is empty"):
+        Loader.validation(mixture, 0, 1, LAYOUT, Characters())
 
 
 def test_there_must_be_a_source(mixture):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.model import AudioConfig, VisionConfig
 from megatron_gemini.data.operations.media import size_within
-from megatron_gemini.data.operations.pipeline import USUAL_OPERATIONS, Pipeline
+from megatron_gemini.data.operations.pipeline import USUAL_OPERATIONS, OperationPipeline
 from megatron_gemini.data.operations.registry import Setting, make_operation
-from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.samples.document import Audio, EncoderInput, Image, Text, Turn, Video
 from megatron_gemini.data.samples.tasks import random_stream
 from megatron_gemini.data.sources.schema import Schema
@@ -19,7 +19,9 @@ from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, LAYOUT, VISION, Characters
 
 def setting(task="caption", vision=VISION, audio=AUDIO, **source):
     schema = Schema.of(SourceConfig(shards="x", task=task, **source))
-    return Setting(task, Decoder(vision, audio, IMAGE_TOKENIZER), schema, LAYOUT, Characters(), caption_dropout=0.5)
+    return Setting(
+        task, SampleDecoder(vision, audio, IMAGE_TOKENIZER), schema, LAYOUT, Characters(), caption_dropout=0.5
+    )
 
 
 def apply(text, given, seed=0, **settings):
@@ -123,7 +125,7 @@ def test_a_caption_is_chosen_from_all_there_are():
 
 
 def document(task, members, operations=(), seed=0, **source):
-    pipeline = Pipeline(operations, setting(task, **source))
+    pipeline = OperationPipeline(operations, setting(task, **source))
     fixed = pipeline.fixed({"key": "k", "members": members})
     return pipeline.document(fixed, random_stream(seed))
 
@@ -134,15 +136,15 @@ def test_a_list_of_the_users_own_replaces_the_usual_one():
     assert len(usual.media[0].values_PC) == 2  # 8 x 4 pixels
     wide = document("caption", members, USUAL_OPERATIONS)
     assert (usual.token_L == wide.token_L).all()
-    one = document("caption", members, ("decode", "resize(tokens=1)", "patches", "format", "tokenise"))
+    one = document("caption", members, ("decode", "resize(tokens=1)", "patches", "format", "tokenize"))
     assert len(one.media[0].values_PC) == 1
-    empty = document("generate", sample(3), ("decode", "format(caption_dropout=1)", "tokenise"))
+    empty = document("generate", sample(3), ("decode", "format(caption_dropout=1)", "tokenize"))
     assert empty.token_L.tolist()[:3] == [LAYOUT.control(name) for name in ("bos", "user", "model")]
 
 
 def test_only_what_stands_before_the_first_random_operation_is_fixed():
-    operations = ("decode", "crop(smallest=0.2)", "patches", "format", "tokenise")
-    pipeline = Pipeline(operations, setting())
+    operations = ("decode", "crop(smallest=0.2)", "patches", "format", "tokenize")
+    pipeline = OperationPipeline(operations, setting())
     fixed = pipeline.fixed({"key": "k", "members": {**sample(3), "png": png(0, 30, 30)}})
     assert isinstance(fixed["image"], Image)
     first, again, other = (pipeline.document(fixed, random_stream(seed)) for seed in (0, 0, 1))
@@ -166,18 +168,18 @@ def test_a_conversation_is_learned_on_the_assistants_turns():
 @pytest.mark.parametrize(
     ("operations", "message"),
     [
-        (("decode", "resizze", "format", "tokenise"), "'resizze' is no operation; did you mean resize?"),
-        (("decode", "resize(token=3)", "format", "tokenise"), "'token' is no argument .* did you mean tokens?"),
-        (("decode", "resize(tokens=many)", "format", "tokenise"), "tokens is 'many'; it must be a number"),
-        (("decode", "crop(smallest=2)", "format", "tokenise"), "smallest is 2; it must be above 0"),
-        (("resize", "decode", "format", "tokenise"), "must begin with decode"),
-        (("decode", "tokenise", "format"), "must begin with decode"),
-        (("decode", "os.system(x=1)", "format", "tokenise"), "is written like resize"),
+        (("decode", "resizze", "format", "tokenize"), "'resizze' is no operation; did you mean resize?"),
+        (("decode", "resize(token=3)", "format", "tokenize"), "'token' is no argument .* did you mean tokens?"),
+        (("decode", "resize(tokens=many)", "format", "tokenize"), "tokens is 'many'; it must be a number"),
+        (("decode", "crop(smallest=2)", "format", "tokenize"), "smallest is 2; it must be above 0"),
+        (("resize", "decode", "format", "tokenize"), "must begin with decode"),
+        (("decode", "tokenize", "format"), "must begin with decode"),
+        (("decode", "os.system(x=1)", "format", "tokenize"), "is written like resize"),
     ],
 )
 def test_what_a_list_cannot_be_is_told(operations, message):
     with pytest.raises(ValueError, match=message):
-        Pipeline(operations, setting())
+        OperationPipeline(operations, setting())
 
 
 def test_audio_of_any_rate_becomes_log_mel_frames():

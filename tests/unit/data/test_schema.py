@@ -7,7 +7,7 @@ import pytest
 from megatron_gemini.config.data import FieldsConfig, SourceConfig
 from megatron_gemini.config.load import config_from_dict
 from megatron_gemini.data.sources.schema import Condition, Schema
-from megatron_gemini.modalities.bad_sample import LeftOut
+from megatron_gemini.modalities.bad_sample import FilteredSample
 
 # As img2dataset writes them for LAION-400M.
 META = {"similarity": 0.34, "NSFW": "UNLIKELY", "pwatermark": "0.2", "width": 640, "sha256": "ab", "caption": "a cat"}
@@ -38,7 +38,7 @@ def test_a_filter_reads_as_it_says(condition, passes):
     if passes:
         schema.check(members)
     else:
-        with pytest.raises(LeftOut) as error:
+        with pytest.raises(FilteredSample) as error:
             schema.check(members)
         assert error.value.reason == f"filtered:{condition.split('>')[0].split()[0]}"
 

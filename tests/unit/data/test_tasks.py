@@ -5,19 +5,19 @@ import json
 import numpy as np
 import pytest
 
-from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.samples.document import EncoderInput, ImageCodes, Text
-from megatron_gemini.data.samples.tasks import PROMPTS, ask, check_prompts, random_stream
+from megatron_gemini.data.samples.tasks import PROMPTS, check_prompts, format_example, random_stream
 from megatron_gemini.data.sources.schema import USUAL
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, VISION, codes, document, png, sample, wav
 
-DECODER = Decoder(VISION, AUDIO, IMAGE_TOKENIZER)
+DECODER = SampleDecoder(VISION, AUDIO, IMAGE_TOKENIZER)
 
 
 def question(task, seed=0, prompts=(), caption_dropout=0.0, members=None):
     members = members or (document(1) if task == "interleave" else sample(1))
-    return ask(task, DECODER.decode(members, task, "k"), prompts, random_stream(seed), caption_dropout)
+    return format_example(task, DECODER.decode(members, task, "k"), prompts, random_stream(seed), caption_dropout)
 
 
 def kinds(items):

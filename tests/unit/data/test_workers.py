@@ -122,16 +122,16 @@ def test_a_crash_or_a_hang_costs_one_sample_which_no_resume_tries_again(tmp_path
     assert content(plain.next()[0]) == rest
 
 
-def test_a_sample_given_up_ahead_of_the_rows_handed_out_is_in_the_state(tmp_path):
+def test_a_sample_quarantined_ahead_of_the_rows_handed_out_is_in_the_state(tmp_path):
     path = unruly_shard(tmp_path / "t.tar", {})
     config = run_config([SourceConfig(shards=path, task="text", name="t")], lanes=1, look_ahead=2, row_tokens=32)
     straight = load(config)
     state = straight.state()
     position = 3
-    told = {"0": {**state["0"], "given_up": [["t", position, "too_slow"]]}}
+    told = {"0": {**state["0"], "quarantined": [["t", position, "too_slow"]]}}
     resumed = load(config)
     resumed.load_state(told)
-    assert resumed.state()["0"]["given_up"] == [["t", position, "too_slow"]]
+    assert resumed.state()["0"]["quarantined"] == [["t", position, "too_slow"]]
     wanted = f"t/{straight.sources[0].shards.keys[straight.sources[0].sample_at(position)[1]]}"
     keys = [
         [key for _ in range(4) for batch in loader.next().values() for key in batch.samples]
@@ -141,7 +141,7 @@ def test_a_sample_given_up_ahead_of_the_rows_handed_out_is_in_the_state(tmp_path
     assert wanted not in keys[1]
     assert set(keys[0]) - {wanted} <= set(keys[1])
     assert resumed.skipped == {("t", "too_slow"): 1}
-    assert resumed.state()["0"]["given_up"] == []
+    assert resumed.state()["0"]["quarantined"] == []
 
 
 def test_workers_that_cannot_read_say_why_in_the_rank(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gemini.engine.batch_exchange import RowExchange, _packet, _row
+from megatron_gemini.engine.batch_exchange import BatchExchange, _packet, _row
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import rows
 from tests.unit.data.test_loader import content
@@ -22,8 +22,8 @@ def test_a_packet_holds_a_row_without_the_values_of_its_media_wherever_it_lies()
 
 def test_a_process_by_itself_has_all_rows_with_all_values():
     everything = dict(enumerate(rows(0)))
-    step = RowExchange(Topology.serial(), torch.device("cpu")).share(everything, len(everything))
+    step = BatchExchange(Topology.serial(), torch.device("cpu")).share(everything, len(everything))
     assert step.readers == [0] * len(everything)
     assert [content(row) for row in step.rows] == [content(row) for row in everything.values()]
     del everything[3]
-    assert RowExchange(Topology.serial(), torch.device("cpu")).share(everything, 8).readers[3] == -1
+    assert BatchExchange(Topology.serial(), torch.device("cpu")).share(everything, 8).readers[3] == -1

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gemini.config.engine import EmbeddersConfig, EngineConfig
+from megatron_gemini.config.engine import EncoderEnginesConfig, EngineConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.encoder_engine import encoder_settings, engine_config
 
 
 def run_config(own: int, **engine: object) -> RunConfig:
-    return RunConfig(engine=EngineConfig(**engine), embedders=EmbeddersConfig(zero_stage=own))
+    return RunConfig(engine=EngineConfig(**engine), encoder_engines=EncoderEnginesConfig(zero_stage=own))
 
 
 def test_a_users_json_holds_for_the_encoders_with_their_own_batch(tmp_path: Path) -> None:

@@ -8,22 +8,29 @@ import pytest
 import torch
 
 from megatron_gemini.engine import synchronize as agreement
-from megatron_gemini.engine.synchronize import Signature, agree, config_digest, rows_digest, sign
+from megatron_gemini.engine.synchronize import (
+    StepFingerprint,
+    config_digest,
+    rows_digest,
+    step_fingerprint,
+    synchronize_step,
+)
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, ROWS, T, rows
 
 DEVICE = torch.device("cpu")
-SAME = Signature(step=7, microbatches=4, row_tokens=96, encoders=("vision", "audio"), rows=1, config=5)
+SAME = StepFingerprint(step=7, microbatches=4, row_tokens=96, encoders=("vision", "audio"), rows=1, config=5)
 
 
 @pytest.fixture
 def outcomes(monkeypatch):
-    """f(topologies, signatures, ...) -> what `agree` gives or raises on each rank, as all of them would see it."""
+    """f(topologies, fingerprints, ...) -> what `synchronize_step` gives or raises on each rank, as all of them would
+    see it."""
 
-    def run(topologies, signatures, weights=None, stops=None, problems=None):
+    def run(topologies, fingerprints, weights=None, stops=None, problems=None):
         ranks = range(len(topologies))
         arguments = [
-            ((weights or [1.0] * len(ranks))[r], (stops or [0] * len(ranks))[r], signatures[r], topologies[r], DEVICE)
+            ((weights or [1.0] * len(ranks))[r], (stops or [0] * len(ranks))[r], fingerprints[r], topologies[r], DEVICE)
             for r in ranks
         ]
         said = problems or [""] * len(ranks)
@@ -41,7 +48,7 @@ def outcomes(monkeypatch):
             for r in ranks:
                 calls: list[torch.Tensor] = []
                 try:
-                    found.append(agree(*arguments[r], said[r]))
+                    found.append(synchronize_step(*arguments[r], said[r]))
                 except ValueError as error:
                     found.append(str(error))
                 except StopIteration:
@@ -63,8 +70,8 @@ def world(data: int = 1, tensor: int = 1, pipeline: int = 1) -> list[Topology]:
     ]
 
 
-def changed(number: int, ranks: int, **fields: object) -> list[Signature]:
-    """The same signature on all ranks but one."""
+def changed(number: int, ranks: int, **fields: object) -> list[StepFingerprint]:
+    """The same fingerprint on all ranks but one."""
     return [dataclasses.replace(SAME, **fields) if rank == number else SAME for rank in range(ranks)]
 
 
@@ -95,8 +102,8 @@ def test_a_difference_stops_every_rank_and_names_the_odd_one(outcomes, fields, w
 
 
 def test_several_odd_ranks_are_named_together(outcomes):
-    signatures = [dataclasses.replace(SAME, microbatches=count) for count in (5, 5, 4, 4, 5, 3)]
-    (message,) = set(outcomes(world(data=6), signatures))
+    fingerprints = [dataclasses.replace(SAME, microbatches=count) for count in (5, 5, 4, 4, 5, 3)]
+    (message,) = set(outcomes(world(data=6), fingerprints))
     assert "ranks 2, 3 have 4 microbatches, most 5; rank 5 has 3 microbatches, most 5" in message
 
 
@@ -121,9 +128,9 @@ def test_a_step_without_loss_is_an_error(outcomes):
 
 def test_a_process_by_itself_agrees_with_itself():
     batches = rows(0)
-    signature = sign(3, batches, CONFIG, config_digest(CONFIG))
-    assert (signature.step, signature.microbatches, signature.row_tokens) == (3, ROWS, T)
-    assert agree(2.5, 0, signature, Topology.serial(), DEVICE) == (2.5, 0)
+    fingerprint = step_fingerprint(3, batches, CONFIG, config_digest(CONFIG))
+    assert (fingerprint.step, fingerprint.microbatches, fingerprint.row_tokens) == (3, ROWS, T)
+    assert synchronize_step(2.5, 0, fingerprint, Topology.serial(), DEVICE) == (2.5, 0)
 
 
 def test_the_digest_of_rows_sees_tokens_weights_and_sizes_of_media():

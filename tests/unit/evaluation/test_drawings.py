@@ -40,7 +40,7 @@ def example(label: str) -> Example:
 
 
 REAL = RealImages([grey(v) for v in (0, 10, 20, 200, 210, 220)], ["dark"] * 3 + ["light"] * 3, [False] * 6)
-HELD_OUT = RealImages([grey(v) for v in (5, 10, 205, 215)], ["dark", "dark", "light", "light"], [False] * 4)
+VALIDATION = RealImages([grey(v) for v in (5, 10, 205, 215)], ["dark", "dark", "light", "light"], [False] * 4)
 CLASSIFIER = Classifier(REAL.images, REAL.labels)
 
 
@@ -49,22 +49,22 @@ def drawn(*pairs: tuple[str, int | None]) -> Drawn:
     return Drawn([example(label) for label, _ in pairs], drawings)
 
 
-def test_recognised_counts_wrong_and_missing_images() -> None:
-    assert drawn(("dark", 3), ("light", 230), ("light", 4), ("dark", None)).recognised(CLASSIFIER) == 0.5
+def test_recognized_counts_wrong_and_missing_images() -> None:
+    assert drawn(("dark", 3), ("light", 230), ("light", 4), ("dark", None)).recognized(CLASSIFIER) == 0.5
 
 
 def test_copies_and_diversity_are_of_the_drawn_images() -> None:
-    figures = judge_drawings(Tokens(), drawn(("dark", 3), ("dark", 10)), CLASSIFIER, REAL, HELD_OUT)
+    figures = judge_drawings(Tokens(), drawn(("dark", 3), ("dark", 10)), CLASSIFIER, REAL, VALIDATION)
     assert figures["image_copied"] == 0.5
-    assert figures["image_copied_held_out"] == 0.25
+    assert figures["image_copied_validation"] == 0.25
     assert figures["image_diversity"] == pytest.approx(7 / 5)
-    assert figures["image_recognised"] == 1.0
+    assert figures["image_recognized"] == 1.0
 
 
 def test_tokenizer_figures() -> None:
-    figures, rebuilt = judge_tokenizer(Tokens(), CLASSIFIER, REAL, HELD_OUT)
-    assert figures == {"code_usage": 6 / 256, "reconstruction_recognised": 1.0, "reconstruction_psnr": 99.0}
-    assert all(map(np.array_equal, rebuilt, HELD_OUT.images))
+    figures, rebuilt = judge_tokenizer(Tokens(), CLASSIFIER, REAL, VALIDATION)
+    assert figures == {"code_usage": 6 / 256, "reconstruction_recognized": 1.0, "reconstruction_psnr": 99.0}
+    assert all(map(np.array_equal, rebuilt, VALIDATION.images))
 
 
 def test_every_class_is_asked_equally_often() -> None:
@@ -74,7 +74,7 @@ def test_every_class_is_asked_equally_often() -> None:
 
 
 def test_real_images_are_compared_like_for_like() -> None:
-    chosen = like_for_like(HELD_OUT, ["dark", "light", "dark", "dark"])
+    chosen = like_for_like(VALIDATION, ["dark", "light", "dark", "dark"])
     assert chosen.labels == ["dark", "dark", "light"]
 
 

@@ -93,8 +93,8 @@ def run(tmp_path_factory) -> Path:
     """A run directory with the shards that its checkpoint's configuration names."""
     run = tmp_path_factory.mktemp("run")
     write_shards(run / "train", list(range(200)), "anna")
-    write_shards(run / "held_out", list(range(200, 250)), "bert")
-    data = DataConfig(sources=sources(run / "train"), held_out=sources(run / "held_out"))
+    write_shards(run / "validation", list(range(200, 250)), "bert")
+    data = DataConfig(sources=sources(run / "train"), validation=sources(run / "validation"))
     write_checkpoint(run, 1, seed=1, config=dataclasses.replace(CONFIG, data=data))
     (run / "summary.json").write_text(json.dumps({"train_seconds": 65.0, "tokens_per_second": 9.0}))
     (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {5 - i}}}\n' for i in range(3)))
@@ -110,8 +110,8 @@ def report(run) -> dict:
 
 def test_the_report_holds_every_figure(report) -> None:
     shares = (
-        *("caption_accuracy", "speech_accuracy", "video_accuracy", "image_recognised", "speech_to_image_recognised"),
-        *("interleave_accuracy", "image_copied", "image_copied_held_out", "code_usage", "reconstruction_recognised"),
+        *("caption_accuracy", "speech_accuracy", "video_accuracy", "image_recognized", "speech_to_image_recognized"),
+        *("interleave_accuracy", "image_copied", "image_copied_validation", "code_usage", "reconstruction_recognized"),
     )
     for name in shares:
         assert 0 <= report[name] <= 1, name
@@ -120,18 +120,18 @@ def test_the_report_holds_every_figure(report) -> None:
     assert report["images_drawn"] == 20
     assert report["train_seconds"] == 65.0 and report["tokens_per_second"] == 9.0
     assert report["first_losses"] == [5.0, 4.0, 3.0]
-    assert report["held_out_samples"] == {task: 50 if name == "digits" else 12 for task, name in TASKS.items()}
+    assert report["validation_samples"] == {task: 50 if name == "digits" else 12 for task, name in TASKS.items()}
 
 
 def test_a_random_model_scores_like_one(report) -> None:
-    assert report["caption_accuracy"] < 0.5 and report["image_recognised"] < 0.5
+    assert report["caption_accuracy"] < 0.5 and report["image_recognized"] < 0.5
 
 
 def test_separate_shards_are_found_separate(report) -> None:
-    held_out = report["held_out"]
-    assert held_out["separate"] and held_out["shared_media"] == 0
-    assert held_out["fields"]["index"] == {"training": 200, "held_out": 50, "shared": 0}
-    assert held_out["fields"]["voice"] == {"training": 1, "held_out": 1, "shared": 0}
+    validation = report["validation"]
+    assert validation["separate"] and validation["shared_media"] == 0
+    assert validation["fields"]["index"] == {"training": 200, "validation": 50, "shared": 0}
+    assert validation["fields"]["voice"] == {"training": 1, "validation": 1, "shared": 0}
 
 
 def test_pictures_are_drawn_beside_the_report(run, report) -> None:
@@ -141,21 +141,21 @@ def test_pictures_are_drawn_beside_the_report(run, report) -> None:
 
 def test_evaluating_on_the_training_shards_warns(run, tmp_path, capsys) -> None:
     out = tmp_path / "other.json"
-    held_out = f"caption={run}/train/digits.tar"
-    argv = ["--checkpoint", str(run), "--held-out", held_out, "--samples", "5", "--images", "10", "--out", str(out)]
+    validation = f"caption={run}/train/digits.tar"
+    argv = ["--checkpoint", str(run), "--validation", validation, "--samples", "5", "--images", "10", "--out", str(out)]
     assert main(argv) == 0
     report = json.loads(out.read_text())
     assert "caption_accuracy" in report and "speech_accuracy" not in report
-    assert not report["held_out"]["separate"] and report["held_out"]["shared_media"] == 200
-    assert "warning: training and held-out shards share content" in capsys.readouterr().err
+    assert not report["validation"]["separate"] and report["validation"]["shared_media"] == 200
+    assert "warning: training and validation shards share content" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--held-out", "caption"], "'caption' is not TASK=SHARDS"),
-        (["--held-out", "smell=x.tar"], "'smell=x.tar' is not TASK=SHARDS"),
-        (["--held-out", "caption=/no/such.tar"], "no shard matches '/no/such.tar'"),
+        (["--validation", "caption"], "'caption' is not TASK=SHARDS"),
+        (["--validation", "smell=x.tar"], "'smell=x.tar' is not TASK=SHARDS"),
+        (["--validation", "caption=/no/such.tar"], "no shard matches '/no/such.tar'"),
         (["--images", "0"], "--images 0"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--sample", "3"], "no option --sample; did you mean --samples?"),
@@ -169,10 +169,10 @@ def test_a_mistake_is_told_in_one_line_with_status_2(run, capsys, argv, said) ->
     assert said in error and error.count("\n") == 1
 
 
-def test_a_model_without_held_out_data_says_so(tmp_path, capsys) -> None:
+def test_a_model_without_validation_data_says_so(tmp_path, capsys) -> None:
     write_checkpoint(tmp_path, 1, seed=1)
     assert run_command(main, ["--checkpoint", str(tmp_path)]) == 2
-    assert "name shards by --held-out" in capsys.readouterr().err
+    assert "name shards by --validation" in capsys.readouterr().err
 
 
 def test_help_answers_in_under_a_second_without_torch() -> None:
@@ -184,4 +184,4 @@ def test_help_answers_in_under_a_second_without_torch() -> None:
     begin = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - begin < 1.0
-    assert "--held-out" in result.stdout and "default: 200" in result.stdout
+    assert "--validation" in result.stdout and "default: 200" in result.stdout

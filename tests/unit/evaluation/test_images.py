@@ -14,7 +14,7 @@ def digits() -> tuple[list[np.ndarray], list[str]]:
     return [np.repeat(image[..., None], 3, axis=2) for image in grey], [str(label) for label in data.target]
 
 
-def test_the_classifier_knows_held_out_digits() -> None:
+def test_the_classifier_knows_validation_digits() -> None:
     images, labels = digits()
     classifier = Classifier(images[::2], labels[::2])
     assert classifier.accuracy(images[1::2], labels[1::2]) >= 0.98

@@ -1,4 +1,4 @@
-"""Held-out data that is not held out is found."""
+"""Validation data that is not held out is found."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_disjoint_sides_are_separate_although_their_texts_are_the_same() -> None
     report = compare(TRAIN, side(("c", b"3", {"voice": "carl", "index": 4})), ["voice", "index"])
     assert report["separate"]
     assert report["shared_media"] == 0
-    assert report["fields"]["voice"] == {"training": 2, "held_out": 1, "shared": 0}
+    assert report["fields"]["voice"] == {"training": 2, "validation": 1, "shared": 0}
     assert report["fields"]["index"]["training"] == 3
 
 
@@ -28,7 +28,7 @@ def test_the_same_image_under_another_key_is_found() -> None:
     report = compare(TRAIN, side(("c", b"2", {})), [])
     assert not report["separate"]
     assert report["shared_media"] == 1
-    assert report["example"] == {"training": "b", "held_out": "c"}
+    assert report["example"] == {"training": "b", "validation": "c"}
 
 
 def test_a_shared_voice_or_one_frame_of_a_clip_is_found() -> None:
@@ -39,10 +39,10 @@ def test_a_shared_voice_or_one_frame_of_a_clip_is_found() -> None:
 
 
 def test_members_of_interleaved_documents_are_hashed() -> None:
-    train, held_out = Fingerprint(), Fingerprint()
+    train, validation = Fingerprint(), Fingerprint()
     train.add("a", {"png": b"1"}, [])
-    held_out.add("b", {"json": b'{"items": []}', "0.png": b"9", "1.png": b"1"}, [])
-    assert compare(train, held_out, [])["shared_media"] == 1
+    validation.add("b", {"json": b'{"items": []}', "0.png": b"9", "1.png": b"1"}, [])
+    assert compare(train, validation, [])["shared_media"] == 1
 
 
 def test_a_field_that_one_side_lacks_is_not_called_separate_by_it() -> None:

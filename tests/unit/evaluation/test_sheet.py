@@ -17,7 +17,7 @@ def test_images_and_clips_are_shown_pixel_by_pixel() -> None:
 
 def test_the_subtitle_names_only_what_was_measured() -> None:
     report = {"caption_accuracy": 0.976, "speech_accuracy": None, "train_seconds": 372.4}
-    assert subtitle(report) == "images described 98%  ·  trained in 6 min 12 s  ·  all on held-out data"
+    assert subtitle(report) == "images described 98%  ·  trained in 6 min 12 s  ·  all on validation data"
     assert subtitle({}) == ""
 
 

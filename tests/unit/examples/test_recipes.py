@@ -48,8 +48,8 @@ def test_there_are_recipes() -> None:
 def test_a_recipe_loads(path: Path) -> None:
     config = load(path)
     assert config.data.sources
-    held_out = {source.shards for source in config.data.held_out}
-    assert not held_out & {source.shards for source in config.data.sources}
+    validation = {source.shards for source in config.data.validation}
+    assert not validation & {source.shards for source in config.data.sources}
     assert config.schedule.warmup_steps < config.train.steps
 
 

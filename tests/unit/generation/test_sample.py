@@ -1,4 +1,4 @@
-"""Generation with a tiny, randomly initialised Gemini that sees images, clips and sound."""
+"""Generation with a tiny, randomly initialized Gemini that sees images, clips and sound."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_gemini.generation.sequences import (
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 CODES = 4
@@ -51,7 +51,7 @@ def tiny_config(kv_heads: int = 1) -> RunConfig:
 
 
 def tiny_model(config: RunConfig) -> Gemini:
-    model = Gemini(config, LAYOUT, Layers(Topology.serial()))
+    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()))
     initialize(model, seed=1)
     return model.eval()
 

@@ -135,8 +135,8 @@ def test_strided_inputs_are_read_where_they_lie():
     q, k, v = both[:, :4], both[:, 4:5], both[:, 5:]
     wanted, _ = attend_densely(*(x.double() for x in (q, k, v)), plan)
     torch.testing.assert_close(by_triton(q, k, v, plan)[0], wanted.float(), rtol=1e-5, atol=1e-5)
-    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
-    torch.testing.assert_close(by_triton(turned, k, v, plan)[0], wanted.float(), rtol=1e-5, atol=1e-5)
+    rotated = q.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(by_triton(rotated, k, v, plan)[0], wanted.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.long
@@ -199,5 +199,5 @@ def test_what_the_benchmark_runs_on_a_card_runs_here_and_counts_the_pairs_that_a
     tiling = Tiling(32, 32, 4, 2)
     tuned = list(bench.tune(*size, heads=2, choices=[tiling]))
     assert [r["kernel"] for r in tuned] == ["forward", "query_gradient", "key_gradient"]
-    assert bench.pairs_seen(bench.Row((4, 2)).plan("cpu")) == 10 + 3
-    assert int(bench.dense_mask(bench.Row((8,), 2, 4).plan("cpu")).sum()) == 36 + 2
+    assert bench.pairs_seen(bench.RowLayout((4, 2)).plan("cpu")) == 10 + 3
+    assert int(bench.dense_mask(bench.RowLayout((8,), 2, 4).plan("cpu")).sum()) == 36 + 2

@@ -14,7 +14,7 @@ import torch
 
 from megatron_gemini.kernels.losses import softmax_chunk_triton as kernels
 from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
-from megatron_gemini.kernels.losses.softmax_chunk import Labels, Normaliser
+from megatron_gemini.kernels.losses.softmax_chunk import Labels, Normalizer
 from tests.unit.kernels.test_linear_loss import draw, place, reference, relative
 
 SIZES = (1, 5, 4096, 4097, 9000)  # columns: less than a block, a block, a column more, several
@@ -32,16 +32,16 @@ def chunk_case(columns: int, dtype: torch.dtype, seed: int) -> dict[str, float]:
     held = torch.tensor([True, False, True])
     labels = Labels(torch.randint(columns, (tokens,), generator=generator), held)
     of_softmax, of_target = torch.rand(2, tokens, generator=generator)
-    normaliser, target, _ = kernels.statistics(logits, labels)
-    everyone = Normaliser(normaliser.largest_C + 2, normaliser.sum_C * 1.5)  # as if other ranks had more
+    normalizer, target, _ = kernels.statistics(logits, labels)
+    everyone = Normalizer(normalizer.largest_C + 2, normalizer.sum_C * 1.5)  # as if other ranks had more
     lse = everyone.largest_C.double() + everyone.sum_C.double().log()
     wanted = (exact - lse[:, None]).exp() * of_softmax.double()[:, None]
     wanted[torch.arange(tokens), labels.column_C] -= of_target.double() * held
     found = kernels.gradient(logits, None, everyone, of_softmax, of_target, labels)
     of_target_wanted = exact.gather(1, labels.column_C[:, None])[:, 0].masked_fill(~held, -torch.inf)
     return {
-        "largest": relative(normaliser.largest_C, exact.amax(-1)),
-        "sum": relative(normaliser.sum_C, (exact - exact.amax(-1, keepdim=True)).exp().sum(-1)),
+        "largest": relative(normalizer.largest_C, exact.amax(-1)),
+        "sum": relative(normalizer.sum_C, (exact - exact.amax(-1, keepdim=True)).exp().sum(-1)),
         "target": 0.0 if torch.equal(target.double(), of_target_wanted) else 1.0,
         "gradient": relative(found, wanted),
         "in place": 0.0 if found.data_ptr() == buffer.data_ptr() and buffer[:, columns:].isnan().all() else 1.0,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_gemini.kernels.attention import documents as attention_documents
 from megatron_gemini.kernels.attention.api import (
     attention,
     attention_backend,
@@ -15,12 +16,11 @@ from megatron_gemini.kernels.attention.api import (
     merge_attention,
     plan_attention,
 )
-from megatron_gemini.kernels.attention.api import documents as attention_documents
 from megatron_gemini.kernels.attention.cpu import calls as attention_cpu_calls
 from megatron_gemini.kernels.attention.documents import MAX_WASTE
 from megatron_gemini.kernels.attention.reference import attend_densely
 from megatron_gemini.kernels.attention.sdpa import attend_by_sdpa
-from megatron_gemini.kernels.rope import Rotation, rotate, rotation
+from megatron_gemini.kernels.rope import CosSin, apply_rope, rope_cos_sin
 from tests.attention_rows import heads, row, rows, rows_and_queries
 
 
@@ -177,12 +177,12 @@ def test_another_scale_is_used():
 @pytest.mark.parametrize("query", [None, torch.tensor([2, 3, 4, 9, 10])])
 def test_rotation_within_attention_equals_rotation_before_it(attend, query):
     segment, span = row([6, 4], [(1, 3)], 2)
-    turn = rotation(torch.arange(12) % 6, 8, 10000.0, torch.float32)
+    cos_sin = rope_cos_sin(torch.arange(12) % 6, 8, 10000.0, torch.float32)
     plan = plan_attention(segment, span, query)
     inputs, twins = heads(12, 4, 1, queries=plan.queries), heads(12, 4, 1, queries=plan.queries)
-    out = attend(*inputs, plan, None, turn)
-    own = turn if query is None else Rotation(*(x[query] for x in turn))
-    wanted = attention(rotate(twins[0], own), rotate(twins[1], turn), twins[2], plan)
+    out = attend(*inputs, plan, None, cos_sin)
+    own = cos_sin if query is None else CosSin(*(x[query] for x in cos_sin))
+    wanted = attention(apply_rope(twins[0], own), apply_rope(twins[1], cos_sin), twins[2], plan)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(out, wanted)
     for ours, theirs in zip(
@@ -194,12 +194,12 @@ def test_rotation_within_attention_equals_rotation_before_it(attend, query):
 @pytest.mark.parametrize("lengths", [[12], [5, 4], []])
 def test_attention_output_equals_attention_then_product_then_sum(lengths):
     segment, span = row(lengths, [], 12 - sum(lengths))
-    turn = rotation(torch.arange(12), 8, 10000.0, torch.float32)
+    cos_sin = rope_cos_sin(torch.arange(12), 8, 10000.0, torch.float32)
     plan = plan_attention(segment, span)
     weight, residual = torch.randn(16, 32, requires_grad=True), torch.randn(12, 16, requires_grad=True)
     inputs = [*heads(12, 4, 1), weight, residual]
-    out = attention_output(*inputs[:3], plan, turn, weight, residual)
-    wanted = residual + attention(*inputs[:3], plan, turn=turn).flatten(1) @ weight.T
+    out = attention_output(*inputs[:3], plan, cos_sin, weight, residual)
+    wanted = residual + attention(*inputs[:3], plan, cos_sin=cos_sin).flatten(1) @ weight.T
     grad = torch.randn(out.shape)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(

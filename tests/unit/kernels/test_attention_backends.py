@@ -7,12 +7,12 @@ import types
 import pytest
 import torch
 
+from megatron_gemini.kernels.attention import dispatch as attention_backends
+from megatron_gemini.kernels.attention import flash as attention_flash
 from megatron_gemini.kernels.attention.api import attention, attention_backend, attention_with_lse, plan_attention
-from megatron_gemini.kernels.attention.api import dispatch as attention_backends
-from megatron_gemini.kernels.attention.api import flash as attention_flash
-from megatron_gemini.kernels.attention.dispatch import Ask, choose_backend
+from megatron_gemini.kernels.attention.dispatch import AttentionRequest, choose_backend
 from megatron_gemini.kernels.attention.reference import attend_densely
-from megatron_gemini.kernels.rope import rotation
+from megatron_gemini.kernels.rope import rope_cos_sin
 from tests.attention_rows import heads, only_backend, row
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_a_card_takes_the_first_backend_that_is_able(monkeypatch, version, dtype
     monkeypatch.setattr(attention_backends, "installed_flash_attention", lambda: found)
     monkeypatch.setattr(attention_backends, "card_runs_triton", lambda _: "")
     monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _: True)
-    assert choose_backend(Ask(torch.device("cuda"), dtype, width, sequences, with_lse)).name == wanted
+    assert choose_backend(AttentionRequest(torch.device("cuda"), dtype, width, sequences, with_lse)).name == wanted
 
 
 def test_another_device_takes_torch_alone():
@@ -136,10 +136,10 @@ def test_every_version_of_flash_attn_is_called_as_it_declares_itself(
     uncached = attention_flash.installed_flash_attention.__wrapped__
     monkeypatch.setattr(attention_flash, "installed_flash_attention", uncached)
     plan = plan_attention(*row([6, 4], spans, 2))
-    turn = rotation(torch.arange(12), 8, 10000.0, torch.float32)
+    cos_sin = rope_cos_sin(torch.arange(12), 8, 10000.0, torch.float32)
     inputs = heads(12, 4, 1)
-    out = attention_flash.attend_by_flash_attention(*inputs, plan, 0.3, turn)
-    torch.testing.assert_close(out, attention(*inputs, plan, 0.3, turn), rtol=1e-5, atol=1e-5)
+    out = attention_flash.attend_by_flash_attention(*inputs, plan, 0.3, cos_sin)
+    torch.testing.assert_close(out, attention(*inputs, plan, 0.3, cos_sin), rtol=1e-5, atol=1e-5)
     assert calls == [([0, 6, 10], causal, options)]
 
 
@@ -163,13 +163,20 @@ def shaped(*shape, dtype=torch.float32, device="cpu"):
         ({"v": shaped(6, 1, 8, device="meta")}, "v_TKH on meta"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"scale": float("nan")}, "scale is nan"),
-        ({"turn": rotation(torch.arange(5), 8, 1e4, torch.float32)}, r"turn has shape \[5, 1, 8\]"),
+        ({"cos_sin": rope_cos_sin(torch.arange(5), 8, 1e4, torch.float32)}, r"cos_sin has shape \[5, 1, 8\]"),
     ],
 )
 def test_inputs_that_do_not_fit_are_an_error_that_names_them(change, says):
-    inputs = {"q": shaped(6, 4, 8), "k": shaped(6, 1, 8), "v": shaped(6, 1, 8), "scale": None, "turn": None, **change}
+    inputs = {
+        "q": shaped(6, 4, 8),
+        "k": shaped(6, 1, 8),
+        "v": shaped(6, 1, 8),
+        "scale": None,
+        "cos_sin": None,
+        **change,
+    }
     with pytest.raises(ValueError, match=says):
-        attention(*(inputs[x] for x in "qkv"), plan_attention(*row([6], [], 0)), inputs["scale"], inputs["turn"])
+        attention(*(inputs[x] for x in "qkv"), plan_attention(*row([6], [], 0)), inputs["scale"], inputs["cos_sin"])
 
 
 @pytest.mark.parametrize("name", ["cpu", "sdpa"])

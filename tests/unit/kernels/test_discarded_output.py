@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_gemini.kernels.attention.api import attention_output, plan_attention
-from megatron_gemini.kernels.discarded_output import is_unread, no_values, unread
+from megatron_gemini.kernels.discarded_output import discard_output, discarded_output, output_is_discarded
 from megatron_gemini.kernels.linear import gated_mlp, linear_add
-from megatron_gemini.kernels.rope import rotation
+from megatron_gemini.kernels.rope import rope_cos_sin
 from megatron_gemini.parallel.tensor.products import gated_mlp as divided_mlp
 from megatron_gemini.parallel.tensor.products import norm_query_key_value, project_add
 from megatron_gemini.parallel.tensor.shards import HeadShard
@@ -28,12 +28,12 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     plan = plan_attention(torch.tensor([1, 1, 1, 2, 2, 0]), torch.zeros(T, dtype=torch.int32))
-    return attention_output(q, k, v, plan, rotation(torch.arange(T), H, 1e4, torch.float32), weight, h)
+    return attention_output(q, k, v, plan, rope_cos_sin(torch.arange(T), H, 1e4, torch.float32), weight, h)
 
 
 def padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     plan = plan_attention(torch.zeros(T, dtype=torch.int32), torch.zeros(T, dtype=torch.int32))
-    return attention_output(q, k, v, plan, rotation(torch.arange(T), H, 1e4, torch.float32), weight, h)
+    return attention_output(q, k, v, plan, rope_cos_sin(torch.arange(T), H, 1e4, torch.float32), weight, h)
 
 
 MLP = [(T, D), (D,), (2, F, D), (D, F)]
@@ -53,7 +53,7 @@ def test_gradients_are_the_same_bits_and_no_values_are_computed(branch: Branch, 
     inputs = tensors(*shapes)
     grad = torch.randn(T, D, generator=torch.Generator().manual_seed(1))
     read = branch(*inputs)
-    with unread():
+    with discard_output():
         out = branch(*inputs)
     assert out.shape == read.shape and out.dtype == read.dtype
     assert out.untyped_storage().nbytes() == out.element_size() < read.untyped_storage().nbytes()
@@ -69,7 +69,7 @@ def test_what_is_unread_is_not_summed_over_ranks(branch: str) -> None:
     function(*inputs)
     assert "reduce" in dict(SEQUENCE.sent)
     SEQUENCE.sent.clear()
-    with unread():
+    with discard_output():
         function(*inputs)
     assert "reduce" not in dict(SEQUENCE.sent)
 
@@ -77,22 +77,22 @@ def test_what_is_unread_is_not_summed_over_ranks(branch: str) -> None:
 def test_what_begins_a_branch_is_computed_all_the_same() -> None:
     h, norm, query, key_value = tensors((T, D), (D,), (N * H, D), (2, H, D))
     arguments = (h, norm, 1e-6, query, key_value, HeadShard(N, 1, 0, whole=True), SEQUENCE)
-    with unread():
+    with discard_output():
         found = norm_query_key_value(*arguments)
     for a, b in zip(found, norm_query_key_value(*arguments), strict=True):
         assert torch.equal(a, b)
 
 
 def test_values_are_read_again_afterwards_also_after_an_error() -> None:
-    with unread():
-        assert is_unread()
-    assert not is_unread()
-    with pytest.raises(ZeroDivisionError), unread():
+    with discard_output():
+        assert output_is_discarded()
+    assert not output_is_discarded()
+    with pytest.raises(ZeroDivisionError), discard_output():
         _ = 1 / 0
-    assert not is_unread()
+    assert not output_is_discarded()
 
 
 def test_no_values_have_the_shape_and_memory_for_one() -> None:
     like = torch.ones(3, 5, dtype=torch.bfloat16)
-    stand_in = no_values(like)
+    stand_in = discarded_output(like)
     assert (stand_in.shape, stand_in.dtype, stand_in.untyped_storage().nbytes()) == (like.shape, like.dtype, 2)

@@ -255,7 +255,7 @@ def test_a_forced_backend_is_the_one_that_runs(name, monkeypatch):
         def note(function):
             return lambda *arguments: (ran.append(backend), function(*arguments))[1]
 
-        return softmax_chunk.Backend(backend, note(torch_backend.statistics), note(torch_backend.gradient))
+        return softmax_chunk.LossBackend(backend, note(torch_backend.statistics), note(torch_backend.gradient))
 
     monkeypatch.setattr(softmax_chunk, "TORCH", spy("torch"))
     monkeypatch.setattr(softmax_chunk, "_triton", lambda: spy("triton"))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron_gemini.kernels import rope
 from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
 from megatron_gemini.kernels.norm import rms_norm
-from megatron_gemini.kernels.rope import rotate, rotate_both, rotation
+from megatron_gemini.kernels.rope import apply_rope, apply_rope_to_both, rope_cos_sin
 
 EPS = 1e-3  # large enough that forgetting it fails
 
@@ -140,28 +140,28 @@ def rotated64(x, position, theta):
 def test_rotation_equals_complex_multiplication(large, monkeypatch):
     monkeypatch.setattr(rope, "LARGE", large)
     position = torch.tensor([0, 1, 2, 0, 7])
-    turn = rotation(position, 8, 100.0, torch.float32)
-    assert_same(lambda x: rotate(x, turn), lambda x: rotated64(x, position, 100.0), tensors((5, 3, 8)))
+    cos_sin = rope_cos_sin(position, 8, 100.0, torch.float32)
+    assert_same(lambda x: apply_rope(x, cos_sin), lambda x: rotated64(x, position, 100.0), tensors((5, 3, 8)))
 
 
 @pytest.mark.parametrize("large", [0, 1 << 17], ids=["by halves", "at once"])
 def test_both_are_rotated_as_each_is_and_back_again(large, monkeypatch):
     monkeypatch.setattr(rope, "LARGE", large)
-    turn = rotation(torch.arange(5), 8, 100.0, torch.float32)
+    cos_sin = rope_cos_sin(torch.arange(5), 8, 100.0, torch.float32)
     q, k = tensors((5, 3, 8), (5, 1, 8))
-    for both, single in zip(rotate_both(q, k, turn), (q, k), strict=True):
-        torch.testing.assert_close(both, rotate(single, turn))
-        torch.testing.assert_close(rotate(both, turn, -1), single)
+    for both, single in zip(apply_rope_to_both(q, k, cos_sin), (q, k), strict=True):
+        torch.testing.assert_close(both, apply_rope(single, cos_sin))
+        torch.testing.assert_close(apply_rope(both, cos_sin, -1), single)
 
 
 def test_large_and_small_tensors_turn_alike_to_the_bit(monkeypatch):
-    turn = rotation(torch.arange(5), 8, 100.0, torch.bfloat16)
+    cos_sin = rope_cos_sin(torch.arange(5), 8, 100.0, torch.bfloat16)
     x = tensors((5, 3, 8))[0].detach().bfloat16()
-    at_once = rotate(x, turn)
+    at_once = apply_rope(x, cos_sin)
     monkeypatch.setattr(rope, "LARGE", 0)
-    assert torch.equal(rotate(x, turn), at_once)
+    assert torch.equal(apply_rope(x, cos_sin), at_once)
 
 
 def test_a_rotation_keeps_nothing_of_what_it_turned():
     x = tensors((5, 3, 8))[0]
-    assert rotate(x, rotation(torch.arange(5), 8, 100.0, torch.float32)).grad_fn.saved_tensors == ()
+    assert apply_rope(x, rope_cos_sin(torch.arange(5), 8, 100.0, torch.float32)).grad_fn.saved_tensors == ()

@@ -1,4 +1,4 @@
-"""The audio encoder: the same numbers as a foreign Conformer, and no clip depends on its neighbours."""
+"""The audio encoder: the same numbers as a foreign Conformer, and no clip depends on its neighbors."""
 
 import pytest
 import torch

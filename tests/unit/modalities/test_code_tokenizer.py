@@ -40,9 +40,9 @@ def test_it_learns_to_reconstruct_with_many_codes():
         optimizer.zero_grad()
         tokenizer(_images(32, seed=step)).loss.backward()
         optimizer.step()
-    held_out = _images(64, seed=10_000)
-    codes = tokenizer.encode(held_out)
-    assert psnr(tokenizer.decode(codes), held_out) > 22
+    validation = _images(64, seed=10_000)
+    codes = tokenizer.encode(validation)
+    assert psnr(tokenizer.decode(codes), validation) > 22
     assert len(codes.unique()) >= 5
 
 

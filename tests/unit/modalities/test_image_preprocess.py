@@ -70,7 +70,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
     assert decode_image(_file(Image.fromarray(grey)))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_cmyk_jpeg_keeps_its_colours():
+def test_cmyk_jpeg_keeps_its_colors():
     decoded = decode_image(_file(Image.new("RGB", (16, 16), (200, 40, 30)).convert("CMYK"), "JPEG", quality=95))
     assert np.abs(decoded.astype(int) - (200, 40, 30)).max() < 12
 
@@ -85,7 +85,7 @@ def test_transparency_is_composited_on_white():
 
 
 def test_first_frame_of_an_animation():
-    frames = [Image.new("RGB", (6, 6), colour) for colour in ("lime", "blue")]
+    frames = [Image.new("RGB", (6, 6), color) for color in ("lime", "blue")]
     data = _file(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(data)[0, 0].tolist() == [0, 255, 0]
 
@@ -189,7 +189,7 @@ def test_partial_patches_are_refused():
         patchify(np.zeros((1, 10, 8, 3), np.uint8), 4)
 
 
-def test_square_image_takes_the_centre():
+def test_square_image_takes_the_center():
     image = np.zeros((4, 8, 3), np.uint8)
     image[:, 2:6] = 255
     assert (square_image(image, 4) == 255).all()

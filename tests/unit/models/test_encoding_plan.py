@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.config.engine import CostConfig, EmbeddersConfig
+from megatron_gemini.config.engine import CostConfig, EncoderEnginesConfig
 from megatron_gemini.models.encoders import Encoders, costs, output_counts
 from megatron_gemini.models.encoding_plan import (
     ENCODER,
@@ -27,7 +27,7 @@ from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows
 
 LIMIT = 24
-CHUNKED = dataclasses.replace(CONFIG, embedders=EmbeddersConfig(chunk_tokens=LIMIT))
+CHUNKED = dataclasses.replace(CONFIG, encoder_engines=EncoderEnginesConfig(chunk_tokens=LIMIT))
 
 
 @st.composite
@@ -68,8 +68,8 @@ def test_all_ranks_agree_on_forwards_and_encode_every_item_once(sizes, peers, tr
     assert len({tuple(plan.forwards) for plan in plans}) == len({plan.balance for plan in plans}) == 1
     assert all((plan.items.rank == plans[0].items.rank).all() for plan in plans)
     for encoder in (0, 1):
-        dealt = [item for plan in plans for chunk in plan.chunks[encoder] for item in chunk]
-        assert sorted(dealt) == np.flatnonzero(plans[0].items.encoder == encoder).tolist()
+        assigned = [item for plan in plans for chunk in plan.chunks[encoder] for item in chunk]
+        assert sorted(assigned) == np.flatnonzero(plans[0].items.encoder == encoder).tolist()
         most = max(len(plan.chunks[encoder]) for plan in plans)
         assert plans[0].forwards[encoder] == max(most, int(training))
     for rank, plan in enumerate(plans):
@@ -109,7 +109,7 @@ def test_sizes_tell_how_many_embeddings_come():
 
 
 def test_a_clip_costs_its_frames_and_a_sound_its_square():
-    config = EmbeddersConfig(vision_cost=CostConfig(1.0, 10.0, 100.0), audio_cost=CostConfig(2.0, 20.0, 200.0))
+    config = EncoderEnginesConfig(vision_cost=CostConfig(1.0, 10.0, 100.0), audio_cost=CostConfig(2.0, 20.0, 200.0))
     assert costs("vision", np.array([[1, 2, 3], [4, 2, 3]]), config).tolist() == [196.0, 784.0]
     assert costs("audio", np.array([[9, 1, 1]]), config).tolist() == [2.0 * 9 + 20.0 * 3 + 200.0]
 

@@ -16,7 +16,7 @@ from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, Batch, Media, 
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 LAYOUT = TokenLayout(text_size=30, image_codes=8)
@@ -30,7 +30,7 @@ CONFIG = RunConfig(
 
 @pytest.fixture(scope="module")
 def model():
-    model = Gemini(CONFIG, LAYOUT, Layers(Topology.serial()))
+    model = Gemini(CONFIG, LAYOUT, LayerFactory(Topology.serial()))
     initialize(model, 0)
     return model
 
@@ -173,7 +173,7 @@ def test_encoders_without_an_item_get_zero_gradients_and_change_nothing(model, d
         vision=dataclasses.replace(CONFIG.vision, enabled=VISION in batch.media),
         audio=AudioConfig(enabled=False),
     )
-    twin = Gemini(text_only, LAYOUT, Layers(Topology.serial()))
+    twin = Gemini(text_only, LAYOUT, LayerFactory(Topology.serial()))
     twin.load_state_dict({n: t for n, t in model.state_dict().items() if n in twin.state_dict()})
     assert torch.equal(twin(batch).loss, output.loss)
 
@@ -217,7 +217,7 @@ def test_a_placeholder_without_its_embedding_names_the_sample_and_both_counts(mo
 
 def test_a_placeholder_of_a_disabled_encoder_is_an_error():
     config = dataclasses.replace(CONFIG, audio=AudioConfig(enabled=False))
-    model = Gemini(config, LAYOUT, Layers(Topology.serial()))
+    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()))
     initialize(model, 0)
     with pytest.raises(ValueError, match="sample-3: the row has 3 placeholders for the audio encoder"):
         model(DOCUMENTS[2])
@@ -225,7 +225,7 @@ def test_a_placeholder_of_a_disabled_encoder_is_an_error():
 
 def test_an_untied_head_is_a_weight_of_its_own():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, tie_embeddings=False))
-    model = Gemini(config, LAYOUT, Layers(Topology.serial()))
+    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()))
     initialize(model, 0)
     model(DOCUMENTS[1]).loss.backward()
     head, embedding = model.decoder.head.weight, model.decoder.embedding.weight

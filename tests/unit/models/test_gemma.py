@@ -12,7 +12,7 @@ import torch
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.models.decoder import Decoder
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 transformers = pytest.importorskip("transformers")
@@ -43,7 +43,7 @@ def gemma(heads, kv_heads):
 @torch.no_grad()
 def with_weights_of(model, heads, kv_heads):
     config = ModelConfig(width=24, layers=3, heads=heads, kv_heads=kv_heads, head_width=8, mlp_width=40, qk_norm=False)
-    decoder = Decoder(config, VOCABULARY, Layers(Topology.serial()))
+    decoder = Decoder(config, VOCABULARY, LayerFactory(Topology.serial()))
     decoder.embedding.weight.copy_(model.model.embed_tokens.weight)
     decoder.norm.weight.copy_(model.model.norm.weight)
     for ours, theirs in zip(decoder.layers.values(), model.model.layers, strict=True):

@@ -13,7 +13,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.presets import PRESETS, TEXT_PIECES, preset
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 
@@ -28,7 +28,7 @@ def build_on_meta(name: str) -> Gemini:
     )
     layout = TokenLayout(TEXT_PIECES, config.image_tokenizer.codes)
     with torch.device("meta"):
-        return Gemini(config, layout, Layers(Topology.serial()))
+        return Gemini(config, layout, LayerFactory(Topology.serial()))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gemini.parallel.encoders.assignment import chunks, deal, loads, peers, rank_at
+from megatron_gemini.parallel.encoders.assignment import assign, chunks, loads, peers, rank_at
 from megatron_gemini.parallel.topology import Topology
 
 COSTS = st.lists(st.integers(1, 60), max_size=9)
@@ -24,7 +24,7 @@ def problems(draw):
 
 
 def best(cost_I, ranks):
-    """The smallest possible load of the dearest rank, by trying everything that differs."""
+    """The smallest possible load of the most expensive rank, by trying everything that differs."""
     found = [float(cost_I.sum())]
 
     def place(index, load):
@@ -45,32 +45,32 @@ def best(cost_I, ranks):
 @given(problems())
 def test_the_dearest_rank_is_within_grahams_bound_of_the_best_plan(problem):
     cost_I, holder_I, ranks = problem
-    rank_I = deal(cost_I, holder_I, np.zeros(ranks))
+    rank_I = assign(cost_I, holder_I, np.zeros(ranks))
     assert rank_I.shape == cost_I.shape and ((rank_I >= 0) & (rank_I < ranks)).all()
-    dearest = loads(cost_I, rank_I, ranks).max(initial=0.0)
-    assert dearest <= (4 / 3 - 1 / (3 * ranks)) * best(cost_I, ranks) * (1 + 1e-8)
+    most_expensive = loads(cost_I, rank_I, ranks).max(initial=0.0)
+    assert most_expensive <= (4 / 3 - 1 / (3 * ranks)) * best(cost_I, ranks) * (1 + 1e-8)
 
 
 @given(problems())
 def test_the_plan_depends_on_nothing_else(problem):
     cost_I, holder_I, ranks = problem
-    first, second = (deal(cost_I.copy(), holder_I.copy(), np.zeros(ranks)) for _ in range(2))
+    first, second = (assign(cost_I.copy(), holder_I.copy(), np.zeros(ranks)) for _ in range(2))
     assert (first == second).all()
 
 
 @given(st.integers(1, 6), st.integers(0, 3))
 def test_equal_shares_stay_where_they_were_read(ranks, each):
     holder_I = np.repeat(np.arange(ranks), each)
-    assert (deal(np.full(len(holder_I), 0.1), holder_I, np.zeros(ranks)) == holder_I).all()
+    assert (assign(np.full(len(holder_I), 0.1), holder_I, np.zeros(ranks)) == holder_I).all()
 
 
 def test_items_leave_their_reader_for_balance():
-    rank_I = deal(np.ones(4), np.zeros(4, np.int64), np.zeros(2))
+    rank_I = assign(np.ones(4), np.zeros(4, np.int64), np.zeros(2))
     assert sorted(rank_I.tolist()) == [0, 0, 1, 1]
 
 
 def test_a_rank_that_has_more_to_do_besides_comes_last():
-    rank_I = deal(np.array([2.0, 1.0]), np.zeros(2, np.int64), np.array([3.0, 1.0, 2.0]))
+    rank_I = assign(np.array([2.0, 1.0]), np.zeros(2, np.int64), np.array([3.0, 1.0, 2.0]))
     assert rank_I.tolist() == [0, 1]
 
 

@@ -15,8 +15,8 @@ from megatron_gemini.parallel.topology import Topology
 def test_what_the_ranks_hold_back_to_back_becomes_the_row_and_back(ranks, unit, shape):
     tokens = 2 * ranks * unit
     row = torch.randn(tokens, *shape)
-    dealt = [context_positions(tokens, Topology(context_size=ranks, context_rank=rank)) for rank in range(ranks)]
-    by_rank = row[torch.cat(dealt)]
+    assigned = [context_positions(tokens, Topology(context_size=ranks, context_rank=rank)) for rank in range(ranks)]
+    by_rank = row[torch.cat(assigned)]
     assert torch.equal(row_order(by_rank, ranks), row)
     assert torch.equal(rank_order(row, ranks), by_rank)
 

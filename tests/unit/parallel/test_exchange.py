@@ -21,7 +21,7 @@ TRAINED = np.array([True, False])
 
 @st.composite
 def worlds(draw):
-    """(the topologies of all ranks, tokens of a row, items dealt at random)."""
+    """(the topologies of all ranks, tokens of a row, items assigned at random)."""
     tensor, context, pipeline, data = (draw(st.integers(1, 2)) for _ in range(4))
     sequence = draw(st.booleans())
     tokens = 8 * draw(st.integers(1, 3))
@@ -86,13 +86,13 @@ def made(items: Items, rank: int, encoders: tuple[int, ...] = (0, 1)) -> torch.T
 def test_every_embedding_reaches_its_tokens_and_every_gradient_its_encoder_once(world):
     ranks, tokens, items = world
     routes = [embedding_routes(items, Streams(topology, tokens), ROWS, TRAINED) for topology in ranks]
-    arrived = follow([route.forth for route in routes], [made(items, topology.rank) for topology in ranks])
+    arrived = follow([route.to_decoder for route in routes], [made(items, topology.rank) for topology in ranks])
     for topology, route, found in zip(ranks, routes, arrived, strict=True):
         wanted = expected(topology, tokens, items)
         rows = np.repeat(np.arange(ROWS), route.counts).tolist()
         assert set(zip(rows, route.position.tolist(), found[:, 0].tolist(), strict=True)) == wanted
         assert len(found) == len(wanted)
-    returned = follow([route.back for route in routes], arrived)
+    returned = follow([route.to_encoder for route in routes], arrived)
     for topology, found in zip(ranks, returned, strict=True):
         assert torch.equal(found, made(items, topology.rank, encoders=(0,)))
 

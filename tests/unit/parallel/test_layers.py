@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from megatron_gemini.config.engine import ParallelConfig
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 
 
 def shards(ranks, query, key):
-    return [Layers(Topology(ranks, rank, ranks, rank)).heads(query, key) for rank in range(ranks)]
+    return [LayerFactory(Topology(ranks, rank, ranks, rank)).heads(query, key) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_a_serial_model_imports_neither_megatron_nor_deepspeed():
         "from megatron_gemini.models.gemini import Gemini\n"
         "from megatron_gemini.config.run import RunConfig\n"
         "from megatron_gemini.contracts import TokenLayout\n"
-        "from megatron_gemini.parallel.tensor.layers import Layers\n"
+        "from megatron_gemini.parallel.tensor.layers import LayerFactory\n"
         "from megatron_gemini.parallel.topology import Topology\n"
-        "Gemini(RunConfig(), TokenLayout(20, 4), Layers(Topology.serial()))\n"
+        "Gemini(RunConfig(), TokenLayout(20, 4), LayerFactory(Topology.serial()))\n"
         "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

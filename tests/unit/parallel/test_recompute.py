@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from megatron_gemini.kernels.attention.api import plan_attention
-from megatron_gemini.kernels.discarded_output import is_unread
+from megatron_gemini.kernels.discarded_output import output_is_discarded
 from megatron_gemini.models.decoder import Decoder
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.recompute import PLAIN, Pass, Recompute
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.recompute import PLAIN, Recompute, RecomputeContext
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows
 
@@ -26,7 +26,7 @@ ROWS = rows(0)[:3]  # of which the second has text only
 
 def build(mode: str = "none", offload: bool = False) -> Gemini:
     engine = dataclasses.replace(CONFIG.engine, recompute=mode, offload_activations=offload)
-    model = Gemini(dataclasses.replace(CONFIG, engine=engine), LAYOUT, Layers(Topology.serial()))
+    model = Gemini(dataclasses.replace(CONFIG, engine=engine), LAYOUT, LayerFactory(Topology.serial()))
     initialize(model, seed=1)
     return model
 
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_the_same_bits(mode: str, offload: bool, first_in
 
 def decoder(mode: str, offload: bool = False) -> tuple[Decoder, tuple]:
     """A decoder and what its forward takes after the hidden states."""
-    model = Decoder(CONFIG.model, LAYOUT.size, Layers(Topology.serial()), recompute=Recompute(mode, offload))
+    model = Decoder(CONFIG.model, LAYOUT.size, LayerFactory(Topology.serial()), recompute=Recompute(mode, offload))
     initialize(model, seed=1)
     return model, (ROWS[0].position_T, plan_attention(ROWS[0].segment_T, ROWS[0].span_T))
 
@@ -153,10 +153,10 @@ def test_only_the_second_run_of_a_region_leaves_out_its_last_product() -> None:
     run, seen = Recompute("full").begin(), []
 
     def half(h_TD: torch.Tensor) -> torch.Tensor:
-        seen.append(is_unread())
+        seen.append(output_is_discarded())
         return h_TD * 2
 
-    def layer(h_TD: torch.Tensor, run: Pass = PLAIN) -> torch.Tensor:
+    def layer(h_TD: torch.Tensor, run: RecomputeContext = PLAIN) -> torch.Tensor:
         return run.mlp(half, run.attention(half, h_TD))
 
     out = run.layer(layer, torch.ones(2, 3, requires_grad=True))

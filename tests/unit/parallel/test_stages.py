@@ -12,7 +12,7 @@ from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.parallel.stages import split_layers, stage_layers
 
 
-def dearest(counts, layer_cost, head_cost):
+def most_expensive(counts, layer_cost, head_cost):
     return max(*(count * layer_cost for count in counts[:-1]), counts[-1] * layer_cost + head_cost)
 
 
@@ -23,8 +23,8 @@ def test_no_other_split_has_a_cheaper_dearest_stage(stages, more, layer_cost, he
     assert [layer for part in parts for layer in part] == list(range(layers))
     assert all(parts)
     every = itertools.product(range(1, layers + 1), repeat=stages)
-    best = min(dearest(counts, layer_cost, head_cost) for counts in every if sum(counts) == layers)
-    assert dearest([len(part) for part in parts], layer_cost, head_cost) == pytest.approx(best)
+    best = min(most_expensive(counts, layer_cost, head_cost) for counts in every if sum(counts) == layers)
+    assert most_expensive([len(part) for part in parts], layer_cost, head_cost) == pytest.approx(best)
 
 
 def test_a_large_vocabulary_takes_layers_from_the_last_stage():

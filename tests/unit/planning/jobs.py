@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.engine import EmbeddersConfig, EngineConfig, ParallelConfig
+from megatron_gemini.config.engine import EncoderEnginesConfig, EngineConfig, ParallelConfig
 from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
@@ -22,10 +22,10 @@ def job(
     rows: int = 16,
     tokens: int = 512,
     engine: dict | None = None,
-    embedders: dict | None = None,
+    encoder_engines: dict | None = None,
     **parallel,
 ) -> Job:
-    """A job of a small model; engine, embedders and the rest are fields of their sections."""
+    """A job of a small model; engine, encoder_engines and the rest are fields of their sections."""
     config = RunConfig(
         model=MODEL,
         vision=VisionConfig(enabled=encoders),
@@ -33,7 +33,7 @@ def job(
         data=DataConfig(row_tokens=tokens, lanes=rows),
         parallel=ParallelConfig(**parallel),
         engine=EngineConfig(**{"zero_stage": 1, "offload_optimizer": "none", "precision": "bf16", **(engine or {})}),
-        embedders=EmbeddersConfig(**(embedders or {})),
+        encoder_engines=EncoderEnginesConfig(**(encoder_engines or {})),
         train=TrainConfig(rows_per_step=rows),
     )
     return Job(config, world, VOCABULARY)

@@ -15,14 +15,14 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, Media, TokenLayout
 from megatron_gemini.modalities.audio.encoder import AudioEncoder
 from megatron_gemini.modalities.image.encoder import VisionEncoder
-from megatron_gemini.models.stage import DecoderStage, Row
+from megatron_gemini.models.stage import DecoderStage, StageInput
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.planning.activations import (
     RowShare,
     audio_saved,
-    layer_again,
+    layer_recomputed,
     layer_saved,
     loss_saved,
     vision_saved,
@@ -74,7 +74,7 @@ def built(model: ModelConfig, precision: str, recompute: str, schedule: str = "1
         engine=EngineConfig(precision=precision, recompute=recompute),
         parallel=ParallelConfig(schedule=schedule),
     )
-    stage = DecoderStage(config, LAYOUT, Layers(Topology.serial()))
+    stage = DecoderStage(config, LAYOUT, LayerFactory(Topology.serial()))
     initialize(stage, 0)
     return stage.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
@@ -87,7 +87,7 @@ def built(model: ModelConfig, precision: str, recompute: str, schedule: str = "1
 def test_the_decoder_keeps_what_the_formula_says(name, lengths, precision, recompute, deferred):
     """deferred: with the loss of a breadth-first pipeline."""
     stage = built(MODELS[name], precision, recompute, "breadth_first" if deferred else "1f1b")
-    found = saved_bytes(stage, lambda: stage(row=Row(row(lengths))))
+    found = saved_bytes(stage, lambda: stage(row=StageInput(row(lengths))))
     share = RowShare.of(stage.config, packed=len(set(lengths)) > 1)
     layers = stage.config.model.layers * layer_saved(MODELS[name], share, recompute)
     assert layers + loss_saved(MODELS[name], LAYOUT.size, share, deferred) == pytest.approx(found, rel=0.05)
@@ -97,10 +97,10 @@ def test_the_decoder_keeps_what_the_formula_says(name, lengths, precision, recom
 def test_recomputing_a_layer_makes_what_was_not_kept(recompute):
     """One by one in the backward: what the layers keep then, with the inputs that were kept, is what was saved."""
     stage = built(MODELS["multi-query"], "fp32", recompute)
-    loss = stage(row=Row(row((100, 30, 90, 36)))).loss
+    loss = stage(row=StageInput(row((100, 30, 90, 36)))).loss
     found = saved_bytes(stage, lambda: loss.backward() or loss)
     model, share = stage.config.model, RowShare.of(stage.config)
-    again = layer_again(model, share, recompute) + layer_saved(model, share, "full")
+    again = layer_recomputed(model, share, recompute) + layer_saved(model, share, "full")
     assert model.layers * again == pytest.approx(found, rel=0.05)
 
 

@@ -83,7 +83,7 @@ def test_the_encoders_state_is_divided_over_the_whole_world_whatever_the_decoder
 
 
 def test_encoders_may_be_sharded_further_than_the_decoder():
-    same, sharded = job(8), job(8, embedders={"zero_stage": 3})
+    same, sharded = job(8), job(8, encoder_engines={"zero_stage": 3})
     counts = sum(same.trained)
     saved = rank_footprint(same, 0).gpu.weights - rank_footprint(sharded, 0).gpu.weights
     assert saved == pytest.approx(2 * counts * 7 / 8)

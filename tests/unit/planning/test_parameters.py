@@ -16,14 +16,14 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.presets import PRESETS, TEXT_PIECES
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.planning.parameters import encoder_parameters, stages
 
 
 def built(config: RunConfig, layout: TokenLayout) -> Gemini:
     with torch.device("meta"):
-        return Gemini(config, layout, Layers(Topology.serial()))
+        return Gemini(config, layout, LayerFactory(Topology.serial()))
 
 
 def count(module: torch.nn.Module) -> int:

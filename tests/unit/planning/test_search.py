@@ -116,9 +116,9 @@ def test_alternatives_change_one_choice_each():
 
 
 def test_a_users_zero_stage_of_the_encoders_is_kept():
-    config = large(embedders={"zero_stage": 0})
-    assert {c.embedders.zero_stage for c in candidates(config, 8)} == {0}
-    assert {c.embedders.zero_stage for c in candidates(large(), 8)} == {-1, 3}
+    config = large(encoder_engines={"zero_stage": 0})
+    assert {c.encoder_engines.zero_stage for c in candidates(config, 8)} == {0}
+    assert {c.encoder_engines.zero_stage for c in candidates(large(), 8)} == {-1, 3}
 
 
 def test_zero0_is_no_choice_in_bf16_where_it_sums_gradients_in_bf16():

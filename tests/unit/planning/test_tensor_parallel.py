@@ -20,9 +20,9 @@ from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.models.stage import DecoderStage, LossOutput, Row
+from megatron_gemini.models.stage import DecoderStage, LossOutput, StageInput
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.tensor.layers import Layers
+from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.planning.activations import RowShare, layer_saved, loss_saved
 from megatron_gemini.planning.job import Job
@@ -76,7 +76,7 @@ def run_of(model: ModelConfig, parallel: ParallelConfig, recompute: str = "none"
 
 
 def built(config: RunConfig, groups: dict[int, dist.ProcessGroup]) -> DecoderStage:
-    stage = DecoderStage(config, LAYOUT, Layers(topology_of(config.parallel, groups)))
+    stage = DecoderStage(config, LAYOUT, LayerFactory(topology_of(config.parallel, groups)))
     initialize(stage, 0)
     return stage
 
@@ -87,7 +87,7 @@ def through(stage: DecoderStage) -> LossOutput:
     A context rank keeps the keys of the documents that it has queries of, at most those of the whole row, as planned.
     """
     lengths = (100, 30, 90, 36) if stage.config.parallel.context == 1 else (T,)
-    return stage(row=Row(row(lengths), own_C=stage.layers.context_positions(T)))
+    return stage(row=StageInput(row(lengths), own_C=stage.layers.context_positions(T)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,13 +11,13 @@ import pytest
 import sentencepiece
 
 from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, VisionConfig
-from megatron_gemini.data.samples.decode import Decoder
+from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.sources.shards import Shards
 from tests.tiny_shards import add
 
 pytest.importorskip("espeakng_loader")
 TOOLS = Path(__file__).parents[3] / "tools"
-SIDES = ("train", "held_out")
+SIDES = ("train", "validation")
 
 
 def tool(name):
@@ -53,7 +53,7 @@ def every_member(out, name, side, endings):
 
 
 @pytest.mark.parametrize(
-    ("task", "name", "train", "held_out"),
+    ("task", "name", "train", "validation"),
     [
         ("caption", "digits", 1400, 397),
         ("transcribe", "speech", 280, 50),
@@ -61,9 +61,9 @@ def every_member(out, name, side, endings):
         ("interleave", "interleave", 5, 2),
     ],
 )
-def test_every_sample_can_be_decoded_for_its_task(built, task, name, train, held_out):
-    decoder = Decoder(VisionConfig(), AudioConfig(), ImageTokenizerConfig())
-    for side, count in zip(SIDES, (train, held_out), strict=True):
+def test_every_sample_can_be_decoded_for_its_task(built, task, name, train, validation):
+    decoder = SampleDecoder(VisionConfig(), AudioConfig(), ImageTokenizerConfig())
+    for side, count in zip(SIDES, (train, validation), strict=True):
         shards = Shards.from_pattern(f"{built}/{side}/{name}-*.tar")
         assert len(shards) == count
         for i in range(0, count, 1 + count // 40):
@@ -71,7 +71,7 @@ def test_every_sample_can_be_decoded_for_its_task(built, task, name, train, held
 
 
 def test_captions_say_what_the_labels_say(built):
-    for members in every_member(built, "digits", "held_out", ("txt", "json")):
+    for members in every_member(built, "digits", "validation", ("txt", "json")):
         assert members["txt"].decode().split()[1] == digits.WORDS[json.loads(members["json"])["label"]]
     for members in every_member(built, "clips", "train", ("txt", "json")):
         words = members["txt"].decode().replace(",", "").split()
@@ -92,9 +92,9 @@ def test_no_digit_and_no_voice_is_on_both_sides(built):
     for side in SIDES:
         assert found[side]["digits"] == set(split["digits"][side]["sklearn_indices"])
         assert found[side]["voices"] == set(split["speech"][side]["voices"])
-    assert not found["train"]["digits"] & found["held_out"]["digits"]
-    assert not found["train"]["voices"] & found["held_out"]["voices"]
-    assert len(found["train"]["digits"] | found["held_out"]["digits"]) == 1797
+    assert not found["train"]["digits"] & found["validation"]["digits"]
+    assert not found["train"]["voices"] & found["validation"]["voices"]
+    assert len(found["train"]["digits"] | found["validation"]["digits"]) == 1797
     assert len(found["train"]["voices"]) >= 20
 
 
@@ -125,7 +125,7 @@ def test_a_finished_build_is_reused_until_options_or_shards_change(tmp_path, cap
         return "built before" in capsys.readouterr().out
 
     assert [run(), run(), run("--seed", "1"), run(), run()] == [False, True, False, False, True]
-    shard = tmp_path / "held_out" / "digits-000.tar"
+    shard = tmp_path / "validation" / "digits-000.tar"
     shard.write_bytes(shard.read_bytes().replace(b"an eight", b"a seven!", 1))
     assert [run(), run()] == [False, True]
     shard.unlink()
@@ -143,7 +143,7 @@ def test_a_finished_build_is_reused_until_options_or_shards_change(tmp_path, cap
     [
         (digits, ["--size", "7"], "--size is 7"),
         (digits, ["--clips", "0", "1"], "--clips is 0 1"),
-        (digits, ["--held-out", "5"], "--held-out is 5"),
+        (digits, ["--validation", "5"], "--validation is 5"),
         (digits, ["--seed", "-1"], "--seed is -1"),
         (speech, [], "run tools/build_digits.py --out"),
         (speech, ["--accents", "9"], "--accents is 9"),

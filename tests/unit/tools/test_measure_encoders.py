@@ -53,12 +53,12 @@ def test_what_is_printed_is_configuration(tmp_path: Path, capsys: pytest.Capture
     config.write_text(
         f"vision: {{{small}, max_side: 16}}\naudio: {{{small}, mels: 8, max_seconds: 0.5, frozen: true}}\n"
     )
-    assert main(["--config", str(config), "--repeats", "1", "--embedders.chunk_tokens", "64"]) == 0
+    assert main(["--config", str(config), "--repeats", "1", "--encoder_engines.chunk_tokens", "64"]) == 0
     printed = capsys.readouterr().out
-    costs = yaml.safe_load(printed)["embedders"]
+    costs = yaml.safe_load(printed)["encoder_engines"]
     config.write_text(config.read_text() + printed)
-    embedders = load_config(["--config", str(config)]).embedders
-    assert embedders.vision_cost.linear == costs["vision_cost"]["linear"]
+    encoder_engines = load_config(["--config", str(config)]).encoder_engines
+    assert encoder_engines.vision_cost.linear == costs["vision_cost"]["linear"]
     assert sum(costs["audio_cost"].values()) > 0
 
 

@@ -95,8 +95,8 @@ def test_records_are_due_at_the_first_the_last_and_every_nth_step(tmp_path):
     assert [step for step in range(11) if writer.due(step)] == [0, 4, 8, 10]
 
 
-def test_a_record_with_a_held_out_loss_is_always_due(tmp_path):
-    train = TrainConfig(steps=12, held_out_every=5)
+def test_a_record_with_a_validation_loss_is_always_due(tmp_path):
+    train = TrainConfig(steps=12, validation_every=5)
     config = RunConfig(logging=LoggingConfig(every=4, tensorboard=False), train=train)
     writer = MetricsWriter(config, tmp_path, rank=0)
     assert [step for step in range(12) if writer.due(step)] == [0, 4, 8, 9, 11]
@@ -106,13 +106,13 @@ def test_tensorboard_holds_the_same_numbers(tmp_path):
     config = RunConfig(logging=LoggingConfig(tensorboard=True))
     writer = MetricsWriter(config, tmp_path, rank=0)
     for step in range(2):
-        writer.write(step, {"loss": 1.5 - step, "held_out_loss_text": 0.25, "learning_rate": 0.5})
+        writer.write(step, {"loss": 1.5 - step, "validation_loss_text": 0.25, "learning_rate": 0.5})
     writer.close()
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(0, 1.5), (1, 0.5)]
-    assert {*events.Tags()["scalars"]} == {"loss", "held_out_loss/text", "learning_rate"}
+    assert {*events.Tags()["scalars"]} == {"loss", "validation_loss/text", "learning_rate"}
 
 
 def test_a_missing_tensorboard_is_an_error_with_the_way_out(tmp_path, monkeypatch):

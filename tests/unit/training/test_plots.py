@@ -20,7 +20,7 @@ def test_a_figure_is_drawn_without_a_display(tmp_path, monkeypatch):
         {"step": s, "loss": 5 * 0.9**s, "loss_text": 4 * 0.9**s, "learning_rate": 1e-3} for s in range(30)
     ]
     records[7]["loss"] = None
-    records[20]["held_out_loss"] = 1.0
+    records[20]["validation_loss"] = 1.0
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:
@@ -35,12 +35,12 @@ def test_a_file_without_losses_is_an_error(tmp_path):
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_curves_are_sorted_by_modality_and_held_out_losses_stay_apart():
+def test_curves_are_sorted_by_modality_and_validation_losses_stay_apart():
     records: list[dict] = [
-        {"step": 3, "loss": 1.0, "loss_image": 2.0, "held_out_loss": 4.0, "held_out_loss_image": 5.0}
+        {"step": 3, "loss": 1.0, "loss_image": 2.0, "validation_loss": 4.0, "validation_loss_image": 5.0}
     ]
     assert _curves(records, "loss") == {"": ([3], [1.0]), "image": ([3], [2.0])}
-    assert _curves(records, "held_out_loss") == {"": ([3], [4.0]), "image": ([3], [5.0])}
+    assert _curves(records, "validation_loss") == {"": ([3], [4.0]), "image": ([3], [5.0])}
 
 
 def test_smoothing_keeps_a_constant_and_steps_over_nan():

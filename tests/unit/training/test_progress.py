@@ -58,9 +58,9 @@ def test_a_slow_run_shows_every_step(clock):
     assert len(train(clock, io.StringIO(), steps=4, seconds=60)) == 5
 
 
-def test_a_held_out_loss_is_always_shown(clock):
-    lines = train(clock, io.StringIO(), steps=100, seconds=0.01, at_40={"held_out_loss": 1.5})
-    assert [line.split()[1] for line in lines[:-1] if "held-out 1.5000" in line] == ["41/100"]
+def test_a_validation_loss_is_always_shown(clock):
+    lines = train(clock, io.StringIO(), steps=100, seconds=0.01, at_40={"validation_loss": 1.5})
+    assert [line.split()[1] for line in lines[:-1] if "validation 1.5000" in line] == ["41/100"]
 
 
 def test_a_line_says_what_was_measured_and_the_time_left(clock):
@@ -80,9 +80,9 @@ def test_the_slow_first_step_does_not_spoil_the_time_left(clock):
     assert stream.getvalue().splitlines()[-1].endswith("  0:54 left")
 
 
-def test_the_summary_has_the_mean_speed_and_the_latest_held_out_loss(clock):
-    lines = train(clock, io.StringIO(), steps=50, seconds=2, at_10={"held_out_loss": 1.5})
-    expected = "trained 50 steps in 1:40  loss 2.3457  held-out 1.5000  1.0k tokens/s  1.50 GiB  MFU 41.7%"
+def test_the_summary_has_the_mean_speed_and_the_latest_validation_loss(clock):
+    lines = train(clock, io.StringIO(), steps=50, seconds=2, at_10={"validation_loss": 1.5})
+    expected = "trained 50 steps in 1:40  loss 2.3457  validation 1.5000  1.0k tokens/s  1.50 GiB  MFU 41.7%"
     assert lines[-1] == expected
 
 
@@ -133,5 +133,5 @@ def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
 
 
 def test_samples_that_were_left_out_are_shown() -> None:
-    assert "3 samples left out" in describe({"loss": 1.0, "skipped_samples": 3})
+    assert "3 samples skipped" in describe({"loss": 1.0, "skipped_samples": 3})
     assert "left out" not in describe({"loss": 1.0, "skipped_samples": 0})

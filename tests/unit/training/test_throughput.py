@@ -1,4 +1,4 @@
-"""Utilisation of the devices, and memory."""
+"""Utilization of the devices, and memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.training import throughput
 
 
-def test_utilisation_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
+def test_utilization_is_the_models_flops_over_the_peak_of_all_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
     config = RunConfig(engine=EngineConfig(precision="bf16"))
-    assert throughput.utilisation(config, 312e6, 2e6, devices=4) == 0.5
-    assert throughput.utilisation(RunConfig(), 312e6, 2e6, devices=4) is None
+    assert throughput.utilization(config, 312e6, 2e6, devices=4) == 0.5
+    assert throughput.utilization(RunConfig(), 312e6, 2e6, devices=4) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "unheard of")
-    assert throughput.utilisation(config, 312e6, 2e6, devices=4) is None
+    assert throughput.utilization(config, 312e6, 2e6, devices=4) is None
 
 
 def test_peak_memory_is_this_processs_own_and_remembers_what_was_freed():

@@ -24,7 +24,7 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-class Block(NamedTuple):
+class CausalBlock(NamedTuple):
     """Tokens [first, last) of each of `documents` stretches of `length` slots, of which the first begins at `slot`."""
 
     slot: int
@@ -51,8 +51,8 @@ class Block(NamedTuple):
 class Call(NamedTuple):
     """again: the queries are those of the call before, which saw other keys."""
 
-    queries: Block
-    keys: Block
+    queries: CausalBlock
+    keys: CausalBlock
     causal: bool
     mask: torch.Tensor | None = None
     again: bool = False
@@ -65,17 +65,17 @@ def cpu_calls(documents: DocumentCalls) -> tuple[Call, ...]:
     calls: list[Call] = []
     slot = 0
     for bucket, slots in zip(documents.buckets, documents.bucket_slots, strict=True):
-        block = Block(slot, bucket.documents, bucket.length, 0, bucket.length)
+        block = CausalBlock(slot, bucket.documents, bucket.length, 0, bucket.length)
         calls += _causal(block, block) if bucket.causal else [Call(block, block, False, bucket.mask)]
         slot += slots
     for query, query_end, key, key_end, causal in documents.runs:
-        queries = Block(query, 1, query_end - query, 0, query_end - query)
-        keys = Block(key, 1, key_end - key, 0, key_end - key)
+        queries = CausalBlock(query, 1, query_end - query, 0, query_end - query)
+        keys = CausalBlock(key, 1, key_end - key, 0, key_end - key)
         calls += _causal(queries, keys) if causal else [Call(queries, keys, False)]
     return tuple(calls)
 
 
-def _causal(queries: Block, keys: Block) -> Iterator[Call]:
+def _causal(queries: CausalBlock, keys: CausalBlock) -> Iterator[Call]:
     """The last query sees all keys, each one before it one less."""
     count, before = queries.length, keys.length - queries.length
     block = BLOCK if _cheaper_in_blocks(queries.documents, count) else count
@@ -186,7 +186,7 @@ def _to_slots(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def _sum(blocks: Sequence[Block], grads: Sequence[torch.Tensor], slots: int) -> torch.Tensor:
+def _sum(blocks: Sequence[CausalBlock], grads: Sequence[torch.Tensor], slots: int) -> torch.Tensor:
     """[B, heads, ...] of every block -> [S, heads, H]; where blocks overlap, summed in float32 at least."""
     first = grads[0]
     dtype = torch.promote_types(first.dtype, torch.float32)

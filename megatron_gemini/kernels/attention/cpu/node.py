@@ -16,8 +16,8 @@ import torch
 from megatron_gemini.kernels.attention.cpu.calls import attend_slots, attend_slots_backward, lse_gradients, saved_lse
 from megatron_gemini.kernels.attention.plan import AttentionPlan
 from megatron_gemini.kernels.attention.slot_mapping import to_rows, to_slots, without_repeats
-from megatron_gemini.kernels.discarded_output import is_unread, no_values
-from megatron_gemini.kernels.rope import Rotation
+from megatron_gemini.kernels.discarded_output import discarded_output, output_is_discarded
+from megatron_gemini.kernels.rope import CosSin
 
 
 def attend_on_cpu(
@@ -26,12 +26,12 @@ def attend_on_cpu(
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
     *,
     with_lse: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """(out_QNH, and if asked for its log-sum-exp [Q, N]): see `attention.attention`. Some query must see a key."""
-    return _Attention.apply(q_QNH, k_TKH, v_TKH, plan, scale, turn, with_lse)
+    return _Attention.apply(q_QNH, k_TKH, v_TKH, plan, scale, cos_sin, with_lse)
 
 
 def attend_and_project_on_cpu(
@@ -39,12 +39,12 @@ def attend_and_project_on_cpu(
     k_TKH: torch.Tensor,
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
-    turn: Rotation,
+    cos_sin: CosSin,
     weight: torch.Tensor,
     residual_QD: torch.Tensor,
 ) -> torch.Tensor:
     """See `attention.attention_output`; some query must see a key."""
-    return _AttentionOutput.apply(q_QNH, k_TKH, v_TKH, weight, residual_QD, plan, turn)
+    return _AttentionOutput.apply(q_QNH, k_TKH, v_TKH, weight, residual_QD, plan, cos_sin)
 
 
 class _Attention(torch.autograd.Function):
@@ -56,13 +56,13 @@ class _Attention(torch.autograd.Function):
         v: torch.Tensor,
         plan: AttentionPlan,
         scale: float | None,
-        turn: Rotation | None,
+        cos_sin: CosSin | None,
         with_lse: bool,
     ) -> tuple[torch.Tensor, ...]:
-        out_QNH, saved = _forward(q, k, v, plan, scale, turn)
+        out_QNH, saved = _forward(q, k, v, plan, scale, cos_sin)
         documents = plan.documents
         ctx.save_for_backward(*saved)
-        ctx.plan, ctx.scale, ctx.turn = plan, scale, turn
+        ctx.plan, ctx.scale, ctx.cos_sin = plan, scale, cos_sin
         ctx.set_materialize_grads(False)
         if not with_lse:
             return (out_QNH,)
@@ -73,7 +73,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         lse_grad = grads[1] if len(grads) > 1 else None
-        return *_backward(grads[0], lse_grad, ctx.saved_tensors, ctx.plan, ctx.scale, ctx.turn), *[None] * 4
+        return *_backward(grads[0], lse_grad, ctx.saved_tensors, ctx.plan, ctx.scale, ctx.cos_sin), *[None] * 4
 
 
 class _AttentionOutput(torch.autograd.Function):
@@ -86,14 +86,14 @@ class _AttentionOutput(torch.autograd.Function):
         weight: torch.Tensor,
         residual: torch.Tensor,
         plan: AttentionPlan,
-        turn: Rotation,
+        cos_sin: CosSin,
     ) -> torch.Tensor:
-        out_QNH, saved = _forward(q, k, v, plan, None, turn)
+        out_QNH, saved = _forward(q, k, v, plan, None, cos_sin)
         out = out_QNH.flatten(1)
         ctx.save_for_backward(weight, out, *saved)
-        ctx.plan, ctx.turn, ctx.shape = plan, turn, out_QNH.shape
-        if is_unread():
-            return no_values(residual)
+        ctx.plan, ctx.cos_sin, ctx.shape = plan, cos_sin, out_QNH.shape
+        if output_is_discarded():
+            return discarded_output(residual)
         return torch.addmm(residual, out, weight.t())
 
     @staticmethod
@@ -102,7 +102,7 @@ class _AttentionOutput(torch.autograd.Function):
         weight, out, *saved = ctx.saved_tensors
         weight_grad = torch.mm(grad.t(), out) if ctx.needs_input_grad[3] else None
         out_grad = torch.mm(grad, weight).view(ctx.shape)
-        return *_backward(out_grad, None, saved, ctx.plan, None, ctx.turn), weight_grad, grad, None, None
+        return *_backward(out_grad, None, saved, ctx.plan, None, ctx.cos_sin), weight_grad, grad, None, None
 
 
 def _forward(
@@ -111,12 +111,12 @@ def _forward(
     v: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(out_QNH, and what the backward needs)."""
     documents = plan.documents
-    if turn is not None:
-        q, k = plan.rotate(q, k, turn)
+    if cos_sin is not None:
+        q, k = plan.apply_rope(q, k, cos_sin)
     inputs = (to_slots(q, documents.queries), to_slots(k, documents.keys), to_slots(v, documents.keys))
     out_SNH, saved = attend_slots(*inputs, plan.cpu_calls, scale)
     return to_rows(out_SNH, documents.queries), saved
@@ -128,7 +128,7 @@ def _backward(
     saved: Sequence[torch.Tensor],
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of q, k and v, given those of out_QNH and of its log-sum-exp."""
     documents = plan.documents
@@ -144,6 +144,6 @@ def _backward(
         None if grad is None else to_rows(grad, slots)
         for grad, slots in zip(grads, (documents.queries, documents.keys, documents.keys), strict=True)
     )
-    if turn is not None and q_grad is not None and k_grad is not None:
-        q_grad, k_grad = plan.rotate(q_grad, k_grad, turn, -1)
+    if cos_sin is not None and q_grad is not None and k_grad is not None:
+        q_grad, k_grad = plan.apply_rope(q_grad, k_grad, cos_sin, -1)
     return q_grad, k_grad, v_grad

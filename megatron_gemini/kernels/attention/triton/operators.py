@@ -22,7 +22,7 @@ from megatron_gemini.kernels.attention.triton.tiling import (
     padded_width,
     split_heads,
 )
-from megatron_gemini.kernels.rope import Rotation
+from megatron_gemini.kernels.rope import CosSin
 
 LOG2_E = math.log2(math.e)
 PREPARED_ROWS = 32
@@ -34,15 +34,15 @@ def attend_by_triton(
     v_TKH: torch.Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    turn: Rotation | None,
+    cos_sin: CosSin | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out_QNH, lse_QN): see `attention.attention_with_lse`. Queries and keys are rotated before the kernel.
 
     Keys are few (one head) and queries would be rotated again for every block of keys in the backward, so a rotation
     inside the kernel saves less than it costs.
     """
-    if turn is not None:
-        q_QNH, k_TKH = plan.rotate(q_QNH, k_TKH, turn)
+    if cos_sin is not None:
+        q_QNH, k_TKH = plan.apply_rope(q_QNH, k_TKH, cos_sin)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_QNH, k_TKH, v_TKH))
     tilings = choose_tilings(q)
     bounds, group = plan.bounds, q.shape[1] // k.shape[1]
