@@ -7,8 +7,9 @@ row, I items (images, clips of frames, audio clips), O encoder output embeddings
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -28,54 +29,88 @@ CONTROL_TOKENS = (
     *(f"reserved_{i}" for i in range(6)),
 )
 
-TEXT, IMAGE = 0, 1  # modality of a target token: text and control tokens, or image codes
-MODALITIES = ("text", "image")
-VISION, AUDIO = "vision", "audio"  # the encoders; images and video frames share one
-ENCODERS = (VISION, AUDIO)
+TEXT, IMAGE = "text", "image"  # kinds of target: text and control tokens, or image codes
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Disjoint id ranges of the one vocabulary: text pieces, then control tokens, then image codes."""
+    """Disjoint id ranges of the one vocabulary: text pieces, then control tokens, then named ranges of codes.
+
+    codes: (name, number of codes) of every range, in order; another one can be added behind those that are there.
+    """
 
     text_size: int
-    image_codes: int
+    codes: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.text_size < 1:
             raise ValueError(f"text_size is {self.text_size}; a vocabulary needs at least one text piece")
-        if self.image_codes < 0:
-            raise ValueError(f"image_codes is {self.image_codes}; use 0 for a model that draws no images")
+        for name, count in self.codes:
+            if count < 0:
+                raise ValueError(f"the number of {name} codes is {count}; use 0 for a model that makes none")
 
     @property
     def size(self) -> int:
         """Number of ids, without any padding for tensor parallelism."""
-        return self.text_size + len(CONTROL_TOKENS) + self.image_codes
+        return self.text_size + len(CONTROL_TOKENS) + sum(count for _, count in self.codes)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Kinds of target token: text (with the control tokens), then the ranges of codes. `Batch.modality_T` numbers
+        them."""
+        return (TEXT, *(name for name, _ in self.codes))
 
     def control(self, name: str) -> int:
         """Id of a control token, by its name in `CONTROL_TOKENS`."""
         return self.text_size + CONTROL_TOKENS.index(name)
 
-    @property
-    def first_image_code(self) -> int:
-        return self.text_size + len(CONTROL_TOKENS)
+    def code_range(self, name: str) -> range:
+        """Ids of the codes of a range; empty where the layout has no such range."""
+        first = self.text_size + len(CONTROL_TOKENS)
+        for known, count in self.codes:
+            if known == name:
+                return range(first, first + count)
+            first += count
+        return range(0)
 
     def is_text(self, token: int) -> bool:
         return 0 <= token < self.text_size
 
-    def is_image_code(self, token: int) -> bool:
-        return self.first_image_code <= token < self.size
+
+@dataclass(frozen=True)
+class Column:
+    """A column that an objective adds to documents and rows, beside those of `Batch`.
+
+    name: of the field in `Batch.columns`. per: "token" (of the token itself), "target" (of the token that a position
+    predicts: shifted by one, as `Batch.target_T`) or "document". dtype: torch's name of it. fill: the value of padding,
+    and of documents that do not have the column.
+    """
+
+    name: str
+    per: Literal["token", "target", "document"]
+    dtype: Literal["float32", "int64", "int32", "int8", "bool"] = "float32"
+    fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What an objective wants of a packed row. target_weights: loss weight by kind of target, 1 for one not named."""
+
+    columns: tuple[Column, ...] = ()
+    target_weights: Mapping[str, float] = field(default_factory=dict)
+
+    def weight(self, target: str) -> float:
+        return self.target_weights.get(target, 1.0)
 
 
 @dataclass
 class Media:
     """Inputs of one encoder for one packed row: its items back to back, in the order of their placeholders.
 
-    values_PC: float32. vision: patches of images and frames, flattened (row, column, channel), in [-1, 1];
-        audio: log-mel frames at 100 Hz.
-    grid_I3: int64. vision: (frames, patch rows, patch columns); audio: (log-mel frames, 1, 1).
-    time_I: float32, vision only: seconds between two frames of the item (0 for a still image).
-    token_O: int64, position in the row T of every output embedding; those of an item follow each other.
+    values_PC: float32, P inputs of C values, as the encoder takes them (its spec says what they are).
+    grid_I3: int64, the three sizes of an item, whose product is its number of inputs (unused ones are 1).
+    time_I: float32, seconds between two steps along the grid's first axis; 0 where that is not time.
+    token_O: int64, position in the row T of the token that each of the item's embeddings belongs to.
     """
 
     values_PC: torch.Tensor
@@ -104,7 +139,8 @@ class Batch:
     span_T: int32, 0 for a causal token, otherwise the id of a bidirectional span (unique in the row).
         Token i attends to token j iff segment_T[i] == segment_T[j] != 0 and
         (j <= i or span_T[i] == span_T[j] != 0).
-    modality_T: int8, modality of target_T (`TEXT` or `IMAGE`).
+    modality_T: int8, kind of target_T, a place in `TokenLayout.targets`.
+    columns: what the objective adds, by name: [T] per token or target, [documents] per document (`RowFormat`).
     media: inputs by encoder name; an encoder without an item in this row is absent.
     samples: keys of the documents, in order, for error messages and tests.
     """
@@ -116,6 +152,7 @@ class Batch:
     segment_T: torch.Tensor
     span_T: torch.Tensor
     modality_T: torch.Tensor
+    columns: dict[str, torch.Tensor] = field(default_factory=dict)
     media: dict[str, Media] = field(default_factory=dict)
     samples: list[str] = field(default_factory=list)
 
@@ -126,8 +163,9 @@ class Batch:
             for f in dataclasses.fields(self)
             if f.name.endswith("_T")
         }
+        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
         media = {name: inputs.to(device) for name, inputs in self.media.items()}
-        return Batch(**moved, media=media, samples=self.samples)
+        return Batch(**moved, columns=columns, media=media, samples=self.samples)
 
     def without_media(self) -> Batch:
         """The same row without the inputs of its encoders."""

@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.data import TASKS, SourceConfig
+from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import SampleSettings
 
@@ -94,7 +95,12 @@ def write(report: dict[str, Any], results: Results, loaded: Loaded, out: Path) -
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     run = run_of(loaded)
     samples = out.with_name("samples.png")
-    make_sheet(results, f"What {run.name} draws, sees and hears", report, loaded.config.vision.patch).save(samples)
+    make_sheet(
+        results,
+        f"What {run.name} draws, sees and hears",
+        report,
+        cast(VisionConfig, loaded.config.encoders["vision"]).patch,
+    ).save(samples)
     written = [out, samples]
     metrics = run / "metrics.jsonl"
     if metrics.is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.contracts import IMAGE, TokenLayout
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.models.presets import TEXT_PIECES, preset
 from megatron_gemini.planning.files import check_path, write_plan
@@ -17,6 +17,7 @@ from megatron_gemini.planning.hardware import GPUS
 from megatron_gemini.planning.report import report, shortage
 from megatron_gemini.planning.search import Machine, search
 from megatron_gemini.planning.sizes import parse_size
+from megatron_gemini.registry import OBJECTIVES
 
 _DESCRIPTION = """Which layout of ranks a training run should have on machines that are not there yet.
 
@@ -33,9 +34,10 @@ def main(argv: list[str]) -> int:
     """Plan, or build one rank's part of a job. Returns the exit status."""
     options, settings = _parser().parse_known_args(argv)
     config = load_config(settings, presets=preset, prog="megatron-gemini plan")
-    if config.train.task != "pretrain":
+    objective = OBJECTIVES.get(config.objective.kind)
+    if objective.data_parallel_only:
         raise ValueError(
-            f"train.task is {config.train.task}, which is small and data parallel only; plan is of pretrain"
+            f"objective.kind is {objective.name}, whose model is small and data parallel only; plan is of larger ones"
         )
     layout = token_layout(config, options.text_pieces)
     if options.dry_run_rank is not None or options.world is not None:
@@ -49,7 +51,7 @@ def token_layout(config: RunConfig, text_pieces: int | None) -> TokenLayout:
         from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 
         text_pieces = TextTokenizer(config.data.text_model).size
-    return TokenLayout(TEXT_PIECES if text_pieces is None else text_pieces, config.image_tokenizer.codes)
+    return TokenLayout(TEXT_PIECES if text_pieces is None else text_pieces, ((IMAGE, config.image_tokenizer.codes),))
 
 
 def _plan(config: RunConfig, layout: TokenLayout, options: argparse.Namespace) -> int:

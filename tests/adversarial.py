@@ -99,7 +99,7 @@ def _codes() -> list[tuple[str, Members]]:
         ("bad_codes", {"codes": [*right[1:], float("nan")]}),
         ("bad_codes", {"codes": [*right[1:], True]}),
         ("bad_codes", {"codes": [*right[1:], 1e300]}),
-        ("bad_codes", {"codes": [*right[1:], LAYOUT.image_codes]}),
+        ("bad_codes", {"codes": [*right[1:], len(LAYOUT.code_range("image"))]}),
         ("bad_codes", {"codes": right * 10_000}),
         ("bad_codes", {"codes": {"0": 1}}),
         ("bad_codes", right),

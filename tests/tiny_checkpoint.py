@@ -11,7 +11,8 @@ from megatron_gemini.checkpoint.directory import seal, step_directory
 from megatron_gemini.checkpoint.inference import save_weights
 from megatron_gemini.checkpoint.pieces import Piece
 from megatron_gemini.config.load import dump_config
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
@@ -58,7 +59,9 @@ def write_checkpoint(run: Path, step: int, seed: int, config: RunConfig = CONFIG
     directory.mkdir(parents=True)
     train_text_model(directory / "text.model")
     size = sentencepiece.SentencePieceProcessor(str(directory / "text.model")).GetPieceSize()
-    model = Gemini(config, TokenLayout(size, config.image_tokenizer.codes), LayerFactory(Topology.serial()))
+    model = Gemini(
+        config, TokenLayout(size, (("image", config.image_tokenizer.codes),)), LayerFactory(Topology.serial())
+    )
     tokenizer = ImageTokenizer(config.image_tokenizer)
     for module in (model, tokenizer):
         initialize(module, seed)

@@ -13,15 +13,17 @@ import soundfile
 from PIL import Image
 
 from megatron_gemini.config.data import DataConfig, SourceConfig
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import LossConfig, TrainConfig
+from megatron_gemini.config.training import TrainConfig
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.modalities.video.encode import encode_video
 
-LAYOUT = TokenLayout(text_size=128, image_codes=16)
-VISION = VisionConfig(patch=4, max_side=8, max_frames=4)
-AUDIO = AudioConfig(mels=8, max_seconds=2.0)
+LAYOUT = TokenLayout(128, (("image", 16),))
+"vision" = VisionConfig(patch=4, max_side=8, max_frames=4)
+"audio" = AudioConfig(mels=8, max_seconds=2.0)
 IMAGE_TOKENIZER = ImageTokenizerConfig(image_size=8, patch=4, codes=16)
 Members = Mapping[str, bytes]
 
@@ -58,7 +60,7 @@ def mp4(frames: int = 2) -> bytes:
 
 
 def codes(seed: int = 0) -> bytes:
-    chosen = np.random.default_rng(seed).integers(LAYOUT.image_codes, size=IMAGE_TOKENIZER.codes_per_image)
+    chosen = np.random.default_rng(seed).integers(len(LAYOUT.code_range("image")), size=IMAGE_TOKENIZER.codes_per_image)
     return json.dumps({"codes": chosen.tolist()}).encode()
 
 
@@ -105,8 +107,8 @@ def texts(path: Path, count: int, length: int = 5) -> str:
 def run_config(sources: Sequence[SourceConfig], rows_per_step: int = 2, **data: object) -> RunConfig:
     data = {"row_tokens": 64, "lanes": 4, "look_ahead": 4, "prefetch": 0, **data}
     return RunConfig(
-        vision=VISION,
-        audio=AUDIO,
+        vision="vision",
+        audio="audio",
         image_tokenizer=IMAGE_TOKENIZER,
         data=DataConfig(sources=tuple(sources), **data),  # type: ignore[arg-type]
         loss=LossConfig(text=1.0, image=0.5),

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import yaml
 
-from megatron_gemini.config.engine import CostConfig
+from megatron_gemini.config.encoders import CostConfig
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import VISION, Media
@@ -84,7 +84,7 @@ def measure(config: RunConfig, encoder: str, device: torch.device, repeats: int)
 
 def grids(config: RunConfig, encoder: str) -> list[tuple[int, int, int]]:
     """Items to measure, in the terms of `contracts.Media`: square images, or clips of sound."""
-    if encoder == VISION:
+    if encoder == "vision":
         largest = config.vision.max_side // config.vision.patch
         return [(1, side, side) for side in _spread(largest)]
     return [(frames, 1, 1) for frames in _spread(int(config.audio.max_seconds * SAMPLE_RATE / HOP))]

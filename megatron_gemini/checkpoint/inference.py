@@ -19,7 +19,7 @@ from megatron_gemini.checkpoint.directory import resolve, verify
 from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.config.load import dump_config, read_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.contracts import IMAGE, TokenLayout
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.gemini import Gemini
@@ -56,13 +56,13 @@ def load_for_inference(path: str | Path) -> Loaded:
     verify(directory)
     config = read_config(directory / "config.yaml")
     text_tokenizer = TextTokenizer(directory / "text.model")
-    layout = TokenLayout(text_tokenizer.size, config.image_tokenizer.codes)
+    layout = TokenLayout(text_tokenizer.size, ((IMAGE, config.image_tokenizer.codes),))
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
     fill(model, PieceReader(directory), directory)
     tokenizer = load_image_tokenizer(directory / "image_tokenizer") if config.image_tokenizer.codes else None
-    if tokenizer is not None and tokenizer.config.codes != layout.image_codes:
+    if tokenizer is not None and tokenizer.config.codes != config.image_tokenizer.codes:
         raise ValueError(
-            f"{directory}: the image tokenizer has {tokenizer.config.codes} codes, the model {layout.image_codes}"
+            f"{directory}: the image tokenizer has {tokenizer.config.codes} codes, the model {config.image_tokenizer.codes}"
         )
     return Loaded(config, model.eval(), layout, text_tokenizer, tokenizer, directory)
 

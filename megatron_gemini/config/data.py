@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_gemini.config.check import at_least, one_of, positive
@@ -92,10 +93,9 @@ class DataConfig:
     never on ranks. Each keeps look_ahead decoded documents: on a small machine, 8 lanes start faster and need less."""
     look_ahead: int = 16
     """Documents of a lane that the packer may choose from."""
-    row_patches: int = 0
-    """Most image and video patches of a row, to bound the encoders' memory; 0 for no limit but row_tokens."""
-    row_audio_frames: int = 0
-    """Most log-mel frames (100 a second) of a row; 0 for no limit but row_tokens."""
+    row_inputs: Mapping[str, int] = field(default_factory=dict)
+    """Most inputs (patches, log-mel frames) of each encoder in a row, by its name, to bound the encoders' memory; 0, or
+    no entry, for no limit but row_tokens."""
     temperature: float = 1.0
     """Weights are raised to 1 / temperature: above 1 they come closer to each other."""
     curriculum: tuple[PhaseConfig, ...] = ()
@@ -119,7 +119,9 @@ class DataConfig:
         for name in ("caption_dropout", "max_bad_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")
-        at_least(self, "data", 0, "row_patches", "row_audio_frames")
+        for name, limit in self.row_inputs.items():
+            if limit < 0:
+                raise ValueError(f"data.row_inputs.{name} is {limit}; it must be 0 or more")
         positive(self, "data", "temperature")
         self._check_curriculum()
 

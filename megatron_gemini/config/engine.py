@@ -1,8 +1,8 @@
-"""How the ranks divide the model and its encoders, and what DeepSpeed is told."""
+"""How the ranks divide the model, and what DeepSpeed is told."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_gemini.config.check import at_least, one_of, positive
@@ -88,41 +88,3 @@ class EngineConfig:
                 f"engine.offload_parameters needs engine.zero_stage 3, not {self.zero_stage}; "
                 "set engine.offload_parameters to none or raise the stage"
             )
-
-
-@dataclass(frozen=True)
-class CostConfig:
-    """What an encoder's item costs: quadratic n^2 + linear n + constant, in any unit."""
-
-    quadratic: float = 1.0
-    linear: float = 3000.0
-    constant: float = 30000.0
-
-    def __post_init__(self) -> None:
-        at_least(self, "cost", 0, "quadratic", "linear", "constant")
-
-
-@dataclass(frozen=True)
-class EncoderEnginesConfig:
-    """The encoders' engine, which works on all ranks whatever the decoder's layout."""
-
-    zero_stage: int = -1
-    """ZeRO stage of the encoders; -1 is engine.zero_stage."""
-    lr_scale: float = 1.0
-    """The encoders' learning rate, as a multiple of optimizer.lr."""
-    recompute: bool = True
-    """Run the encoders without a graph and again in the backward, so that a step's activations never live at once."""
-    chunk_tokens: int = 4096
-    """Encoder inputs (patches or log-mel frames) of the items in one forward; a longer item is alone."""
-    vision_cost: CostConfig = field(default_factory=CostConfig)
-    """Of an image or a clip; n is the patches of one frame, and a clip costs as much as its frames."""
-    audio_cost: CostConfig = field(default_factory=CostConfig)
-    """Of an audio clip; n is its log-mel frames / 4."""
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (-1, 0, 1, 2, 3):
-            raise ValueError(
-                f"encoder_engines.zero_stage is {self.zero_stage}; choose 0 to 3, or -1 for engine.zero_stage"
-            )
-        positive(self, "encoder_engines", "chunk_tokens")
-        at_least(self, "encoder_engines", 0, "lr_scale")

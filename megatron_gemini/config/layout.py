@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from megatron_gemini.config.check import divides
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.registry import OBJECTIVES
 
 VIRTUAL_STAGES = (1, 2, 4, 8)
 """Stages a pipeline rank that are worth a look: more shrink the bubble less than they cost in transfers."""
@@ -85,12 +86,13 @@ def _check_model(config: RunConfig) -> None:
 
 
 def _check_world(config: RunConfig, world: int) -> None:
-    parallel, train = config.parallel, config.train
+    parallel, objective = config.parallel, OBJECTIVES.get(config.objective.kind)
     ranks = parallel.tensor * parallel.context * parallel.pipeline
-    if train.task == "image_tokenizer" and ranks > 1:
+    if objective.data_parallel_only and ranks > 1:
         name = next(name for name in ("tensor", "context", "pipeline") if getattr(parallel, name) > 1)
         raise ValueError(
-            f"parallel.{name} is {getattr(parallel, name)}; the image tokenizer is small and trained data parallel only"
+            f"parallel.{name} is {getattr(parallel, name)}; the model of the objective {objective.name} is small and "
+            "trained data parallel only"
         )
     if world % ranks:
         raise ValueError(
@@ -99,12 +101,10 @@ def _check_world(config: RunConfig, world: int) -> None:
         )
     size = world // ranks
     who = f"{size} data-parallel ranks"
-    if train.task == "image_tokenizer":
-        divides(size, train.images_per_step, who, "train.images_per_step")
-        return
-    divides(size, train.rows_per_step, who, "train.rows_per_step")
-    if train.validation_every and config.data.validation:
-        divides(size, train.validation_rows, who, "train.validation_rows")
+    name, count = objective.per_step(config)
+    divides(size, count, who, name)
+    if objective.rows is not None and config.train.validation_every and config.data.validation:
+        divides(size, config.train.validation_rows, who, "train.validation_rows")
 
 
 def _check_tokens(config: RunConfig) -> None:

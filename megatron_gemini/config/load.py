@@ -9,33 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, cast
 
-from megatron_gemini.config.convert import SettingSource, build, merge, partial, setting_names
+from megatron_gemini.config.convert import Given, Partial, SettingSource, build, merge, partial
+from megatron_gemini.config.help import print_help
 from megatron_gemini.config.options import read_options
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Plain, Section, setting_names
 from megatron_gemini.config.yaml_file import read_yaml
 
-_DESCRIPTION = """Train a model. Values come from the defaults, a preset, the file and the options, each over the last.
-
-Lists of sections (data.sources, data.validation, data.curriculum) are written in the file; --data.sources.0.weight
-changes an item."""
-
-Presets = Callable[[str], Mapping[str, Mapping[str, Any]]]
-
-
-@dataclass(frozen=True)
-class CommandLine(RunConfig):
-    """What `--help` shows: the sections and what stands beside them."""
-
-    config: str = ""
-    """YAML file with the sections below; its values become the defaults shown here."""
-    preset: str = ""
-    """Named model whose values come before the file's. The file may name it instead, as `preset: NAME`."""
-    debug: bool = False
-    """Show the traceback of a mistake in the settings or the data."""
+Presets: TypeAlias = Callable[[str], Mapping[str, Given]]
+"""Gives a preset's settings by its name, nested as in a file."""
 
 
 def load_config(argv: list[str], presets: Presets | None = None, prog: str = "megatron-gemini train") -> RunConfig:
@@ -53,10 +38,10 @@ def load_config(argv: list[str], presets: Presets | None = None, prog: str = "me
     named = document.pop("preset", None)
     name = options.preset or named
     values = _preset_values(name, presets) if name is not None else {}
-    values = merge(values, _checked(document, f"{options.config}: "))
-    config = build(RunConfig, merge(values, options.settings))
+    values = cast("Partial", merge(values, _checked(document, f"{options.config}: ")))
+    config = build(RunConfig, cast("Partial", merge(values, options.settings)))
     if options.help:
-        _print_help(config, options.config or "", name or "", prog)
+        print_help(config, options.config or "", str(name or ""), prog)
     return config
 
 
@@ -65,7 +50,7 @@ def read_config(path: str | Path) -> RunConfig:
     return config_from_dict(read_yaml(path), str(path))
 
 
-def config_from_dict(values: Mapping[str, Any], origin: str = "configuration") -> RunConfig:
+def config_from_dict(values: Mapping[str, Given], origin: str = "configuration") -> RunConfig:
     """The configuration of nested plain data, {section: {field: value}}; what it does not name has its default.
 
     Raises a `ValueError` that begins with `origin` and names the setting.
@@ -81,11 +66,12 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120)
 
 
-def _checked(values: Mapping[Any, Any], label: str) -> dict[str, Any]:
-    return partial(values, RunConfig, SettingSource(label, names=tuple(setting_names(RunConfig))))
+def _checked(values: Mapping[str, Given], label: str) -> Partial:
+    root = Section(RunConfig)
+    return partial(values, root, SettingSource(label, names=tuple(setting_names(root))))
 
 
-def _preset_values(name: Any, presets: Presets | None) -> dict[str, Any]:
+def _preset_values(name: Plain, presets: Presets | None) -> Partial:
     if not isinstance(name, str):
         raise ValueError(f"preset is {name!r}; it must be the name of a preset")
     if presets is None:
@@ -93,23 +79,8 @@ def _preset_values(name: Any, presets: Presets | None) -> dict[str, Any]:
     return _checked(presets(name), f"preset {name}: ")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Given) -> Plain:
     """Tuples as lists: YAML has no others."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _print_help(config: RunConfig, path: str, preset: str, prog: str) -> None:
-    """Let tyro lay out every option with the value it has now, and leave with status 0."""
-    import tyro
-
-    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    tyro.cli(
-        CommandLine,
-        args=["--help"],
-        default=CommandLine(**sections, config=path, preset=preset),
-        prog=prog,
-        description=_DESCRIPTION,
-        use_underscores=True,
-    )
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else cast("Plain", value)

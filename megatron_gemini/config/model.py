@@ -1,4 +1,4 @@
-"""The decoder, its encoders and the image code tokenizer."""
+"""The decoder and the image code tokenizer."""
 
 from __future__ import annotations
 
@@ -35,54 +35,6 @@ class ModelConfig:
         divides(self.kv_heads, self.heads, "model.kv_heads", "model.heads")
         divides(2, self.head_width, "2", "model.head_width")
         one_of(self, "model", "activation", ("gelu", "silu"))
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The ViT that encodes images and the frames of clips, at native resolution."""
-
-    enabled: bool = True
-    frozen: bool = False
-    """Not trained: its weights stay as they begin or were loaded."""
-    width: int = 96
-    layers: int = 2
-    heads: int = 4
-    mlp_width: int = 192
-    patch: int = 4
-    """Pixels of a patch's side."""
-    max_side: int = 64
-    """Longest side in pixels; a larger image is resized to it, keeping its aspect."""
-    max_frames: int = 8
-    """Frames of a clip; a longer clip is sampled evenly."""
-
-    def __post_init__(self) -> None:
-        positive(self, "vision", "width", "layers", "heads", "mlp_width", "patch", "max_side", "max_frames")
-        divides(self.heads, self.width, "vision.heads", "vision.width")
-        divides(4, self.width, "4 (the 2D positions)", "vision.width")
-        divides(self.patch, self.max_side, "vision.patch", "vision.max_side")
-
-
-@dataclass(frozen=True)
-class AudioConfig:
-    """The USM-style audio encoder: log-mel, two stride-2 convolutions, Conformer blocks, 25 Hz out."""
-
-    enabled: bool = True
-    frozen: bool = False
-    """Not trained: its weights stay as they begin or were loaded."""
-    width: int = 96
-    layers: int = 2
-    heads: int = 4
-    mlp_width: int = 192
-    kernel: int = 5
-    """Width of the Conformer's depthwise convolution."""
-    mels: int = 128
-    max_seconds: float = 30.0
-
-    def __post_init__(self) -> None:
-        positive(self, "audio", "width", "layers", "heads", "mlp_width", "kernel", "mels", "max_seconds")
-        divides(self.heads, self.width, "audio.heads", "audio.width")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"audio.kernel is {self.kernel}; a centered convolution needs an odd width")
 
 
 @dataclass(frozen=True)

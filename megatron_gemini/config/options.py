@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, is_dataclass
-from typing import Any, get_origin
+from dataclasses import dataclass, field
+from typing import cast
 
-from megatron_gemini.config.convert import (
-    SettingSource,
-    field_types,
-    item_section,
-    merge,
-    partial,
-    setting_names,
-    unknown,
-)
+from megatron_gemini.config.convert import Given, Partial, SettingSource, merge, partial, unknown
+from megatron_gemini.config.schema import Kind, Scalar, Section, Values, below, names_below, setting_names
 
 _ALIASES = {"deepspeed_config": "engine.deepspeed_config"}  # the name that DeepSpeed's users know
 _IGNORED = {"local_rank": True, "deepspeed": False, "debug": False}  # and whether a value follows
@@ -27,7 +20,7 @@ class Options:
     config: str | None = None
     preset: str | None = None
     help: bool = False
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Partial = field(default_factory=dict)
     """A partial of `convert`."""
 
 
@@ -36,18 +29,19 @@ def read_options(argv: list[str], section: type) -> Options:
 
     Raises a `ValueError` that names the option.
     """
-    options = Options()
-    source = SettingSource("--", text=True, names=("config", "preset", *setting_names(section)))
+    options, root = Options(), Section(section)
+    source = SettingSource("--", text=True, names=("config", "preset", *setting_names(root)))
     for name, values in _split(argv):
         if name == "help":
             options.help = True
         elif name in ("config", "preset"):
             setattr(options, name, _single(name, values))
         else:
-            path, value = _setting(_ALIASES.get(name, name), values, section, source)
+            path, value = _setting(_ALIASES.get(name, name), values, root, source)
             for part in reversed(path):
                 value = {part: value}
-            options.settings = merge(options.settings, partial(value, section, source))
+            assert isinstance(value, dict)
+            options.settings = cast("Partial", merge(options.settings, partial(value, root, source)))
     return options
 
 
@@ -76,41 +70,36 @@ def _single(name: str, values: list[str]) -> str:
     return values[0]
 
 
-def _setting(name: str, values: list[str], section: type, source: SettingSource) -> tuple[list[Any], Any]:
+def _setting(name: str, values: list[str], root: Kind, source: SettingSource) -> tuple[list[str], Given]:
     """The path of a setting (with numbers for list items) and its value, still text where it is no switch."""
-    path: list[Any] = [int(part) if part.isdecimal() else part for part in name.split(".")]
-    kind = _kind(path, section)
-    positive = [*path[:-1], str(path[-1]).removeprefix("no_")]
-    if kind is None and not values and _kind(positive, section) is bool:
+    path = name.split(".")
+    kind = _kind(path, root)
+    positive = [*path[:-1], path[-1].removeprefix("no_")]
+    if kind is None and not values and _kind(positive, root) == Scalar(bool):
         return positive, False
     if kind is None:
-        raise unknown(name, _siblings(path, section), source)
-    if kind is bool and not values:
+        raise unknown(name, _siblings(path, root), source)
+    if kind == Scalar(bool) and not values:
         return path, True
-    if is_dataclass(kind) or item_section(kind):  # `partial` says what is wrong with it
-        return path, " ".join(values)
-    if get_origin(kind) is tuple:
+    if isinstance(kind, Values):
         return path, values
-    if len(values) != 1:
-        raise ValueError(f"--{name} takes one value and got {' '.join(map(repr, values)) or 'none'}")
-    return path, values[0]
+    if not isinstance(kind, Scalar):  # `partial` says what is wrong with it
+        return path, " ".join(values)
+    return path, _single(name, values)
 
 
-def _kind(path: list[Any], section: type) -> Any:
-    """The type of the setting at `path`, or None where there is none."""
-    kind: Any = section
+def _kind(path: list[str], root: Kind) -> Kind | None:
+    """The kind of the setting at `path`, or None where there is none."""
+    kind: Kind | None = root
     for part in path:
-        if isinstance(part, int) and item_section(kind):
-            kind = item_section(kind)
-        else:
-            kind = field_types(kind).get(part) if isinstance(kind, type) and is_dataclass(kind) else None
+        kind = None if kind is None else below(kind, part)
     return kind
 
 
-def _siblings(path: list[Any], section: type) -> list[str]:
+def _siblings(path: list[str], root: Kind) -> list[str]:
     """What there is in the innermost section of `path` that exists."""
     for end in reversed(range(len(path))):
-        kind = _kind(path[:end], section)
-        if isinstance(kind, type) and is_dataclass(kind):
-            return [".".join(map(str, [*path[:end], name])) for name in field_types(kind)]
+        kind = _kind(path[:end], root)
+        if kind is not None and names_below(kind):
+            return [".".join([*path[:end], name]) for name in names_below(kind)]
     return []

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.engine import EncoderEnginesConfig, EngineConfig, ParallelConfig
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
-from megatron_gemini.config.training import (
-    LoggingConfig,
-    LossConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from megatron_gemini.config.encoders import EncoderConfig, EncoderEnginesConfig
+from megatron_gemini.config.engine import EngineConfig, ParallelConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
+from megatron_gemini.config.objective import ObjectiveConfig
+from megatron_gemini.config.schema import Chosen, Named
+from megatron_gemini.config.training import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from megatron_gemini.registry import ENCODERS, OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,10 @@ class RunConfig:
     """Everything that decides a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    audio: AudioConfig = field(default_factory=AudioConfig)
+    encoders: Annotated[Mapping[str, EncoderConfig], Named(ENCODERS)] = field(
+        default_factory=lambda: {spec.name: spec.section() for spec in ENCODERS.entries()}
+    )
+    """Settings of every encoder that is registered, by its name."""
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -30,6 +32,13 @@ class RunConfig:
     encoder_engines: EncoderEnginesConfig = field(default_factory=EncoderEnginesConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    objective: Annotated[ObjectiveConfig, Chosen(OBJECTIVES)] = field(
+        default_factory=lambda: OBJECTIVES.get("pretrain").section()
+    )
     train: TrainConfig = field(default_factory=TrainConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def enabled_encoders(self) -> tuple[str, ...]:
+        """Names of the encoders of the model, in the order in which every rank runs them."""
+        return tuple(name for name, section in self.encoders.items() if section.enabled)

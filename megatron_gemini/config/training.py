@@ -1,4 +1,4 @@
-"""The run: optimizer, schedule, loss, loop and logs."""
+"""The run: optimizer, schedule, loop and logs."""
 
 from __future__ import annotations
 
@@ -44,30 +44,13 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
-    """Weights of the loss."""
-
-    text: float = 1.0
-    image: float = 1.0
-    """Weight of image-code targets, relative to text."""
-    z_loss: float = 1e-4
-    """Weight of log^2 of the softmax's normalizer."""
-
-    def __post_init__(self) -> None:
-        at_least(self, "loss", 0, "text", "image", "z_loss")
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
 
-    task: Literal["pretrain", "image_tokenizer"] = "pretrain"
     output_dir: str = "runs/default"
     steps: int = 100
     rows_per_step: int = 2
     """Packed rows of a global step over all data-parallel ranks; each rank's share is its microbatches."""
-    images_per_step: int = 128
-    """Global batch of the image tokenizer."""
     seed: int = 0
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end (and when stopped)."""
@@ -82,8 +65,7 @@ class TrainConfig:
     """Checkpoint of the image tokenizer whose codes the shards hold; copied into every checkpoint."""
 
     def __post_init__(self) -> None:
-        one_of(self, "train", "task", ("pretrain", "image_tokenizer"))
-        positive(self, "train", "steps", "rows_per_step", "images_per_step", "keep", "validation_rows")
+        positive(self, "train", "steps", "rows_per_step", "keep", "validation_rows")
         at_least(self, "train", 0, "save_every", "validation_every", "seed")
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_gemini.config.schema import Plain
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
 
 
-def read_yaml(path: str | Path) -> dict[Any, Any]:
+def read_yaml(path: str | Path) -> dict[str, Plain]:
     """The mapping that a YAML file holds.
 
     Values are plain data (`yaml.safe_load`'s types), never objects; `${...}` stays text. Raises a `ValueError` that
@@ -32,7 +34,7 @@ def read_yaml(path: str | Path) -> dict[Any, Any]:
     return parse_yaml(text, str(path))
 
 
-def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
+def parse_yaml(text: str, origin: str) -> dict[str, Plain]:
     """The mapping that a YAML text holds; `origin` names it in the errors of `read_yaml`. An empty text is `{}`."""
     import yaml
 
@@ -47,7 +49,7 @@ def parse_yaml(text: str, origin: str) -> dict[Any, Any]:
         raise ValueError(
             f"{origin} holds a {type(document).__name__}; a configuration is a mapping of sections, such as `train:`"
         )
-    return dict(document)
+    return {str(key): value for key, value in document.items()}
 
 
 def _refuse_bombs(text: str, origin: str) -> None:
@@ -70,7 +72,7 @@ def _loader() -> type:
     import yaml
 
     class UniqueKeyLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
             seen = set()
             for key_node, _ in node.value:
                 key = (key_node.tag, str(key_node.value))

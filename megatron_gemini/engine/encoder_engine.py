@@ -16,7 +16,7 @@ from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.internals import gathering
 from megatron_gemini.engine.zero import ZeroEngine
-from megatron_gemini.models.encoders import Encoders, is_frozen
+from megatron_gemini.models.encoders import Encoders, dummy_media, is_frozen
 
 _OF_THE_DECODER = ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger")
 _BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size")
@@ -69,7 +69,7 @@ def encoder_settings(decoder: dict[str, Any], config: RunConfig, world: int, par
     return settings
 
 
-class Encoder:
+class EncoderEngine:
     """One encoder of the model, divided over all ranks, and its work of a step.
 
     Each encoder has an engine of its own: ZeRO-3 adds to the gradients of the step before where a parameter is first
@@ -80,22 +80,26 @@ class Encoder:
     def __init__(
         self, config: RunConfig, name: str, groups: EngineGroups, decoder: dict[str, Any], device: torch.device
     ) -> None:
-        self.name, self.device, self.trained = name, device, not is_frozen(config, name)
+        self.config, self.name, self.device, self.trained = config, name, device, not is_frozen(config, name)
         self.recompute = config.encoder_engines.recompute
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Encoders(config, (name,)).parameters())
         settings = encoder_settings(decoder, config, groups.data_size, parameters)
-        engine = ZeroEngine if self.trained else FrozenEngine
-        self.engine: Any = engine(lambda: Encoders(config, (name,)), engine_config(config), groups, settings, device)
+        ours, scales = engine_config(config), {"": config.encoders[name].lr_scale}
+        self.engine: ZeroEngine | FrozenEngine
+        if self.trained:
+            self.engine = ZeroEngine(lambda: Encoders(config, (name,)), ours, groups, settings, device, scales)
+        else:
+            self.engine = FrozenEngine(lambda: Encoders(config, (name,)), ours, groups, settings, device)
         self._inputs: list[Media] = []
         self._graphs: list[torch.Tensor] = []
 
     def forward(self, chunks: Sequence[Media], forwards: int, training: bool) -> list[torch.Tensor]:
-        """Embeddings [O, D] of each chunk, without a graph. forwards: how many every rank runs; dummies fill up.
+        """Embeddings [X, E] of each chunk, without a graph. forwards: how many every rank runs; dummies fill up.
 
         training: `backward` follows.
         """
-        inputs = [*chunks, *(self._dummy() for _ in range(forwards - len(chunks)))]
+        inputs = [*chunks, *(dummy_media(self.config, self.name, self.device) for _ in range(forwards - len(chunks)))]
         keep = training and self.trained
         with self._held(forwards), torch.set_grad_enabled(keep and not self.recompute):
             outputs = [self.engine.forward(self.name, media) for media in inputs]
@@ -106,6 +110,7 @@ class Encoder:
     def backward(self, grads: Sequence[torch.Tensor]) -> None:
         """grads: of each chunk's embeddings, float. A dummy's gradient is zero, and so is all that comes of it."""
         last = len(self._inputs) - 1
+        assert isinstance(self.engine, ZeroEngine), f"the encoder {self.name} is frozen"
         with self._held(len(self._inputs)):
             for number in range(last, -1, -1):
                 media = self._inputs.pop()
@@ -113,10 +118,6 @@ class Encoder:
                 grad = grads[number] if number < len(grads) else torch.zeros_like(output)
                 # A scalar whose gradient is `grad`: DeepSpeed would divide by more than it should if it were given it.
                 self.engine.backward((output * grad.to(output.dtype)).sum(), boundary=number == 0)
-
-    def _dummy(self) -> Media:
-        encoder: Any = self.engine.module.encoders[self.name]
-        return encoder.dummy()
 
     @contextlib.contextmanager
     def _held(self, forwards: int) -> Iterator[None]:

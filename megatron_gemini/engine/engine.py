@@ -40,10 +40,6 @@ class Engine(ABC):
         self.parts: list[ZeroEngine] = []
         self.frozen: list[FrozenEngine] = []
 
-    def lr_scale(self, part: ZeroEngine) -> float:
-        """The learning rate of a part as a multiple of optimizer.lr."""
-        return 1.0
-
     @property
     def dtype(self) -> torch.dtype:
         """Of the computation."""
@@ -72,7 +68,7 @@ class Engine(ABC):
             complete_gradients(part, self.topology, self.device)
         norm = global_norm([piece for part in self.parts for piece in part.owned()], self.device)
         for part in self.parts:
-            part.step(lr * self.lr_scale(part), norm)
+            part.step(lr, norm)
         return StepResult(float(norm), skipped=not bool(torch.isfinite(norm)))
 
     def total(self, values: Sequence[float]) -> list[float]:

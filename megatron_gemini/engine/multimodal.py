@@ -16,12 +16,11 @@ import torch
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.encoder_engines import EncoderEngines
+from megatron_gemini.engine.encoder_engines import EncoderEngines, RowEmbeddings
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
-from megatron_gemini.models.placement import Embeddings
-from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, StageInput, parts
+from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, StageInput, StageLoss, parts, readers
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
@@ -31,12 +30,15 @@ Collect = Callable[[LossOutput], None]
 class MultimodalEngine(Engine):
     """Trains a `Gemini` of `config`, whatever the layout of ranks."""
 
-    def __init__(self, config: RunConfig, layout: TokenLayout, topology: Topology, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, layout: TokenLayout, topology: Topology, device: torch.device, loss: StageLoss
+    ) -> None:
+        """loss: the objective's, of the last stage's hidden states."""
         super().__init__(config, topology, device)
-        self.layout, self.layers = layout, LayerFactory(topology)
-        self.encoder_engines = EncoderEngines(config, topology, device)
-        settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
+        self.layout, self.layers, self.loss = layout, LayerFactory(topology), loss
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
+        self.encoder_engines = EncoderEngines(config, topology, device, self._reading(stages))
+        settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         self.decoder = [
             ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), settings, device)
             for part in stages[topology.pipeline_rank :: topology.pipeline_size]
@@ -50,14 +52,20 @@ class MultimodalEngine(Engine):
             self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self._between_stages())
 
     def _stage(self, part: Part) -> Callable[[], DecoderStage]:
-        return lambda: DecoderStage(self.config, self.layout, self.layers, part)
+        return lambda: DecoderStage(self.config, self.layout, self.layers, part, self.loss)
 
     def _between_stages(self) -> torch.Tensor:
         tokens = len(self.layers.stream(self.config.data.row_tokens))
         return torch.empty(tokens, self.config.model.width, dtype=self.dtype, device=self.device, requires_grad=True)
 
-    def lr_scale(self, part: ZeroEngine) -> float:
-        return 1.0 if part in self.decoder else self.config.encoder_engines.lr_scale
+    def _reading(self, stages: Sequence[Part]) -> dict[str, list[int]]:
+        """By encoder whose connector gives a memory, the pipeline ranks with layers that read it."""
+        found: dict[str, list[int]] = {}
+        for number, part in enumerate(stages):
+            for index, of_layer in readers(self.config, self.layers).items():
+                for name in of_layer if index in part.layers else ():
+                    found.setdefault(name, []).append(number % self.topology.pipeline_size)
+        return {name: sorted(set(ranks)) for name, ranks in found.items()}
 
     def forward_backward(self, step: StepRows, weight: float, collect: Collect) -> None:
         """As `Engine.forward_backward`, of a whole step.
@@ -76,10 +84,13 @@ class MultimodalEngine(Engine):
                 stack.enter_context(part.evaluating())
             self._through(self._rows(step.rows, self.encoder_engines.forward(step, training=False)), collect, None)
 
-    def _rows(self, batches: Sequence[Batch], embeddings: list[Embeddings | None]) -> list[StageInput]:
+    def _rows(self, batches: Sequence[Batch], embeddings: Sequence[RowEmbeddings]) -> list[StageInput]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)
         pairs = zip(batches, embeddings, strict=True)
-        return [StageInput(batch.without_media().to(self.device), given, own_C) for batch, given in pairs]
+        return [
+            StageInput(batch.without_media().to(self.device), given.stream, own_C, given.memories)
+            for batch, given in pairs
+        ]
 
     def _through(self, rows: list[StageInput], collect: Collect, scale: float | None) -> None:
         """All rows through the decoder; with a scale also the backward of scale * loss."""

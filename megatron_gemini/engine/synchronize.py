@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import ENCODERS, Batch
+from megatron_gemini.contracts import Batch
 from megatron_gemini.data.loading.source import DocumentSource
-from megatron_gemini.models.encoders import enabled
 from megatron_gemini.parallel.encoders.assignment import peers
 from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.registry import ENCODERS
 
 _WEIGHT, _STOP, _COUNTS, _PROBLEM, _STEP, _MICROBATCHES, _ROW_TOKENS, _ENCODERS, _CONFIG, _ROWS = range(10)
 _SHOWN = {
@@ -61,7 +61,7 @@ def step_fingerprint(step: int, batches: Sequence[Batch], config: RunConfig, dig
     """The fingerprint of a step on packed rows. batches: with all their tensors on the CPU. digest: `config_digest`."""
     lengths = {len(batch.token_T) for batch in batches}
     tokens = lengths.pop() if len(lengths) == 1 else 0
-    return StepFingerprint(step, len(batches), tokens, enabled(config), rows_digest(batches), digest)
+    return StepFingerprint(step, len(batches), tokens, config.enabled_encoders, rows_digest(batches), digest)
 
 
 def rows_digest(batches: Sequence[Batch]) -> int:
@@ -69,7 +69,8 @@ def rows_digest(batches: Sequence[Batch]) -> int:
     digest = 0
     for batch in batches:
         media = [tensor for each in batch.media.values() for tensor in (each.grid_I3, each.time_I, each.token_O)]
-        for tensor in (batch.token_T, batch.target_T, batch.weight_T, batch.segment_T, batch.span_T, *media):
+        columns = [batch.columns[name] for name in sorted(batch.columns)]
+        for tensor in (batch.token_T, batch.target_T, batch.weight_T, batch.segment_T, batch.span_T, *columns, *media):
             digest = zlib.crc32(tensor.contiguous().numpy().data, digest)
     return digest
 

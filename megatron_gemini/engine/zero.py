@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from megatron_gemini.engine.internals import gathering, release, state, stepping
 from megatron_gemini.engine.internals.fragments import Fragment, fragments
 from megatron_gemini.engine.internals.swapping import put_back
 from megatron_gemini.engine.norm import clip_gradients
-from megatron_gemini.engine.optimizer import build_optimizer, parameter_groups
+from megatron_gemini.engine.optimizer import LR_SCALE, build_optimizer, parameter_groups
 from megatron_gemini.parallel.parameters import placement_of
 
 
@@ -26,7 +26,8 @@ class ZeroEngine:
     """A module divided by ZeRO over the data ranks of `groups`, its gradients and its optimizer.
 
     build: makes the module on this rank (its tensor-parallel shard of its stage), values not yet set, with the
-        parameters' global names. settings: DeepSpeed's dictionary, see `deepspeed_config`. stage: ZeRO's.
+        parameters' global names. settings: DeepSpeed's dictionary, see `deepspeed_config`. stage: ZeRO's. lr_scales: the
+        learning rate of parameters whose names begin so, as a multiple of that of a step.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ZeroEngine:
         groups: EngineGroups,
         settings: dict[str, Any],
         device: torch.device,
+        lr_scales: Mapping[str, float] | None = None,
     ) -> None:
         import deepspeed
 
@@ -53,7 +55,7 @@ class ZeroEngine:
                 module = build()
             fill_initial_values(module, config.train.seed)
             module.to(device=device, dtype=self.dtype)
-            parameters = parameter_groups(module.named_parameters(), config.optimizer.weight_decay)
+            parameters = parameter_groups(module.named_parameters(), config.optimizer.weight_decay, lr_scales or {})
             optimizer = build_optimizer(parameters, config, device.type == "cuda")
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, model_parameters=parameters, config=settings, mpu=unit
@@ -133,7 +135,7 @@ class ZeroEngine:
                 stepping.skip_step(self.deepspeed)
                 return
             for group in self.deepspeed.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group[LR_SCALE]
             if stepping.clips_itself(self.deepspeed):
                 stepping.replace_norm(self.deepspeed, norm)
             else:

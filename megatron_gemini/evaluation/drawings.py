@@ -79,7 +79,7 @@ def judge_tokenizer(
     rebuilt = generator.pixels(generator.codes(validation.images))
     used = {code for codes in generator.codes(train.images) for code in codes}
     figures = {
-        "code_usage": len(used) / generator.layout.image_codes,
+        "code_usage": len(used) / len(generator.layout.code_range("image")),
         "reconstruction_recognized": classifier.accuracy(rebuilt, validation.labels),
         "reconstruction_psnr": psnr(validation.images, rebuilt),
     }

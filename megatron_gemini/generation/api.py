@@ -65,8 +65,7 @@ class Generator:
             [],
             layout=self.layout,
             text_tokenizer=self.text_tokenizer,
-            vision=self.config.vision,
-            audio=self.config.audio,
+            encoders=self.config.encoders,
             key=key,
         )
 
@@ -77,8 +76,7 @@ class Generator:
             None,
             layout=self.layout,
             text_tokenizer=self.text_tokenizer,
-            vision=self.config.vision,
-            audio=self.config.audio,
+            encoders=self.config.encoders,
             key=key,
         )
         columns = {name: getattr(closed, name)[:-1] for name in ("token_L", "loss_L", "modality_L", "span_L")}
@@ -136,8 +134,8 @@ def split_answer(layout: TokenLayout, tokens: Sequence[int]) -> list[list[int] |
     runs: list[list[int] | tuple[int, ...]] = []
     codes: list[int] = []
     for token in tokens:
-        if layout.is_image_code(token):
-            codes.append(token - layout.first_image_code)
+        if token in layout.code_range("image"):
+            codes.append(token - layout.code_range("image").start)
         elif token == layout.control("image_end"):
             runs.append(tuple(codes))
             codes = []

@@ -20,7 +20,7 @@ class Grammar:
     """
 
     def __init__(self, layout: TokenLayout, codes_per_image: int, answer: str, max_tokens: int, sequences: int) -> None:
-        draws = layout.image_codes > 0 and codes_per_image > 0
+        draws = len(layout.code_range("image")) > 0 and codes_per_image > 0
         if answer == "image" and not draws:
             raise ValueError("an image was asked for, but this model has no image codes; ask for text instead")
         self.image_tokens = codes_per_image + 3  # begin, codes, end, eos
@@ -77,7 +77,7 @@ class Grammar:
             table[text_row, : layout.text_size] = True
             table[text_row, layout.control("eos")] = True
         table[[START_IMAGE, -1], layout.control("image_begin")] = True
-        table[IMAGE, layout.first_image_code :] = True
+        table[IMAGE, layout.code_range("image").start :] = True
         table[END_IMAGE, layout.control("image_end")] = True
         table[END, layout.control("eos")] = True
         return table

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.data.samples.document import Audio, Image, Item, Text, Video
-from megatron_gemini.modalities.audio.preprocess import decode_audio
-from megatron_gemini.modalities.image.preprocess import decode_image
-from megatron_gemini.modalities.video.preprocess import decode_video
+from megatron_gemini.data.samples.document import Item, Text
+from megatron_gemini.registry import MODALITIES
 
 MAX_BYTES = 512 * 1024 * 1024
 
@@ -22,11 +20,9 @@ def read_item(kind: str, value: str, config: RunConfig) -> Item:
         return Text(value)
     data = _read(kind, Path(value))
     try:
-        if kind == "image":
-            return Image(decode_image(data))
-        if kind == "audio":
-            return Audio(decode_audio(data, config.audio.max_seconds))
-        return Video(*decode_video(data, config.vision.max_frames))
+        spec = MODALITIES.get(kind)
+        assert spec.decode is not None, kind
+        return spec.decode(data, config.encoders[spec.encoder])
     except ValueError as error:
         raise ValueError(f"{value}: {error}") from error
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gemini.config.training import LossConfig
-from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Document
 from megatron_gemini.generation.choose import choose
@@ -83,7 +82,7 @@ def guide(logits_BV: torch.Tensor, in_image: list[bool], guidance: float) -> tor
 def _sequences(
     model: Gemini, layout: TokenLayout, documents: list[Document], settings: SampleSettings, guided: bool
 ) -> Sequences:
-    prompts = pack(documents, sum(map(len, documents)), LossConfig())
+    prompts = pack(documents, sum(map(len, documents)), RowFormat())
     if guided:
         prompts = concatenate(prompts, empty_prompts(layout, len(documents)))
     prompts = prompts.to(next(model.parameters()).device)

@@ -6,11 +6,12 @@ Shape suffixes: T packed tokens, B sequences, D model width, V vocabulary, O enc
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 
-from megatron_gemini.contracts import TEXT, Batch, Media, TokenLayout
+from megatron_gemini.contracts import Batch, Media, TokenLayout
 from megatron_gemini.generation.cache import KVCache
 from megatron_gemini.models.gemini import Gemini
 
@@ -96,7 +97,7 @@ def concatenate(first: Batch, second: Batch) -> Batch:
     assert not second.media
     row = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in _TOKEN_FIELDS}
     row["segment_T"][len(first.token_T) :] += first.segment_T[-1]
-    return Batch(**row, media=first.media, samples=first.samples + second.samples)
+    return _row(row, first.media, first.samples + second.samples)
 
 
 def extend(batch: Batch, new: list[list[int]]) -> Batch:
@@ -114,10 +115,16 @@ def extend(batch: Batch, new: list[list[int]]) -> Batch:
     row = {name: torch.cat(parts) for name, parts in zip(_TOKEN_FIELDS, zip(*grown, strict=True), strict=True)}
     shift_B = torch.tensor([0, *added[:-1]], device=device).cumsum(0)
     media = {name: _moved(item, batch.segment_T, shift_B) for name, item in batch.media.items()}
-    return Batch(**row, media=media, samples=batch.samples)
+    return _row(row, media, batch.samples)
 
 
 _TOKEN_FIELDS = tuple(f.name for f in dataclasses.fields(Batch) if f.name.endswith("_T"))
+
+
+def _row(tokens: Mapping[str, torch.Tensor], media: dict[str, Media], samples: list[str]) -> Batch:
+    """A row of these columns; those of an objective are not generated."""
+    token, target, weight, position, segment, span, modality = (tokens[name] for name in _TOKEN_FIELDS)
+    return Batch(token, target, weight, position, segment, span, modality, media=media, samples=samples)
 
 
 def _moved(media: Media, segment_T: torch.Tensor, shift_B: torch.Tensor) -> Media:
@@ -135,5 +142,5 @@ def _causal_row(token_T: torch.Tensor, position_T: torch.Tensor) -> Batch:
         position_T=position_T,
         segment_T=torch.arange(1, size + 1, dtype=torch.int32, device=device),
         span_T=zero_T,
-        modality_T=torch.full((size,), TEXT, dtype=torch.int8, device=device),
+        modality_T=torch.zeros(size, dtype=torch.int8, device=device),
     )

@@ -8,8 +8,9 @@ it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -122,7 +123,9 @@ class Decoder(nn.Module):
         layers: LayerFactory,
         part: Part | None = None,
         recompute: Recompute | None = None,
+        readers: Mapping[int, Mapping[str, Callable[[], nn.Module]]] | None = None,
     ) -> None:
+        """readers: makes the modules that read connectors' memories, by the layer before which they do."""
         super().__init__()
         part = part or Part.whole(config.layers)
         self.recompute = recompute or Recompute()
@@ -136,6 +139,13 @@ class Decoder(nn.Module):
         if config.tie_embeddings and part.first != part.last:
             declare_tied(self.embedding.weight, copy=part.last)
         self.layers = nn.ModuleDict({str(index): DecoderLayer(config, layers, index) for index in part.layers})
+        self.readers = nn.ModuleDict(
+            {
+                str(index): nn.ModuleDict({name: build() for name, build in of_layer.items()})
+                for index, of_layer in (readers or {}).items()
+                if index in part.layers
+            }
+        )
         if part.last:
             self.norm = layers.norm(config.width, config.norm_eps)
         if part.last and not config.tie_embeddings:
@@ -151,14 +161,19 @@ class Decoder(nn.Module):
         position_T: torch.Tensor,
         plan: AttentionPlan,
         cache: AttentionCache | None = None,
+        memories: Mapping[str, tuple[torch.Tensor, AttentionPlan]] | None = None,
     ) -> torch.Tensor:
         """Embedded tokens or the hidden states of the stage before -> hidden states; the last stage's are normed.
 
-        position_T: of the whole row, also where this rank has only some of its tokens.
+        position_T: of the whole row, also where this rank has only some of its tokens. memories: what readers read, by
+        the names that they have: the row's memory [M, D] and its cross plan.
         """
         cos_sin = rope_cos_sin(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
         run = self.recompute.begin()
-        for layer in self.layers.values():
+        for index, layer in self.layers.items():
+            if index in self.readers:
+                for name, reader in cast("nn.ModuleDict", self.readers[index]).items():
+                    h_TD = reader(h_TD, *(memories or {})[name])
             h_TD = run.layer(layer, h_TD, cos_sin, plan, cache)
         return h_TD if self.norm is None else self.norm(h_TD)
 

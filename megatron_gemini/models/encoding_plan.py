@@ -12,7 +12,14 @@ import numpy as np
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
-from megatron_gemini.models.encoders import costs, enabled, input_counts, is_frozen, output_counts
+from megatron_gemini.models.encoders import (
+    costs,
+    encoded_counts,
+    gives_memory,
+    input_counts,
+    is_frozen,
+    output_counts,
+)
 from megatron_gemini.models.placement import check_placeholders
 from megatron_gemini.parallel.encoders.assignment import Items, assign, chunks, loads
 from megatron_gemini.parallel.topology import Topology
@@ -22,15 +29,21 @@ ENCODER, ROW, START, FRAMES, ROWS, COLUMNS, SECONDS = range(7)
 
 
 def check_media(batch: Batch, layout: TokenLayout, config: RunConfig) -> None:
-    """Raise ValueError, unless every placeholder gets one embedding and those of an item are consecutive."""
-    counts = {name: output_counts(name, media.grid_I3.cpu().numpy()) for name, media in batch.media.items()}
-    allowed = enabled(config)
-    check_placeholders(batch, layout, {name: int(count.sum()) for name, count in counts.items() if name in allowed})
+    """Raise ValueError, unless every placeholder gets what is for it and those of an item are consecutive."""
+    allowed = config.enabled_encoders
+    memories = [name for name in allowed if gives_memory(config, name)]
+    counts = {
+        name: output_counts(config, name, media.grid_I3.cpu().numpy())
+        for name, media in batch.media.items()
+        if name in allowed
+    }
+    check_placeholders(batch, layout, {name: int(count_I.sum()) for name, count_I in counts.items()}, memories)
     for name, count_I in counts.items():
         token_O = batch.media[name].token_O.cpu().numpy()
         item_O = np.repeat(np.arange(len(count_I)), count_I)
         first_I = np.cumsum(count_I) - count_I
-        if (token_O - token_O[first_I][item_O] != np.arange(len(token_O)) - first_I[item_O]).any():
+        step = 0 if name in memories else 1  # all embeddings of a memory's item belong to its one placeholder
+        if (token_O - token_O[first_I][item_O] != step * (np.arange(len(token_O)) - first_I[item_O])).any():
             raise ValueError(
                 f"sample {', '.join(batch.samples)}: the placeholders of one item of the {name} encoder have other "
                 "tokens between them; an image, clip or sound is one run of placeholders"
@@ -40,13 +53,13 @@ def check_media(batch: Batch, layout: TokenLayout, config: RunConfig) -> None:
 def size_table(batches: Sequence[Batch], config: RunConfig) -> np.ndarray:
     """float64[I, 7]: a line for every item of a data-parallel rank's rows, by encoder, row and place in the row."""
     lines = [np.empty((0, 7))]
-    for encoder, name in enumerate(enabled(config)):
+    for encoder, name in enumerate(config.enabled_encoders):
         for row, batch in enumerate(batches):
             if name not in batch.media:
                 continue
             media = batch.media[name]
             grid_I3 = media.grid_I3.cpu().numpy()
-            count_I = output_counts(name, grid_I3)
+            count_I = output_counts(config, name, grid_I3)
             start_I = media.token_O.cpu().numpy()[np.cumsum(count_I) - count_I]
             line = np.empty((len(grid_I3), 7))
             line[:, ENCODER], line[:, ROW], line[:, START] = encoder, row, start_I
@@ -87,16 +100,17 @@ def make_plan(
     table, home = table[order], home[order]
     whole = table[:, :SECONDS].astype(np.int64)
     encoder, grid_I3 = whole[:, ENCODER], whole[:, FRAMES : COLUMNS + 1]
-    outputs, rank = np.zeros_like(encoder), np.zeros_like(encoder)
-    names, load_R = enabled(config), np.zeros(topology.world)
+    encoded, outputs, rank = np.zeros_like(encoder), np.zeros_like(encoder), np.zeros_like(encoder)
+    names, load_R = config.enabled_encoders, np.zeros(topology.world)
     holder = np.array(readers, np.int64)[whole[:, ROW] * topology.data_size + home]
     for number, name in enumerate(names):
         of = encoder == number
-        cost_I = costs(name, grid_I3[of], config.encoder_engines)
-        outputs[of] = output_counts(name, grid_I3[of])
+        cost_I = costs(name, grid_I3[of], config.encoders[name].cost)
+        encoded[of] = encoded_counts(name, grid_I3[of])
+        outputs[of] = output_counts(config, name, grid_I3[of])
         rank[of] = assign(cost_I, holder[of], load_R)
         load_R = load_R + loads(cost_I, rank[of], topology.world)
-    items = Items(encoder, home, whole[:, ROW], whole[:, START], input_counts(grid_I3), outputs, holder, rank)
+    items = Items(encoder, home, whole[:, ROW], whole[:, START], input_counts(grid_I3), encoded, outputs, holder, rank)
     mine, forwards = [], []
     for number, name in enumerate(names):
         packed = _chunks(items, number, config.encoder_engines.chunk_tokens, topology.world)

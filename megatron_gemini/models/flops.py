@@ -1,10 +1,11 @@
-"""FLOPs: those that a model needs, and the most that a device gives. The standard library only."""
+"""FLOPs: those that a model needs, and the most that a device gives. The standard library only, at import."""
 
 from __future__ import annotations
 
 import re
 
 from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.config.run import RunConfig
 
 # Dense bf16 tensor-core FLOP/s by torch's name of the device, from NVIDIA's data sheets (which print H100's and newer
 # figures with sparsity: twice these). A name of two kinds takes the first that matches.
@@ -44,3 +45,16 @@ def model_flops_per_token(model: ModelConfig, vocabulary: int, visible_keys: flo
     weights = model.layers * (attention + 3 * model.width * model.mlp_width)
     head = loss_share * model.width * vocabulary
     return 6 * (weights + head) + 12 * model.layers * queries * visible_keys
+
+
+def utilization(config: RunConfig, flops_per_token: float, tokens_per_second: float, devices: int) -> float | None:
+    """Model FLOPs utilization (MFU) in [0, 1]: the FLOP/s that the model needs over the dense bf16 peak of `devices`.
+
+    None without CUDA, on a device that is not in the table, and in fp32, which has another peak.
+    """
+    import torch
+
+    if config.engine.precision != "bf16" or not torch.cuda.is_available():
+        return None
+    peak = peak_flops(torch.cuda.get_device_name())
+    return None if peak is None else flops_per_token * tokens_per_second / (peak * devices)

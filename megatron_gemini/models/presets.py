@@ -8,12 +8,14 @@ and not part of the count.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+
+from megatron_gemini.config.schema import Plain
 
 TEXT_PIECES = 64_000
 """Size of the SentencePiece model that the parameter counts assume; yours decides."""
 
-_IMAGE_TOKENIZER = {
+_IMAGE_TOKENIZER: dict[str, Plain] = {
     "image_size": 256,
     "patch": 8,
     "width": 512,
@@ -24,7 +26,7 @@ _IMAGE_TOKENIZER = {
     "code_width": 32,
 }
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+PRESETS: dict[str, dict[str, Plain]] = {
     "1b": {
         "model": {
             "width": 2048,
@@ -34,16 +36,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "head_width": 256,
             "mlp_width": 4608,
         },
-        "vision": {
-            "width": 768,
-            "layers": 12,
-            "heads": 12,
-            "mlp_width": 3072,
-            "patch": 16,
-            "max_side": 512,
-            "max_frames": 16,
+        "encoders": {
+            "vision": {
+                "width": 768,
+                "layers": 12,
+                "heads": 12,
+                "mlp_width": 3072,
+                "patch": 16,
+                "max_side": 512,
+                "max_frames": 16,
+            },
+            "audio": {"width": 512, "layers": 12, "heads": 8, "mlp_width": 2048},
         },
-        "audio": {"width": 512, "layers": 12, "heads": 8, "mlp_width": 2048},
         "image_tokenizer": _IMAGE_TOKENIZER,
     },
     "8b": {
@@ -56,16 +60,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "mlp_width": 14336,
             "rope_theta": 500000.0,
         },
-        "vision": {
-            "width": 1152,
-            "layers": 27,
-            "heads": 16,
-            "mlp_width": 4304,
-            "patch": 14,
-            "max_side": 896,
-            "max_frames": 32,
+        "encoders": {
+            "vision": {
+                "width": 1152,
+                "layers": 27,
+                "heads": 16,
+                "mlp_width": 4304,
+                "patch": 14,
+                "max_side": 896,
+                "max_frames": 32,
+            },
+            "audio": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
         },
-        "audio": {"width": 1024, "layers": 24, "heads": 16, "mlp_width": 4096},
         "image_tokenizer": _IMAGE_TOKENIZER,
     },
     "70b": {
@@ -78,26 +84,28 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "mlp_width": 28672,
             "rope_theta": 500000.0,
         },
-        "vision": {
-            "width": 1408,
-            "layers": 40,
-            "heads": 16,
-            "mlp_width": 6144,
-            "patch": 14,
-            "max_side": 896,
-            "max_frames": 32,
+        "encoders": {
+            "vision": {
+                "width": 1408,
+                "layers": 40,
+                "heads": 16,
+                "mlp_width": 6144,
+                "patch": 14,
+                "max_side": 896,
+                "max_frames": 32,
+            },
+            "audio": {"width": 1536, "layers": 32, "heads": 16, "mlp_width": 6144},
         },
-        "audio": {"width": 1536, "layers": 32, "heads": 16, "mlp_width": 6144},
         "image_tokenizer": _IMAGE_TOKENIZER,
     },
 }
 
 
-def preset(name: str) -> dict[str, dict[str, Any]]:
-    """{section: {field: value}} of a named model, to be overridden by the user's own values.
+def preset(name: str) -> dict[str, Plain]:
+    """Settings of a named model, nested as in a file, to be overridden by the user's own values.
 
     Raises ValueError for a name that is not a preset.
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
-    return {section: dict(values) for section, values in PRESETS[name].items()}
+    return copy.deepcopy(PRESETS[name])

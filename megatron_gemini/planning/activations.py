@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_gemini.config.engine import ParallelConfig
-from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.parameters import key_heads_read
+from megatron_gemini.registry import CONNECTORS, ENCODERS
 
 FP32 = 4
 CHUNK = 1 << 30
@@ -108,20 +109,14 @@ def loss_buffers(model: ModelConfig, rows: int, share: RowShare) -> float:
     return 2 * chunk + rows * model.width * ((FP32 if share.element < FP32 else 0) + share.element)
 
 
-def vision_saved(vision: VisionConfig, patches: int, element: int) -> float:
-    """Bytes that the vision encoder keeps of `patches` in one forward with a graph."""
-    width = vision.width
-    block = 8 * width + 2 * vision.mlp_width
-    ends = vision.patch**2 * 3 + 3 * width
-    statistics = vision.layers * (4 + vision.heads) + 2
-    return patches * ((vision.layers * block + ends) * element + statistics * FP32)
+def encoder_saved(config: RunConfig, name: str, inputs: int, element: int) -> float:
+    """Bytes that an encoder and its connector keep of `inputs` in one forward with a graph; 0 if both are frozen.
 
-
-def audio_saved(audio: AudioConfig, frames: int, element: int) -> float:
-    """Bytes that the audio encoder keeps of `frames` log-mel frames (100 a second) in one forward with a graph."""
-    width = audio.width
-    block = 20 * width + 4 * audio.mlp_width
-    outputs = audio.layers * block + width
-    statistics = audio.layers * (12 + audio.heads)
-    subsample = 4 * audio.mels + 5 * width
-    return frames / 4 * ((outputs + subsample) * element + statistics * FP32)
+    Connectors get about an embedding an input: what convolutions merge is not counted out.
+    """
+    section, encoder = config.encoders[name], ENCODERS.get(name)
+    kept = 0.0 if section.frozen else encoder.saved_bytes(section, inputs, element)
+    if section.frozen and section.connector.frozen:
+        return kept
+    connector, width = CONNECTORS.get(section.connector.kind), encoder.output_width(section)
+    return kept + connector.saved_bytes(section.connector, width, config.model.width, inputs, element)

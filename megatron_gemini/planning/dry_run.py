@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.models.encoders import build_encoder, enabled
+from megatron_gemini.models.encoders import build_connector, build_encoder
 from megatron_gemini.models.stage import DecoderStage, parts
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
@@ -37,13 +37,15 @@ def dry_run(config: RunConfig, layout: TokenLayout, rank: int, world: int) -> st
 
 
 def build(config: RunConfig, layout: TokenLayout, topology: Topology) -> tuple[list[DecoderStage], list[nn.Module]]:
-    """(this rank's stages of the decoder, the encoders), without memory."""
+    """(this rank's stages of the decoder, the encoders and connectors), without memory."""
     split = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
     with torch.device("meta"):
         layers = LayerFactory(topology)
         mine = split[topology.pipeline_rank :: topology.pipeline_size]
         stages = [DecoderStage(config, layout, layers, part) for part in mine]
-        encoders = [build_encoder(config, name) for name in enabled(config)]
+        encoders = [
+            build(config, name) for name in config.enabled_encoders for build in (build_encoder, build_connector)
+        ]
     return stages, encoders
 
 
@@ -90,7 +92,7 @@ def _stages(stages: list[DecoderStage], encoders: list[nn.Module], job: Job, top
         index = topology.pipeline_rank + number * topology.pipeline_size
         lines.append(f"stage {index}: {what}; {_checked(_count([stage]), plan.parameters, f'stage {index}')}")
     if encoders:
-        wanted = sum(job.trained) + sum(job.frozen)
+        wanted = sum(job.trained) + sum(job.frozen) + job.frozen_connectors
         lines.append(f"encoders: {_checked(_count(encoders), wanted, 'the encoders')}, shared by all ranks")
     return lines
 

@@ -7,8 +7,7 @@ from functools import cached_property
 
 from megatron_gemini.config.layout import data_size
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import AUDIO, VISION
-from megatron_gemini.planning.parameters import Stage, encoder_parameters, stages
+from megatron_gemini.planning.parameters import Stage, connector_parameters, encoder_parameters, stages
 from megatron_gemini.planning.zero_state import ZeroPlan
 
 
@@ -65,15 +64,20 @@ class Job:
 
     @cached_property
     def trained(self) -> list[int]:
-        """Parameters of each encoder that is trained; each has an engine."""
-        return self._encoders(frozen=False)
+        """Parameters of each engine beside the decoder's: of every trained encoder, and of all trained connectors."""
+        config, connectors = self.config, connector_parameters(self.config)
+        free = [count for name, count in connectors.items() if not config.encoders[name].connector.frozen]
+        encoders = [count for name, count in encoder_parameters(config).items() if not config.encoders[name].frozen]
+        return [*encoders, sum(free)] if free else encoders
 
     @cached_property
     def frozen(self) -> list[int]:
         """Parameters of each encoder that is not trained."""
-        return self._encoders(frozen=True)
-
-    def _encoders(self, frozen: bool) -> list[int]:
         config = self.config
-        is_frozen = {VISION: config.vision.frozen, AUDIO: config.audio.frozen}
-        return [count for name, count in encoder_parameters(config).items() if is_frozen[name] == frozen]
+        return [count for name, count in encoder_parameters(config).items() if config.encoders[name].frozen]
+
+    @cached_property
+    def frozen_connectors(self) -> int:
+        """Parameters of the connectors that are not trained, which are whole on every rank."""
+        connectors = connector_parameters(self.config).items()
+        return sum(count for name, count in connectors if self.config.encoders[name].connector.frozen)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.activations import (
     RowShare,
-    audio_saved,
+    encoder_saved,
     layer_recomputed,
     layer_saved,
     loss_buffers,
     loss_saved,
-    vision_saved,
 )
 from megatron_gemini.planning.footprint import Bytes, Footprint
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.parameters import Stage, vocabulary_parameters
 from megatron_gemini.planning.zero_state import update_buffers, zero_buffers, zero_state
+from megatron_gemini.registry import ENCODERS
 
 LIBRARIES = 2.0e9
 """Bytes of a GPU that CUDA's context, NCCL's channels and cuBLAS's workspaces take. Assumed, not measured."""
@@ -56,7 +56,8 @@ def rank_footprint(job: Job, pipeline_rank: int) -> Footprint:
 
 def _encoder_state(job: Job) -> Footprint:
     zero = job.encoder_engines_zero
-    state = Footprint(Bytes(weights=sum(job.frozen) * zero.element / (zero.ranks if zero.stage == 3 else 1)))
+    frozen = sum(job.frozen) / (zero.ranks if zero.stage == 3 else 1) + job.frozen_connectors
+    state = Footprint(Bytes(weights=frozen * zero.element))
     for parameters in job.trained:
         state += zero_state(parameters, 0, zero)
     return state
@@ -92,24 +93,24 @@ def _encoder_activations(job: Job) -> tuple[float, bool]:
     if not config.encoder_engines.recompute:
         inputs = max(inputs, int(MEDIA * config.train.rows_per_step * config.data.row_tokens / job.world))
     kept = [0.0]
-    if config.vision.enabled and not config.vision.frozen:
-        image = (config.vision.max_side // config.vision.patch) ** 2  # an item of more than a chunk is alone
-        kept.append(vision_saved(config.vision, max(inputs, min(image, config.data.row_tokens)), element))
-    if config.audio.enabled and not config.audio.frozen:
-        kept.append(audio_saved(config.audio, inputs, element))
+    for name in config.enabled_encoders:
+        largest = ENCODERS.get(name).largest_item(config.encoders[name])  # an item of more than a chunk is alone
+        kept.append(encoder_saved(config, name, max(inputs, min(largest, config.data.row_tokens)), element))
     return max(kept), not config.encoder_engines.recompute
 
 
-def longest_clip(config: RunConfig) -> tuple[int, float]:
-    """(patches of the longest clip that a row can hold, bytes that the vision encoder keeps of it in its backward).
+def longest_item(config: RunConfig) -> tuple[str, int, float]:
+    """(encoder, inputs of its longest item that a row can hold, bytes that are kept of it in its backward).
 
-    `rank_footprint` counts chunks and images. A clip of many large frames is more, and only the data know whether there
-    is one.
+    `rank_footprint` counts chunks and common items. A clip of many large frames is more, and only the data know whether
+    there is one. Of the encoder that keeps most; ("", 0, 0.0) where none keeps anything.
     """
-    vision, element = config.vision, 2 if config.engine.precision == "bf16" else 4
-    patches = min(config.data.row_tokens, vision.max_frames * (vision.max_side // vision.patch) ** 2)
-    trained = vision.enabled and not vision.frozen
-    return patches, vision_saved(vision, patches, element) if trained else 0.0
+    element = 2 if config.engine.precision == "bf16" else 4
+    found = [("", 0, 0.0)]
+    for name in config.enabled_encoders:
+        inputs = min(config.data.row_tokens, ENCODERS.get(name).longest_item(config.encoders[name]))
+        found.append((name, inputs, encoder_saved(config, name, inputs, element)))
+    return max(found, key=lambda each: each[2])
 
 
 def _zero_buffers(job: Job, stages: list[Stage]) -> float:

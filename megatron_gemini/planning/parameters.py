@@ -5,15 +5,14 @@ Shape letters of the formulas: D model width, N query heads, K key/value heads, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
-from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import AUDIO, VISION
 from megatron_gemini.parallel.stages import stage_layers
-
-CHANNELS = 3
+from megatron_gemini.registry import CONNECTORS, ENCODERS
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,12 @@ def stages(config: RunConfig, vocabulary: int) -> list[Stage]:
     """The stages of the decoder in order; stage s lies on pipeline rank s mod parallel.pipeline."""
     parallel = config.parallel
     count = parallel.pipeline * parallel.virtual_stages
-    return _stages(config.model, vocabulary, config.data.row_tokens, parallel.tensor, count)
+    found = _stages(config.model, vocabulary, config.data.row_tokens, parallel.tensor, count)
+    readers = reader_parameters(config)
+    if not readers:
+        return found
+    extra = [sum(readers.get(layer, 0) for layer in stage.layers) for stage in found]
+    return [dataclasses.replace(s, parameters=s.parameters + more) for s, more in zip(found, extra, strict=True)]
 
 
 @functools.lru_cache(maxsize=4096)  # a search asks for the same ones again and again
@@ -75,41 +79,27 @@ def vocabulary_parameters(model: ModelConfig, vocabulary: int, tensor: int) -> i
 
 
 def encoder_parameters(config: RunConfig) -> dict[str, int]:
-    """Parameters of each enabled encoder, undivided, by its name in `contracts.ENCODERS`."""
-    out, counts = config.model.width, {}
-    if config.vision.enabled:
-        counts[VISION] = _vision(config.vision, out)
-    if config.audio.enabled:
-        counts[AUDIO] = _audio(config.audio, out)
-    return counts
+    """Parameters of each enabled encoder, undivided and without its connector, by its name."""
+    return {name: ENCODERS.get(name).parameters(config.encoders[name]) for name in config.enabled_encoders}
 
 
-def _linear(inputs: int, outputs: int, bias: bool = True) -> int:
-    return inputs * outputs + (outputs if bias else 0)
+def connector_parameters(config: RunConfig) -> dict[str, int]:
+    """Parameters of the connector of each enabled encoder, undivided, by the encoder's name."""
+    found = {}
+    for name in config.enabled_encoders:
+        section = config.encoders[name]
+        connector, width = CONNECTORS.get(section.connector.kind), ENCODERS.get(name).output_width(section)
+        found[name] = connector.parameters(section.connector, width, config.model.width)
+    return found
 
 
-def _feed_forward(width: int, inner: int) -> int:
-    """With the norm before it."""
-    return 2 * width + _linear(width, inner) + _linear(inner, width)
-
-
-def _attention(width: int) -> int:
-    """With the norm before it."""
-    return 2 * width + _linear(width, 3 * width) + _linear(width, width)
-
-
-@functools.lru_cache
-def _vision(vision: VisionConfig, out: int) -> int:
-    width = vision.width
-    blocks = vision.layers * (_attention(width) + _feed_forward(width, vision.mlp_width)) + 2 * width
-    ends = _linear(vision.patch**2 * CHANNELS, width) + _linear(width, width, bias=False) + _linear(width, out)
-    return blocks + ends
-
-
-@functools.lru_cache
-def _audio(audio: AudioConfig, out: int) -> int:
-    width = audio.width
-    subsample = _linear(3 * audio.mels, width) + _linear(3 * width, width)
-    convolution = 4 * width + _linear(width, 2 * width, bias=False) + width * audio.kernel + width * width
-    block = 2 * _feed_forward(width, audio.mlp_width) + _attention(width) + convolution + 2 * width
-    return subsample + audio.layers * block + _linear(width, out)
+def reader_parameters(config: RunConfig) -> dict[int, int]:
+    """Parameters of what reads connectors' memories, on one tensor-parallel rank, by decoder layer."""
+    found: dict[int, int] = {}
+    for name in config.enabled_encoders:
+        section = config.encoders[name].connector
+        reads = CONNECTORS.get(section.kind).reads
+        for layer in () if reads is None else reads.layers(section, config.model):
+            assert reads is not None
+            found[layer] = found.get(layer, 0) + reads.parameters(section, config.model, config.parallel.tensor)
+    return found

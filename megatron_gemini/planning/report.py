@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.planning.footprint import PARTS, Bytes
-from megatron_gemini.planning.memory import USABLE, longest_clip
+from megatron_gemini.planning.memory import USABLE, longest_item
 from megatron_gemini.planning.parameters import stages
 from megatron_gemini.planning.search import ZERO3_PIPELINE, LayoutPlan, alternatives
 from megatron_gemini.planning.sizes import show_size
@@ -139,14 +139,14 @@ def _best(plan: LayoutPlan) -> str:
 
 
 def _warning(plan: LayoutPlan) -> list[str]:
-    """Where the longest clip that the configuration allows would not fit beside what is there during its backward."""
-    patches, kept = longest_clip(plan.job.config)
+    """Where the longest item that the configuration allows would not fit beside what is there during its backward."""
+    encoder, inputs, kept = longest_item(plan.job.config)
     gpu, usable = plan.footprint.gpu, USABLE * plan.machine.gpu_memory
     if gpu.total - gpu.activations + kept <= usable:
         return []
     return [
-        f"  mind: a clip of {patches:,} patches, which vision.max_frames and max_side allow, would keep "
-        f"{show_size(kept)} in its encoder alone; lower them if the data have such clips"
+        f"  mind: an item of {inputs:,} inputs, which the limits of encoders.{encoder} allow, would keep "
+        f"{show_size(kept)} in its encoder alone; lower them if the data have such items"
     ]
 
 

@@ -140,7 +140,7 @@ def _states(config: RunConfig) -> Iterator[RunConfig]:
     The encoders have the decoder's ZeRO stage, or stage 3 beside a lower one, unless the configuration says which.
     ZeRO-0 is left out in bf16, where it alone sums the gradients of microbatches in bf16.
     """
-    free = config.encoder_engines.zero_stage < 0 and (config.vision.enabled or config.audio.enabled)
+    free = config.encoder_engines.zero_stage < 0 and bool(config.enabled_encoders)
     for stage, optimizer, weights in STATES[config.engine.precision == "bf16" :]:
         for recompute in RECOMPUTE:
             engine = dataclasses.replace(

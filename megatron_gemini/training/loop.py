@@ -1,27 +1,20 @@
-"""What every training task shares: the order of a step, saving, stopping, resuming, and the records of it all.
-
-A task supplies the module, its data and the figures worth logging; the loop here is the same for all of them.
-"""
+"""What every objective shares: the order of a step, saving, stopping, resuming, and the records of it all."""
 
 from __future__ import annotations
 
 import json
-import math
 import time
-from abc import ABC, abstractmethod
 from collections import Counter, deque
 from pathlib import Path
-from typing import Any
+from typing import Generic
 
-import torch
 import torch.distributed as dist
 
 from megatron_gemini.checkpoint import directory, training_state
 from megatron_gemini.config.load import dump_config
-from megatron_gemini.config.run import RunConfig
-from megatron_gemini.engine.engine import Engine, StepResult
+from megatron_gemini.engine.engine import StepResult
 from megatron_gemini.engine.synchronize import StepFingerprint, synchronize_step
-from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.objectives.base import Objective, Output, Step
 from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress
@@ -32,90 +25,24 @@ from megatron_gemini.training.throughput import peak_memory_bytes
 WATCHED_STEPS, DATA_SHARE = 20, 0.1
 
 
-class Task(ABC):
-    """One kind of training. `engine` and `run_dir` exist after construction."""
+class Loop(Generic[Step, Output]):
+    """Runs an objective from where its newest checkpoint left it to `train.steps`."""
 
-    engine: Engine
-
-    def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
-        self.config, self.topology, self.device = config, topology, device
-        self.run_dir = Path(config.train.output_dir)
-
-    @abstractmethod
-    def read(self) -> tuple[Any, str]:
-        """(what this rank has of the next global step, on the CPU; why that cannot be trained on, empty if it can)."""
-
-    @abstractmethod
-    def weight(self, step: Any) -> float:
-        """Sum of the loss weights of this rank's microbatches."""
-
-    @abstractmethod
-    def fingerprint(self, number: int, step: Any) -> StepFingerprint:
-        """What this rank is about to do in a step, which must fit what the others are about to do."""
-
-    @abstractmethod
-    def to_device(self, step: Any) -> Any: ...
-
-    @abstractmethod
-    def sums(self, outputs: list[Any], step: Any) -> dict[str, float]:
-        """What this rank adds to the figures of a step, zeros where another rank counts the same.
-
-        outputs: none on a rank that does not hold the loss.
-        """
-
-    @abstractmethod
-    def record(self, sums: dict[str, float]) -> dict[str, float]:
-        """What to log, from the sums over all ranks; has "loss" and "tokens"."""
-
-    @abstractmethod
-    def data_state(self) -> dict[str, Any]:
-        """State of this rank's data lanes by lane number; where ranks share lanes, the same on each."""
-
-    @abstractmethod
-    def load_data_state(self, state: dict[str, Any]) -> None: ...
-
-    @abstractmethod
-    def skipped(self) -> Counter[tuple[str, str]]:
-        """Samples that this rank alone read and could not use since the run began, by (source, reason)."""
-
-    def utilization(self, record: dict[str, float], seconds: float) -> dict[str, float]:
-        """{"mfu": share of the devices' peak} where that is known."""
-        return {}
-
-    @abstractmethod
-    def validation(self) -> dict[str, float]:
-        """Validation figures, the same on every rank; empty if there is no validation data."""
-
-    def backends(self) -> list[str]:
-        """One line an operation: which implementation it takes here, and why."""
-        return [f"optimizer: {self.engine.optimizer_name}"]
-
-    @abstractmethod
-    def assets(self) -> dict[str, training_state.Asset]:
-        """Files that a checkpoint needs beside the weights."""
-
-    def close(self) -> None:  # noqa: B027 - most tasks have nothing to end
-        """End background work."""
-
-
-class Loop:
-    """Runs a task from where its newest checkpoint left it to `train.steps`."""
-
-    def __init__(self, task: Task) -> None:
-        self.task, self.config, self.engine = task, task.config, task.engine
-        self.main = task.topology.rank == 0
+    def __init__(self, objective: Objective[Step, Output]) -> None:
+        self.objective, self.config, self.engine = objective, objective.config, objective.engine
+        self.main = objective.topology.rank == 0
         self.state = training_state.RunState()
         self.stop = StopRequest()
         self.resumed_from: Path | None = None
         if self.config.train.resume:
-            self.resumed_from = directory.newest(task.run_dir)
+            self.resumed_from = directory.newest(objective.run_dir)
         if self.resumed_from:
             self.state = training_state.load(self.engine, self.resumed_from)
-            task.load_data_state(self.state.data)
+            objective.load_data_state(self.state.data)
         self.waits: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # (waited for data, seconds) of steps
         self.waits_told = False
         self.saved_at = self.state.step if self.resumed_from else -1
-        self.data = task.data_state()
+        self.data = objective.data_state()
 
     def run(self) -> int:
         """Train to the end, or to the step at which the ranks agree to stop.
@@ -124,9 +51,9 @@ class Loop:
         from then on it ignores the signals.
         """
         start, train = self.state.step, self.config.train
-        writer = MetricsWriter(self.config, self.task.run_dir, self.task.topology.rank, start)
-        progress = Progress(train.steps, start, self.task.topology.rank)
-        for line in self.task.backends():
+        writer = MetricsWriter(self.config, self.objective.run_dir, self.objective.topology.rank, start)
+        progress = Progress(train.steps, start, self.objective.topology.rank)
+        for line in self.objective.backends():
             progress.note(line)
         if self.resumed_from:
             progress.note(f"going on from {self.resumed_from}")
@@ -141,7 +68,7 @@ class Loop:
             self.report_skipped(progress)
         finally:
             writer.close()
-            self.task.close()
+            self.objective.close()
             progress.finish()
             if not number:
                 self.stop.restore()
@@ -154,14 +81,14 @@ class Loop:
     def one_step(self, writer: MetricsWriter, progress: Progress) -> int:
         """Read, agree, train, record. Returns 0, or without training what the ranks agree to stop for."""
         step, started = self.state.step, time.perf_counter()
-        rows, problem = self.task.read()
+        rows, problem = self.objective.read()
         waited = time.perf_counter() - started
         weight, number = self.synchronize(rows, problem)
         if number:
             # The step's rows have been handed out but not trained on: the state before them is what is saved.
             return number
-        record = self.step(self.task.to_device(rows), weight)
-        self.data = self.task.data_state()
+        record = self.step(self.objective.to_device(rows), weight)
+        self.data = self.objective.data_state()
         seconds = time.perf_counter() - started
         self.state.seconds += seconds
         record |= {
@@ -169,10 +96,10 @@ class Loop:
             "step_seconds": seconds,
             "data_seconds": waited,
             "peak_memory_bytes": peak_memory_bytes(),
-            **self.task.utilization(record, seconds),
+            **self.objective.utilization(record, seconds),
         }
         if self._due(self.config.train.validation_every):
-            record |= self.task.validation()
+            record |= self.objective.validation()
         if writer.due(step):
             writer.write(step, record)
         progress.update(step, record)
@@ -191,15 +118,15 @@ class Loop:
                 "(data_seconds of step_seconds); raise data.workers or data.prefetch"
             )
 
-    def step(self, rows: Any, weight: float) -> dict[str, float]:
+    def step(self, rows: Step, weight: float) -> dict[str, float]:
         """One global step. weight: the sum of its loss weights over all data-parallel ranks."""
-        outputs: list[Any] = []
+        outputs: list[Output] = []
         self.engine.forward_backward(rows, weight, outputs.append)
         lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
         result = self.engine.step(lr)
-        skipped = {"skipped_samples": float(self.task.skipped().total())}
-        sums = self.add_up(self.task.sums(outputs, rows) | skipped)
-        record = self.task.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
+        skipped = {"skipped_samples": float(self.objective.skipped().total())}
+        sums = self.add_up(self.objective.sums(outputs, rows) | skipped)
+        record = self.objective.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
         return self.advance(record, result, lr)
 
     def advance(self, record: dict[str, float], result: StepResult, lr: float) -> dict[str, float]:
@@ -209,12 +136,14 @@ class Loop:
         self.state.optimizer_steps += not result.skipped
         return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
 
-    def synchronize(self, rows: Any, problem: str) -> tuple[float, int]:
+    def synchronize(self, rows: Step, problem: str) -> tuple[float, int]:
         """(sum of the step's loss weights, signal number to stop for or 0), the same on every rank; see `agreement`."""
-        fingerprint = StepFingerprint(self.state.step, 0) if problem else self.task.fingerprint(self.state.step, rows)
-        weight = 0.0 if problem else self.task.weight(rows)
+        fingerprint = (
+            StepFingerprint(self.state.step, 0) if problem else self.objective.fingerprint(self.state.step, rows)
+        )
+        weight = 0.0 if problem else self.objective.weight(rows)
         stop = self.stop.requested()
-        return synchronize_step(weight, stop, fingerprint, self.task.topology, self.task.device, problem)
+        return synchronize_step(weight, stop, fingerprint, self.objective.topology, self.objective.device, problem)
 
     def add_up(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
@@ -227,15 +156,15 @@ class Loop:
         if self.saved_at == self.state.step:
             return
         self.state.data = self.data
-        assets: dict[str, training_state.Asset] = {"config.yaml": dump_config(self.config), **self.task.assets()}
-        path = training_state.save(self.engine, self.task.run_dir, self.state, assets, self.config.train.keep)
+        assets: dict[str, training_state.Asset] = {"config.yaml": dump_config(self.config), **self.objective.assets()}
+        path = training_state.save(self.engine, self.objective.run_dir, self.state, assets, self.config.train.keep)
         self.saved_at = self.state.step
         progress.note(f"saved {path}")
 
     def end_together(self, number: int, progress: Progress) -> None:
         """Say how to go on, and end only when every rank is done: a launcher ends all once one has ended."""
         self.stop.ignore()
-        path = directory.step_directory(self.task.run_dir, self.state.step)
+        path = directory.step_directory(self.objective.run_dir, self.state.step)
         progress.note(
             f"stopped by {reason(number)} after step {self.state.step}; saved {path}; "
             "the same command goes on from there"
@@ -246,7 +175,7 @@ class Loop:
     def report_skipped(self, progress: Progress) -> None:
         """Show what samples of all ranks were left out, and why."""
         total: Counter[tuple[str, str]] = Counter()
-        for mine in self.engine.gather(self.task.skipped()):
+        for mine in self.engine.gather(self.objective.skipped()):
             total.update(mine)
         if total:
             lines = [f"  {source}  {why}  {count}" for (source, why), count in total.most_common()]
@@ -258,17 +187,12 @@ class Loop:
             return
         seconds = max(self.state.seconds, 1e-9)
         summary = {
-            "task": self.config.train.task,
+            "objective": self.config.objective.kind,
             "steps": self.state.step,
             "tokens": self.state.tokens,
             "train_seconds": round(seconds, 3),
             "tokens_per_second": round(self.state.tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        directory.write_text(self.task.run_dir / "summary.json", json.dumps(summary, indent=1))
-        plot_losses(self.task.run_dir / FILE_NAME, self.task.run_dir / "loss.png")
-
-
-def mean(total: float, count: float) -> float:
-    """total / count, nan where nothing was counted."""
-    return total / count if count else math.nan
+        directory.write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
+        plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")

@@ -2,15 +2,13 @@
 
 A record is a flat mapping of names to numbers. The names that the progress bar and the figures know:
 
-loss, loss_text, loss_image              nats a target token, weighted as trained; by modality
-validation_loss, validation_loss_text, ...   the same on validation data, only in the records of some steps
+loss, loss_KIND                          nats a target token, weighted as trained; by kind of target
+validation_loss, validation_loss_KIND    the same on validation data, only in the records of some steps
 learning_rate, gradient_norm
 tokens, tokens_per_second                tokens of the global step, without padding
-share_text, share_image_codes, share_image, share_video, share_audio, of those tokens (`token_shares`)
+share_KIND                               of those tokens (`objectives.figures.token_kinds`)
 documents/LABEL, tokens/LABEL            of the global step, by data source
 peak_memory_bytes, mfu                   `throughput`
-
-Shape suffixes: T packed tokens.
 """
 
 from __future__ import annotations
@@ -18,21 +16,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.training.trackers import Tracker, open_trackers
 
-if TYPE_CHECKING:
-    import torch
-
-    from megatron_gemini.contracts import Batch, TokenLayout
-
 FILE_NAME = "metrics.jsonl"
-TOKEN_KINDS = ("text", "image_codes", "image", "video", "audio")
-MIXTURE = ("documents/", "tokens/")
 
 
 class MetricsWriter:
@@ -124,41 +114,3 @@ def _finite(value: float) -> float | None:
     if not math.isfinite(number):
         return None
     return int(value) if isinstance(value, int) else number
-
-
-def count_tokens(batches: Iterable[Batch], layout: TokenLayout) -> torch.Tensor:
-    """int64[5]: tokens of each of `TOKEN_KINDS` in these rows, without padding. Counts of ranks may be summed."""
-    import torch
-
-    placeholders = [layout.control(kind) for kind in ("image", "video", "audio")]
-    counts = torch.zeros(len(TOKEN_KINDS), dtype=torch.int64)
-    for batch in batches:
-        token_T = batch.token_T[batch.segment_T != 0]
-        codes = (token_T >= layout.first_image_code) & (token_T < layout.size)
-        found = torch.stack([codes.sum(), *((token_T == placeholder).sum() for placeholder in placeholders)])
-        counts += torch.cat([token_T.numel() - found.sum(dim=0, keepdim=True), found]).to(counts)
-    return counts
-
-
-def mixture_of(batches: Iterable[Batch], labels: Sequence[str]) -> dict[str, int]:
-    """Documents and tokens of the rows by data source: what the weights, budgets and phases came to.
-
-    A document's name begins with its source's label and a slash.
-    """
-    longest_first = sorted(labels, key=len, reverse=True)  # one label may be the beginning of another
-    counts = {f"{kind}{label}": 0 for kind in MIXTURE for label in labels}
-    for batch in batches:
-        lengths = batch.segment_T.bincount(minlength=len(batch.samples) + 1)[1:].tolist()
-        for key, length in zip(batch.samples, lengths, strict=True):
-            label = next((label for label in longest_first if key.startswith(f"{label}/")), None)
-            if label is not None:
-                counts[f"documents/{label}"] += 1
-                counts[f"tokens/{label}"] += length
-    return counts
-
-
-def token_shares(counts: torch.Tensor) -> dict[str, float]:
-    """The record's `tokens` and `share_...` from the counts of `count_tokens`."""
-    total = int(counts.sum())
-    shares = {f"share_{kind}": count / max(total, 1) for kind, count in zip(TOKEN_KINDS, counts.tolist(), strict=True)}
-    return {"tokens": total, **shares}

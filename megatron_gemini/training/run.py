@@ -1,10 +1,11 @@
-"""Join the job, choose the task, train."""
+"""Join the job, build the objective, train."""
 
 from __future__ import annotations
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.distributed import choose_device, join, leave
 from megatron_gemini.parallel.topology import build_topology
+from megatron_gemini.registry import OBJECTIVES
 from megatron_gemini.training.quiet import known_prints_dropped
 from megatron_gemini.training.stop import StoppedError
 
@@ -16,18 +17,10 @@ def run(config: RunConfig) -> None:
         join(device)
     topology = build_topology(config.parallel, "nccl" if device.type == "cuda" else "gloo")
 
-    from megatron_gemini.training.loop import Loop, Task
+    from megatron_gemini.training.loop import Loop  # DeepSpeed has been imported quietly by now
 
-    task: Task
-    if config.train.task == "image_tokenizer":
-        from megatron_gemini.objectives.image_tokenizer import ImageTokenizerTraining
-
-        task = ImageTokenizerTraining(config, topology, device)
-    else:
-        from megatron_gemini.objectives.pretrain import Pretraining
-
-        task = Pretraining(config, topology, device)
-    number = Loop(task).run()
+    objective = OBJECTIVES.get(config.objective.kind).build(config, topology, device)
+    number = Loop(objective).run()
     leave()
     if number:
         raise StoppedError(number)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_gemini.config.engine import EncoderEnginesConfig, ParallelConfig
+from megatron_gemini.config.engine import ParallelConfig
+from megatron_gemini.config.encoders import EncoderEnginesConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
 from megatron_gemini.engine.batch_exchange import BatchExchange

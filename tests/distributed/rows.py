@@ -9,18 +9,24 @@ import numpy as np
 import torch
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.engine import EncoderEnginesConfig, EngineConfig, ParallelConfig
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.engine import EngineConfig, ParallelConfig
+from megatron_gemini.config.encoders import EncoderEnginesConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import LossConfig, OptimizerConfig, TrainConfig
+from megatron_gemini.config.training import OptimizerConfig, TrainConfig
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.data.packing.pack import pack
-from megatron_gemini.data.samples.document import Audio, Document, Image, ImageCodes, Text, Video, build_document
+from megatron_gemini.data.samples.document import Document, ImageCodes, Text, build_document
+from megatron_gemini.modalities.audio.item import Audio
+from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.engine.batch_exchange import BatchExchange
 from megatron_gemini.parallel.topology import Topology
 
 ROWS, T = 8, 96
-LAYOUT = TokenLayout(text_size=24, image_codes=9)  # 49 ids: tensor ranks must pad
+LAYOUT = TokenLayout(24, (("image", 9),))  # 49 ids: tensor ranks must pad
 CONFIG = RunConfig(
     model=ModelConfig(width=32, layers=4, heads=4, kv_heads=1, head_width=8, mlp_width=48),
     vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=24, patch=4, max_side=16, max_frames=2),

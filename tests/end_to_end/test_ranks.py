@@ -81,5 +81,5 @@ def media_of_rank(path: Path, rank: int) -> list[set[str]]:
     """The encoders that have something to do in each step of one of two ranks."""
     config = read_config(path)
     tokenizer = TextTokenizer(config.data.text_model)
-    with Loader(config, rank, 2, TokenLayout(tokenizer.size, CODES), tokenizer) as loader:
+    with Loader(config, rank, 2, TokenLayout(tokenizer.size, (("image", CODES),)), tokenizer) as loader:
         return [{name for batch in loader.next().values() for name in batch.media} for _ in range(STEPS)]

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_gemini.config.data import DataConfig, SourceConfig
-from megatron_gemini.config.model import AudioConfig, VisionConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import TokenLayout
@@ -37,7 +37,7 @@ from megatron_gemini.data.sources.shards import Shards, expand_shards
 from megatron_gemini.modalities.image.preprocess import decode_image, fit_image
 
 SIDE, TARGET, PATCH = 512, 224, 14
-LAYOUT = TokenLayout(text_size=256, image_codes=0)
+LAYOUT = TokenLayout(256, (("image", 0),))
 
 
 class Bytes:

@@ -76,7 +76,7 @@ def generated(rows: int) -> None:
 def of_run(path: str, steps: int) -> None:
     config = load_config(["--config", path])
     tokenizer = TextTokenizer(config.data.text_model)
-    layout = TokenLayout(tokenizer.size, config.image_tokenizer.codes)
+    layout = TokenLayout(tokenizer.size, (("image", config.image_tokenizer.codes),))
     with Loader(config, 0, 1, layout, tokenizer) as loader:
         rows = [batch for _ in range(steps) for batch in loader.next().values()]
     used = [float((batch.segment_T > 0).float().mean()) for batch in rows]

@@ -33,7 +33,8 @@ from torch import nn
 
 from megatron_gemini.config.data import DataConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
-from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
@@ -73,7 +74,7 @@ def configuration(layers: int, width: int, heads: int, tokens: int, vocabulary: 
 
 
 def layout_of(vocabulary: int) -> TokenLayout:
-    return TokenLayout(text_size=vocabulary - TokenLayout(1, 0).size + 1, image_codes=0)
+    return TokenLayout(vocabulary - TokenLayout(1).size + 1)
 
 
 def row(tokens: int, layout: TokenLayout) -> Batch:

@@ -19,9 +19,10 @@ from collections.abc import Callable
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import LossConfig
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
@@ -45,7 +46,7 @@ def our_step(layers: int, width: int, tokens: int) -> Callable[[], torch.Tensor]
         audio=AudioConfig(enabled=False),
         loss=LossConfig(z_loss=0.0),
     )
-    layout = TokenLayout(text_size=VOCABULARY - TokenLayout(1, 0).size + 1, image_codes=0)
+    layout = TokenLayout(VOCABULARY - TokenLayout(1).size + 1)
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
     initialize(model, seed=0)
     token = torch.randint(layout.text_size, (tokens + 1,))

@@ -30,7 +30,7 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
 
-TOKENS, LAYOUT = 16, TokenLayout(64, 0)
+TOKENS, LAYOUT = 16, TokenLayout(64, (("image", 0),))
 MODEL = ModelConfig(width=64, layers=32, heads=4, kv_heads=1, head_width=16, mlp_width=128)
 
 

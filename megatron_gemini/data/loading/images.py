@@ -37,12 +37,12 @@ class ImageLoader:
     Raises ValueError for sizes that do not divide, shards without images, and more than data.max_bad_share bad ones.
     """
 
-    def __init__(self, config: RunConfig, data_rank: int, data_size: int) -> None:
+    def __init__(self, config: RunConfig, images_per_step: int, data_rank: int, data_size: int) -> None:
         if not config.data.sources:
             raise ValueError("data.sources is empty; name at least one set of shards with images")
-        divides(data_size, config.train.images_per_step, f"{data_size} data-parallel ranks", "train.images_per_step")
-        self.config, self.share = config, config.train.images_per_step // data_size
-        self.rank, self.size, self.step = data_rank, data_size, 0
+        divides(data_size, images_per_step, f"{data_size} data-parallel ranks", "objective.images_per_step")
+        self.config, self.share = config, images_per_step // data_size
+        self.images_per_step, self.rank, self.size, self.step = images_per_step, data_rank, data_size, 0
         self.shards = [Shards(expand_shards(path)) for path in _paths(config.data.sources)]
         self.samples = [
             (number, sample)
@@ -60,7 +60,7 @@ class ImageLoader:
 
     def next(self) -> torch.Tensor:
         """float32[B, S, S, 3] in [-1, 1], B = images_per_step / data_size."""
-        first = self.step * self.config.train.images_per_step + self.rank * self.share
+        first = self.step * self.images_per_step + self.rank * self.share
         found = [image for place in range(first, first + self.share) if (image := self._image(place)) is not None]
         if not found:
             raise ValueError(f"no image of step {self.step} can be read: {dict(self.skipped)}")
@@ -72,7 +72,9 @@ class ImageLoader:
     def validation(self) -> list[torch.Tensor]:
         """This rank's share of the first images of data.validation, as one batch, the same in every run."""
         data = dataclasses.replace(self.config.data, sources=self.config.data.validation)
-        return [ImageLoader(dataclasses.replace(self.config, data=data), self.rank, self.size).next()]
+        return [
+            ImageLoader(dataclasses.replace(self.config, data=data), self.images_per_step, self.rank, self.size).next()
+        ]
 
     def state(self) -> dict[str, Any]:
         return {"images": {"step": self.step}}

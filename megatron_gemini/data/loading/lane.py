@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.training import LossConfig
-from megatron_gemini.contracts import Batch
+from megatron_gemini.contracts import Batch, RowFormat
 from megatron_gemini.data.loading.mixture import Mixture
 from megatron_gemini.data.loading.source import DocumentSource
 from megatron_gemini.data.packing.pack import choose, pack, row_limits
-from megatron_gemini.data.samples.document import Document, Size
+from megatron_gemini.data.samples.document import Document
 from megatron_gemini.modalities.bad_sample import BadSample
 
 Draw = Callable[["Lane", int, int], Document]  # of (lane, number of the source, position); raises BadSample
@@ -39,10 +38,10 @@ class Lane:
         seed: int,
         rows_per_step: int,
         data: DataConfig,
-        loss: LossConfig,
+        form: RowFormat,
     ) -> None:
         self.number, self.sources, self.draw = number, sources, draw
-        self.limits, self.look_ahead, self.loss = row_limits(data), data.look_ahead, loss
+        self.limits, self.look_ahead, self.form = row_limits(data), data.look_ahead, form
         self.mixture = Mixture(number, lanes, sources, data, seed=seed, rows_per_step=rows_per_step)
         self._waiting: list[tuple[int, int, Document]] = []  # (source, position, document), oldest first
         self._quarantined: dict[tuple[str, int], str] = {}
@@ -65,11 +64,11 @@ class Lane:
         while more:
             for place in reversed(more):
                 chosen.append(self._waiting.pop(place)[2])
-                room = Size(*(left - taken for left, taken in zip(room, chosen[-1].size, strict=True)))
+                room = room - chosen[-1].size
             self._fill()
             more = choose([document.size for *_, document in self._waiting], room)
         self._rows += 1
-        return pack(chosen, self.limits.tokens, self.loss)
+        return pack(chosen, self.limits.tokens, self.form)
 
     def _fill(self) -> None:
         while len(self._waiting) < self.look_ahead:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import skipped_in, with_quarantined
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import LaneReader, make_sources, skipped_table
@@ -48,25 +48,28 @@ class Loader:
         ranks: int,
         layout: TokenLayout,
         tokenizer: Encodes,
+        form: RowFormat,
         pin: bool = False,
     ) -> None:
-        """rank, ranks: which of how many readers this is."""
+        """rank, ranks: which of how many readers this is. form: what the objective wants of rows."""
         data = config.data
         if not data.sources:
             raise ValueError("data.sources is empty; name at least one set of shards")
-        self._config, self._layout, self._tokenizer, self._pin = config, layout, tokenizer, pin
+        self._config, self._layout, self._tokenizer, self._form, self._pin = config, layout, tokenizer, form, pin
         self._rows, self._first_row = config.train.rows_per_step, 0
         self.sources = make_sources(config, layout, tokenizer, 0 if data.workers else data.cache_bytes)
         for source in self.sources:
             source.check_shards()
         self._of_shards = self._report_shards() if rank == 0 else Counter()  # every rank sees all shards
-        self._reader = LaneReader(config, self.sources, lanes_of(rank, ranks, data.lanes))
+        self._reader = LaneReader(config, self.sources, lanes_of(rank, ranks, data.lanes), form)
         self._pool: WorkerPool | None = None
         self._ahead: Prefetch[Step] | None = None
         self._begin(self._reader.states())
 
     @classmethod
-    def validation(cls, config: RunConfig, rank: int, ranks: int, layout: TokenLayout, tokenizer: Encodes) -> Loader:
+    def validation(
+        cls, config: RunConfig, rank: int, ranks: int, layout: TokenLayout, tokenizer: Encodes, form: RowFormat
+    ) -> Loader:
         """A loader of data.validation, whose every step is train.validation_rows rows and whose prompts are never
         empty.
 
@@ -88,7 +91,7 @@ class Loader:
             cache_bytes=0,
         )
         train = dataclasses.replace(config.train, rows_per_step=rows)
-        return cls(dataclasses.replace(config, data=data, train=train), rank, ranks, layout, tokenizer)
+        return cls(dataclasses.replace(config, data=data, train=train), rank, ranks, layout, tokenizer, form)
 
     def next(self) -> dict[int, Batch]:
         """The rows of the next global step that come from this rank's lanes, by their number in the step, ascending.
@@ -144,7 +147,9 @@ class Loader:
         """Begin to read: not before the first row is wanted, as the run may be one that first goes on elsewhere."""
         config = self._config
         if config.data.workers and self._reader.lanes:
-            self._pool = WorkerPool(config, self._layout, self._tokenizer, self._lanes, self._first_row, self._pin)
+            self._pool = WorkerPool(
+                config, self._layout, self._tokenizer, self._form, self._lanes, self._first_row, self._pin
+            )
         return Prefetch(self._make, config.data.prefetch)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import Lane
 from megatron_gemini.data.loading.source import Cache, DocumentSource, source_labels
 from megatron_gemini.data.samples.document import Document, Encodes
@@ -38,10 +38,11 @@ class LaneReader:
         config: RunConfig,
         sources: list[DocumentSource],
         lanes: Iterable[int],
+        form: RowFormat,
         watch: Watch = lambda lane, source, position: None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
-        """watch, done: called before and after a sample is read and decoded."""
+        """form: what the objective wants of rows. watch, done: called before and after a sample is read and decoded."""
         data = config.data
         self._config, self.sources, self._watch, self._done = config, sources, watch, done
         self._told: set[tuple[str, str]] = set()
@@ -54,7 +55,7 @@ class LaneReader:
                 seed=config.train.seed,
                 rows_per_step=config.train.rows_per_step,
                 data=data,
-                loss=config.loss,
+                form=form,
             )
             for number in lanes
         }

@@ -21,6 +21,7 @@ from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import TASK_FIELDS, Schema
 from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.registry import MODALITIES
 
 CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
 
@@ -137,12 +138,11 @@ class DocumentSource:
 
 
 def _check_encoders(task: str, label: str, config: RunConfig) -> None:
-    needs = {"image": "vision", "video": "vision", "audio": "audio"}
     for name in TASK_FIELDS[task]:
-        encoder = needs.get(name)
-        if encoder and not getattr(config, encoder).enabled:
+        encoder = MODALITIES.get(name).encoder if name in MODALITIES else ""
+        if encoder and not config.encoders[encoder].enabled:
             raise ValueError(
-                f"the data source {label!r} ({task}) needs {encoder}.enabled; enable it or leave the source out"
+                f"the data source {label!r} ({task}) needs encoders.{encoder}.enabled; enable it or leave the source out"
             )
         if name == "codes" and not config.image_tokenizer.codes:
             raise ValueError(

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from megatron_gemini import plugins
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import LaneReader, make_sources
 from megatron_gemini.data.packing.wire import to_bytes
@@ -32,6 +33,7 @@ class Work:
     config: RunConfig
     layout: TokenLayout
     tokenizer: Encodes
+    form: RowFormat
     lanes: Sequence[int]
     cache_bytes: int
     ahead: int
@@ -39,6 +41,8 @@ class Work:
     states: dict[str, Any] | None
     """Of its lanes; None at the beginning of a run."""
     first: int
+    plugins: tuple[str, ...] = ()
+    """Modules that the rank has loaded, for the worker to load as well."""
 
     def rows(self) -> Iterator[int]:
         """Numbers of the rows of its lanes, endlessly."""
@@ -51,6 +55,7 @@ def run_worker(work: Work, rows: Connection, lifeline: Connection, now_decoding:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the rank's business; its end is the end of this process too
     _end_with_parent(lifeline)
+    plugins.load(work.plugins)
     torch.set_num_threads(1)
     try:
         _send_rows(work, rows, now_decoding)
@@ -71,7 +76,7 @@ def _send_rows(work: Work, rows: Connection, now_decoding: Any) -> None:
         now_decoding[STARTED] = 0.0
 
     sources = make_sources(work.config, work.layout, work.tokenizer, work.cache_bytes)
-    reader = LaneReader(work.config, sources, work.lanes, watch, done)
+    reader = LaneReader(work.config, sources, work.lanes, work.form, watch, done)
     if work.states is not None:
         reader.load_states(work.states)
     numbers = work.rows()

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from megatron_gemini import plugins
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import Batch, TokenLayout
+from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import Quarantined, with_quarantined
 from megatron_gemini.data.loading.source import source_labels
 from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, Work, run_worker
@@ -61,7 +62,14 @@ class WorkerPool:
     """
 
     def __init__(
-        self, config: RunConfig, layout: TokenLayout, tokenizer: Encodes, lanes: Lanes, first: int, pin: bool
+        self,
+        config: RunConfig,
+        layout: TokenLayout,
+        tokenizer: Encodes,
+        form: RowFormat,
+        lanes: Lanes,
+        first: int,
+        pin: bool,
     ) -> None:
         """lanes: with the states of all lanes of the rank, of which there must be some. first: row of the run to begin
         with. pin: page-locked rows."""
@@ -76,7 +84,7 @@ class WorkerPool:
         cache, each_step = config.data.cache_bytes // count, config.train.rows_per_step / config.data.lanes
         ahead = [max(1, config.data.prefetch) * math.ceil(len(share) * each_step) for share in shares]
         self._workers = [
-            _Worker(Work(config, layout, tokenizer, share, cache, rows, None, first))
+            _Worker(Work(config, layout, tokenizer, form, share, cache, rows, None, first, plugins.loaded()))
             for share, rows in zip(shares, ahead, strict=True)
         ]
         self._of_lane = {lane: worker for worker in self._workers for lane in worker.work.lanes}

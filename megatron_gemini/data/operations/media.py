@@ -11,10 +11,14 @@ import numpy as np
 import soxr
 from PIL import Image as Pillow
 
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.data.operations.registry import Operation, Sample, Setting, operation
 from megatron_gemini.data.samples.decode import over_media
-from megatron_gemini.data.samples.document import Audio, Image, Item, Video, prepare_audio, prepare_image, prepare_video
+from megatron_gemini.data.samples.document import Item, RawItem, prepare
+from megatron_gemini.modalities.audio.item import Audio
+from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.image.preprocess import fitted_size
+from megatron_gemini.modalities.video.item import Video
 
 
 @operation("resize")
@@ -24,7 +28,7 @@ def resize(setting: Setting, tokens: int = 0) -> Operation:
     tokens: most patches of an image, or of all frames of a clip; 0 for no such limit. Images are never made larger,
     except for the part of a patch that rounding adds.
     """
-    vision = setting.decoder.vision
+    vision = _vision(setting)
     if tokens < 0:
         raise ValueError(f"tokens is {tokens}; it must be 0 or more")
 
@@ -107,7 +111,7 @@ def speed(setting: Setting, slowest: float = 0.9, fastest: float = 1.1) -> Opera
         def change(item: Item) -> Item:
             if not isinstance(item, Audio):
                 return item
-            longest = setting.decoder.audio.max_seconds * 16_000
+            longest = _audio(setting).max_seconds * 16_000
             rate = max(random.uniform(slowest, fastest), min(len(item.wave) / longest, 1.0))
             return Audio(np.ascontiguousarray(soxr.resample(item.wave, 16_000 * rate, 16_000), np.float32))
 
@@ -116,23 +120,22 @@ def speed(setting: Setting, slowest: float = 0.9, fastest: float = 1.1) -> Opera
     return apply
 
 
-@operation("patches")
-def patches(setting: Setting) -> Operation:
-    """Images and clips as their encoder's input, resized before if they are not whole patches."""
-    vision = setting.decoder.vision
-
-    def change(item: Item) -> Item:
-        if isinstance(item, Image):
-            return prepare_image(item, vision)
-        return prepare_video(item, vision) if isinstance(item, Video) else item
-
-    return lambda sample, random: over_media(sample, change)
-
-
-@operation("log_mel")
-def log_mel(setting: Setting) -> Operation:
-    """Sounds as their encoder's input, log-mel frames."""
-    audio = setting.decoder.audio
+@operation("prepare")
+def prepare_items(setting: Setting) -> Operation:
+    """Every image, clip and sound as its encoder's input."""
+    encoders = setting.decoder.encoders
     return lambda sample, random: over_media(
-        sample, lambda item: prepare_audio(item, audio) if isinstance(item, Audio) else item
+        sample, lambda item: prepare(item, encoders) if isinstance(item, RawItem) else item
     )
+
+
+def _vision(setting: Setting) -> VisionConfig:
+    section = setting.decoder.encoders["vision"]
+    assert isinstance(section, VisionConfig)
+    return section
+
+
+def _audio(setting: Setting) -> AudioConfig:
+    section = setting.decoder.encoders["audio"]
+    assert isinstance(section, AudioConfig)
+    return section

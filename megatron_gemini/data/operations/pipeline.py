@@ -10,7 +10,7 @@ from megatron_gemini.data.operations import media, text
 from megatron_gemini.data.operations.registry import OPERATIONS, Sample, Setting, make_operation
 from megatron_gemini.data.samples.document import Document
 
-USUAL_OPERATIONS = ("decode", "resize", "patches", "log_mel", "format", "tokenize")
+USUAL_OPERATIONS = ("decode", "resize", "prepare", "format", "tokenize")
 assert all(name in OPERATIONS for name in USUAL_OPERATIONS), (media, text)  # which register them
 
 

@@ -63,8 +63,7 @@ def tokenize(setting: Setting) -> Operation:
         given = {
             "layout": setting.layout,
             "text_tokenizer": setting.text_tokenizer,
-            "vision": decoder.vision,
-            "audio": decoder.audio,
+            "encoders": decoder.encoders,
             "key": sample["key"],
         }
         if setting.task == "chat":

@@ -6,40 +6,35 @@ I items, O encoder output embeddings.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.config.training import LossConfig
-from megatron_gemini.contracts import ENCODERS, IMAGE, Batch, Media
-from megatron_gemini.data.samples.document import Document, Size
+from megatron_gemini.contracts import Batch, Media, RowFormat
+from megatron_gemini.data.samples.document import Document, EncoderInput, Size
 from megatron_gemini.modalities.bad_sample import BadSample
-
-NO_LIMIT = sys.maxsize
+from megatron_gemini.registry import ENCODERS
 
 
 def row_limits(data: DataConfig) -> Size:
     """What one row may hold."""
-    return Size(data.row_tokens, data.row_patches or NO_LIMIT, data.row_audio_frames or NO_LIMIT)
+    return Size(data.row_tokens, {name: limit for name, limit in data.row_inputs.items() if limit})
 
 
 def choose(waiting: Sequence[Size], room: Size) -> list[int]:
     """Places of the waiting documents that together fill what is left of a row best, in increasing order.
 
     waiting: the oldest first. All of them if they fit. Otherwise those that fill the most tokens, and of equals those
-    with the older documents. Where all of them would need more patches or audio frames than there is room for, the
+    with the older documents. Where all of them would need more inputs of an encoder than there is room for, the
     documents are chosen from as many as keep the limits together, the oldest first: then any choice of them does.
     """
     places, left = [], room
     for place, size in enumerate(waiting):
-        if size.tokens <= room.tokens and size.patches <= left.patches and size.audio_frames <= left.audio_frames:
+        if size.tokens <= room.tokens and left.first_exceeded(size) is None:
             places.append(place)
-            left = left._replace(
-                patches=left.patches - size.patches, audio_frames=left.audio_frames - size.audio_frames
-            )
+            left = left - Size(0, size.inputs)
     return [places[i] for i in fullest([waiting[place].tokens for place in places], room.tokens)]
 
 
@@ -64,32 +59,36 @@ def fullest(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def check_fits(document: Document, limits: Size) -> None:
-    """Raise BadSample for a document that no row can hold: too_long, too_many_patches, too_much_audio."""
+    """Raise BadSample for a document that no row can hold: too_long, too_many_ENCODER_inputs."""
     size = document.size
-    for reason, count, limit, what, option in (
-        ("too_long", size.tokens, limits.tokens, "tokens", "row_tokens"),
-        ("too_many_patches", size.patches, limits.patches, "patches", "row_patches"),
-        ("too_much_audio", size.audio_frames, limits.audio_frames, "log-mel frames", "row_audio_frames"),
-    ):
-        if count > limit:
-            raise BadSample(
-                reason, f"{document.key}: {count} {what} do not fit into a row of {limit}; raise data.{option}"
-            )
+    if size.tokens > limits.tokens:
+        raise BadSample(
+            "too_long",
+            f"{document.key}: {size.tokens} tokens do not fit into a row of {limits.tokens}; raise data.row_tokens",
+        )
+    encoder = limits.first_exceeded(size)
+    if encoder is not None:
+        raise BadSample(
+            f"too_many_{encoder}_inputs",
+            f"{document.key}: {size.inputs[encoder]} inputs of the {encoder} encoder do not fit into a row of "
+            f"{limits.inputs[encoder]}; raise data.row_inputs.{encoder}",
+        )
 
 
-def pack(documents: Sequence[Document], row_tokens: int, loss_weights: LossConfig) -> Batch:
+def pack(documents: Sequence[Document], row_tokens: int, form: RowFormat) -> Batch:
     """One row of `row_tokens` tokens that holds the documents (at least one) in this order, padded at its end.
 
-    The weight of a target is loss_weights.text or .image by its modality, 0 where its document puts no loss.
+    The weight of a target is that of its kind, 0 where its document puts no loss.
     Raises BadSample("too_long") for a document longer than a row, ValueError when they do not fit together.
     """
     for document in documents:
-        check_fits(document, Size(row_tokens, NO_LIMIT, NO_LIMIT))
+        check_fits(document, Size(row_tokens))
     total = sum(map(len, documents))
     if total > row_tokens:
         raise ValueError(f"{len(documents)} documents have {total} tokens; the row holds {row_tokens}")
 
-    pad = documents[0].layout.control("pad")
+    layout = documents[0].layout
+    pad, weight_of = layout.control("pad"), np.array([form.weight(target) for target in layout.targets])
     token_T = np.full(row_tokens, pad, np.int64)
     target_T = np.full(row_tokens, pad, np.int64)
     weight_T = np.zeros(row_tokens, np.float32)
@@ -107,8 +106,7 @@ def pack(documents: Sequence[Document], row_tokens: int, loss_weights: LossConfi
         predicting = slice(begin, end - 1)
         target_T[predicting] = document.token_L[1:]
         modality_T[predicting] = document.modality_L[1:]
-        weights_L = np.where(document.modality_L == IMAGE, loss_weights.image, loss_weights.text)
-        weight_T[predicting] = (weights_L * document.loss_L)[1:]
+        weight_T[predicting] = (weight_of[document.modality_L] * document.loss_L)[1:]
         spans += int(document.span_L.max(initial=0))
         begins.append(begin)
         begin = end
@@ -140,6 +138,13 @@ def _media(documents: Sequence[Document], begins: Sequence[int]) -> dict[str, Me
                 values_PC=torch.cat([item.values_PC for item, _ in mine]),
                 grid_I3=torch.tensor([item.grid for item, _ in mine], dtype=torch.int64),
                 time_I=torch.tensor([item.seconds for item, _ in mine], dtype=torch.float32),
-                token_O=torch.cat([torch.arange(start, start + sum(item.spans)) for item, start in mine]),
+                token_O=torch.cat([_places(item, start) for item, start in mine]),
             )
     return media
+
+
+def _places(item: EncoderInput, start: int) -> torch.Tensor:
+    """int64: the token of each of an item's embeddings; those of a memory all belong to its one placeholder."""
+    if item.memory:
+        return torch.full((item.memory,), start)
+    return torch.arange(start, start + sum(item.spans))

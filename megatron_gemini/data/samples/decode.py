@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, VisionConfig
+from megatron_gemini.config.encoders import EncoderConfig
+from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.data.samples.decode_json import decode_json
-from megatron_gemini.data.samples.document import (
-    Audio,
-    EncoderInput,
-    Image,
-    ImageCodes,
-    Item,
-    Text,
-    Turn,
-    Video,
-    prepare,
-)
+from megatron_gemini.data.samples.document import EncoderInput, ImageCodes, Item, RawItem, Text, Turn, prepare
 from megatron_gemini.data.samples.interleaved import conversation, document_entries
 from megatron_gemini.data.sources.schema import TASK_FIELDS, USUAL, Schema
-from megatron_gemini.modalities.audio.preprocess import decode_audio
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.image.preprocess import decode_image
-from megatron_gemini.modalities.video.preprocess import decode_video
+from megatron_gemini.registry import MODALITIES
 
 Fetch = Callable[[str], bytes | None]  # a file that a document or conversation names; None if there is none
 
@@ -34,13 +23,12 @@ Fetch = Callable[[str], bytes | None]  # a file that a document or conversation 
 class SampleDecoder:
     """The settings that decoding depends on."""
 
-    vision: VisionConfig
-    audio: AudioConfig
+    encoders: Mapping[str, EncoderConfig]
     image_tokenizer: ImageTokenizerConfig
 
     @classmethod
     def from_config(cls, config: RunConfig) -> SampleDecoder:
-        return cls(config.vision, config.audio, config.image_tokenizer)
+        return cls(config.encoders, config.image_tokenizer)
 
     def decode(
         self, members: dict[str, bytes], task: str, key: str, schema: Schema = USUAL, fetch: Fetch | None = None
@@ -51,7 +39,7 @@ class SampleDecoder:
         Raises BadSample as `fields` does.
         """
         fields = self.fields(members, task, key, schema, fetch)
-        return over_media(fields, lambda item: prepare(item, self.vision, self.audio))
+        return over_media(fields, lambda item: prepare(item, self.encoders))
 
     def fields(
         self, members: dict[str, bytes], task: str, key: str, schema: Schema = USUAL, fetch: Fetch | None = None
@@ -86,11 +74,9 @@ class SampleDecoder:
             return decode_text(data)
         if name == "codes":
             return decode_codes(data, self.image_tokenizer)
-        if name == "image":
-            return Image(decode_image(data, shrink_to=self.vision.max_side))
-        if name == "video":
-            return Video(*decode_video(data, self.vision.max_frames))
-        return Audio(decode_audio(data, self.audio.max_seconds))
+        spec = MODALITIES.get(name)
+        assert spec.decode is not None, name
+        return spec.decode(data, self.encoders[spec.encoder])
 
     def _described(self, name: str, data: bytes, fetch: Fetch) -> list[Item] | list[Turn] | None:
         """The items of a document or the turns of a conversation; None for any other field."""
@@ -127,7 +113,7 @@ def over_media(fields: dict[str, Any], change: Callable[[Item], Item]) -> dict[s
             return [once(item) for item in value]
         if isinstance(value, Turn):
             return Turn(value.answer, once(value.items))
-        if not isinstance(value, (Image, Video, Audio, EncoderInput)):
+        if not isinstance(value, (EncoderInput, RawItem)):
             return value
         if id(value) not in changed:
             changed[id(value)] = change(value)
@@ -169,9 +155,7 @@ def field_bytes(value: Any) -> int:
         return field_bytes(value.items)
     if isinstance(value, list):
         return sum(map(field_bytes, value))
-    arrays = ("values_PC", "pixels_HW3", "frames_FHW3", "wave")
-    held = next((getattr(value, name).nbytes for name in arrays if hasattr(value, name)), None)
-    if held is not None:
-        return held + 512
+    if isinstance(value, (EncoderInput, RawItem)):
+        return value.nbytes + 512
     text = value.text if isinstance(value, Text) else value if isinstance(value, str) else ""
     return 2 * len(text) + 8 * len(getattr(value, "codes", ())) + 128

@@ -5,18 +5,19 @@ Shape suffixes: L tokens of the document, P encoder input rows, C values an inpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from megatron_gemini.config.model import AudioConfig, VisionConfig
-from megatron_gemini.contracts import AUDIO, ENCODERS, IMAGE, TEXT, VISION, TokenLayout
-from megatron_gemini.modalities.audio.preprocess import audio_output_length, log_mel
+from megatron_gemini.config.encoders import EncoderConfig
+from megatron_gemini.contracts import IMAGE, TEXT, TokenLayout
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.image.preprocess import fit_image, patchify, vision_grid
+from megatron_gemini.modalities.spec import ModalitySpec, Prepared
+from megatron_gemini.registry import CONNECTORS, ENCODERS, MODALITIES
 
 
 class Encodes(Protocol):
@@ -32,52 +33,53 @@ class Text:
     text: str
 
 
-@dataclass(frozen=True, eq=False)
-class Image:
-    """An input image, uint8[H, W, 3]."""
-
-    pixels_HW3: np.ndarray
-
-
 @dataclass(frozen=True)
 class ImageCodes:
-    """An output image as codes of the image tokenizer, each in [0, layout.image_codes)."""
+    """An output image as codes of the image tokenizer, each below the size of the layout's range."""
 
     codes: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Video:
-    """An input clip, uint8[F, H, W, 3], and the seconds between two of its frames."""
+@runtime_checkable
+class RawItem(Protocol):
+    """An item of a modality before it is prepared: `Image`, `Video`, `Audio` and the like, each in its own folder."""
 
-    frames_FHW3: np.ndarray
-    seconds_between_frames: float
+    modality: ClassVar[str]
 
-
-@dataclass(frozen=True, eq=False)
-class Audio:
-    """Input sound: float32[samples], mono, 16 kHz."""
-
-    wave: np.ndarray
+    @property
+    def nbytes(self) -> int:
+        """Memory that its values take."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class EncoderInput:
-    """An image, clip or sound as its encoder takes it. It may stand in a document in the place of the raw item.
+    """An item of a modality as its encoder takes it. It may stand in a document in the place of the raw item.
 
-    values_PC: float32, as in `contracts.Media`; grid: (frames, rows, columns); seconds: between two frames.
-    spans: lengths of the bidirectional spans that its placeholders (of the control token `placeholder`) form.
+    placeholder: the control token that stands for its embeddings. values_PC, grid, seconds: as in `contracts.Media`.
+    spans: lengths of the bidirectional spans that its placeholders form; none for an item whose connector gives a
+        memory, which has one causal placeholder in the stream and `memory` embeddings beside it.
     """
 
+    modality: str
     encoder: str
     placeholder: str
     values_PC: torch.Tensor
     grid: tuple[int, int, int]
     seconds: float
     spans: tuple[int, ...]
+    memory: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.values_PC.nbytes
+
+    @property
+    def prepared(self) -> Prepared:
+        return Prepared(self.values_PC, self.grid, self.seconds)
 
 
-Item = Text | Image | ImageCodes | Video | Audio | EncoderInput
+Item = Text | ImageCodes | EncoderInput | RawItem
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +90,24 @@ class Turn:
     items: Sequence[Item]
 
 
-class Size(NamedTuple):
-    """What a document takes of a row: tokens, image and video patches, log-mel frames."""
+@dataclass(frozen=True)
+class Size:
+    """What a document takes of a row: tokens, and inputs of each encoder."""
 
     tokens: int
-    patches: int = 0
-    audio_frames: int = 0
+    inputs: Mapping[str, int] = field(default_factory=dict)
+
+    def __sub__(self, taken: Size) -> Size:
+        """What is left; an encoder that is not named here has no limit."""
+        left = {name: count - taken.inputs.get(name, 0) for name, count in self.inputs.items()}
+        return Size(self.tokens - taken.tokens, left)
+
+    def holds(self, size: Size) -> bool:
+        return size.tokens <= self.tokens and self.first_exceeded(size) is None
+
+    def first_exceeded(self, size: Size) -> str | None:
+        """The first encoder of which `size` has more inputs than there is room for."""
+        return next((name for name, room in self.inputs.items() if size.inputs.get(name, 0) > room), None)
 
 
 @dataclass(eq=False)
@@ -119,49 +133,44 @@ class Document:
 
     @property
     def size(self) -> Size:
-        inputs = {encoder: sum(len(i.values_PC) for i in self.media if i.encoder == encoder) for encoder in ENCODERS}
-        return Size(len(self), inputs[VISION], inputs[AUDIO])
+        inputs: Counter[str] = Counter()
+        for item in self.media:
+            inputs[item.encoder] += len(item.values_PC)
+        return Size(len(self), inputs)
 
 
-def prepare_image(image: Image, vision: VisionConfig) -> EncoderInput:
-    """Fit the image to the patch grid and cut it into patches."""
-    return _vision_input(image.pixels_HW3[None], 0.0, "image", vision)
+def prepare(item: Item, encoders: Mapping[str, EncoderConfig]) -> Text | ImageCodes | EncoderInput:
+    """Turn a raw item into its encoder's input; text, codes and prepared inputs pass unchanged.
+
+    encoders: settings by name. Raises ValueError for an item whose encoder is off.
+    """
+    if isinstance(item, (Text, ImageCodes, EncoderInput)):
+        return item
+    spec = MODALITIES.get(item.modality)
+    section = encoders[spec.encoder]
+    if not section.enabled:
+        name = f"encoders.{spec.encoder}.enabled"
+        raise ValueError(f"{item.modality} input needs the {spec.encoder} encoder, and {name} is false")
+    assert spec.prepare is not None, spec.name
+    return encoder_input(spec, spec.prepare(item, section), section)
 
 
-def prepare_video(video: Video, vision: VisionConfig) -> EncoderInput:
-    """Fit every frame to the patch grid; the frames share one grid and each is a span of its own."""
-    if not len(video.frames_FHW3):
-        raise ValueError("a clip has no frames")
-    return _vision_input(video.frames_FHW3, video.seconds_between_frames, "video", vision)
-
-
-def prepare_audio(audio: Audio, config: AudioConfig) -> EncoderInput:
-    """Log-mel frames of the sound, at 100 Hz."""
-    if not config.enabled:
-        raise ValueError("sound needs an audio encoder, and audio.enabled is false")
-    values_PC = log_mel(audio.wave, config.mels)
-    frames = len(values_PC)
-    return EncoderInput(AUDIO, "audio", values_PC, (frames, 1, 1), 0.0, (audio_output_length(frames),))
-
-
-def _vision_input(frames_FHW3: np.ndarray, seconds: float, placeholder: str, vision: VisionConfig) -> EncoderInput:
-    if not vision.enabled:
-        raise ValueError("images and clips need a vision encoder, and vision.enabled is false")
-    fitted_FHW3 = np.stack([fit_image(frame_HW3, vision.patch, vision.max_side) for frame_HW3 in frames_FHW3])
-    frames, rows, columns = grid = vision_grid(fitted_FHW3, vision.patch)
-    values_PC = patchify(fitted_FHW3, vision.patch)
-    return EncoderInput(VISION, placeholder, values_PC, grid, float(seconds), (rows * columns,) * frames)
-
-
-def prepare(item: Item, vision: VisionConfig, audio: AudioConfig) -> Text | ImageCodes | EncoderInput:
-    """Turn a raw image, clip or sound into its encoder's input; text, codes and prepared inputs pass unchanged."""
-    if isinstance(item, Image):
-        return prepare_image(item, vision)
-    if isinstance(item, Video):
-        return prepare_video(item, vision)
-    if isinstance(item, Audio):
-        return prepare_audio(item, audio)
-    return item
+def encoder_input(spec: ModalitySpec, prepared: Prepared, section: EncoderConfig) -> EncoderInput:
+    """A prepared item with its placeholders: as many as its encoder and connector make embeddings of it."""
+    connector = CONNECTORS.get(section.connector.kind)
+    spans_I, length_I = ENCODERS.get(spec.encoder).spans(np.array([prepared.grid], np.int64))
+    spans = (int(connector.length(length_I)[0]),) * int(spans_I[0])
+    memory = connector.reads is not None
+    return EncoderInput(
+        modality=spec.name,
+        encoder=spec.encoder,
+        placeholder=spec.control,
+        values_PC=prepared.values_PC,
+        grid=prepared.grid,
+        seconds=prepared.seconds,
+        spans=() if memory else spans,
+        memory=sum(spans) if memory else 0,
+    )
 
 
 def build_document(
@@ -170,8 +179,7 @@ def build_document(
     *,
     layout: TokenLayout,
     text_tokenizer: Encodes,
-    vision: VisionConfig,
-    audio: AudioConfig,
+    encoders: Mapping[str, EncoderConfig],
     key: str,
     loss_on_prompt: bool = False,
 ) -> Document:
@@ -188,11 +196,11 @@ def build_document(
     if answer is not None:
         writer.control("user", loss=False)
     for item in prompt:
-        writer.item(prepare(item, vision, audio), loss=loss_on_prompt, key=key)
+        writer.item(prepare(item, encoders), loss=loss_on_prompt, key=key)
     if answer is not None:
         writer.control("model", loss=False)
         for item in answer:
-            writer.item(prepare(item, vision, audio), loss=True, key=key)
+            writer.item(prepare(item, encoders), loss=True, key=key)
     if answer is None or answer:
         writer.control("eos", loss=answer is not None or loss_on_prompt)
     return writer.document(key)
@@ -203,8 +211,7 @@ def build_conversation(
     *,
     layout: TokenLayout,
     text_tokenizer: Encodes,
-    vision: VisionConfig,
-    audio: AudioConfig,
+    encoders: Mapping[str, EncoderConfig],
     key: str,
 ) -> Document:
     """Lay the turns out as one document: `bos user <items> model <items> eos user <items> model <items> eos`.
@@ -217,7 +224,7 @@ def build_conversation(
     for turn in turns:
         writer.control("model" if turn.answer else "user", loss=False)
         for item in turn.items:
-            writer.item(prepare(item, vision, audio), loss=turn.answer, key=key)
+            writer.item(prepare(item, encoders), loss=turn.answer, key=key)
         if turn.answer:
             writer.control("eos", loss=True)
     return writer.document(key)
@@ -236,10 +243,10 @@ class _Writer:
         self.media: list[EncoderInput] = []
         self.media_begin: list[int] = []
 
-    def run(self, tokens: Sequence[int], loss: bool, modality: int = TEXT, span: int = 0) -> None:
+    def run(self, tokens: Sequence[int], loss: bool, target: str = TEXT, span: int = 0) -> None:
         self.tokens += tokens
         self.losses += [loss] * len(tokens)
-        self.modalities += [modality] * len(tokens)
+        self.modalities += [self.layout.targets.index(target)] * len(tokens)
         self.spans += [span] * len(tokens)
 
     def control(self, name: str, loss: bool) -> None:
@@ -254,18 +261,21 @@ class _Writer:
             self.input(item)
 
     def codes(self, item: ImageCodes, loss: bool, key: str) -> None:
-        outside = [code for code in item.codes if not 0 <= code < self.layout.image_codes]
+        codes = self.layout.code_range(IMAGE)
+        outside = [code for code in item.codes if not 0 <= code < len(codes)]
         if outside or not item.codes:
             what = f"image code {outside[0]}" if outside else "no image codes"
-            raise BadSample("bad_codes", f"{key}: {what}; the codebook has 0..{self.layout.image_codes - 1}")
+            raise BadSample("bad_codes", f"{key}: {what}; the codebook has 0..{len(codes) - 1}")
         self.control("image_begin", loss)
-        self.run([self.layout.first_image_code + code for code in item.codes], loss, IMAGE)
+        self.run([codes[code] for code in item.codes], loss, IMAGE)
         self.control("image_end", loss)
 
     def input(self, item: EncoderInput) -> None:
         self.media.append(item)
         self.media_begin.append(len(self.tokens))
         placeholder = self.layout.control(item.placeholder)
+        if item.memory:
+            self.run([placeholder], loss=False)
         for length in item.spans:
             self.last_span += 1
             self.run([placeholder] * length, loss=False, span=self.last_span)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_gemini.config.model import AudioConfig
+from megatron_gemini.config.encoders import AudioConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
 from megatron_gemini.modalities.transformer import (
@@ -36,7 +36,7 @@ class AudioEncoder(nn.Module):
 
     like: torch.Tensor
 
-    def __init__(self, config: AudioConfig, out_width: int) -> None:
+    def __init__(self, config: AudioConfig) -> None:
         super().__init__()
         self.config = config
         self.subsample = Subsample(config.mels, config.width)
@@ -45,11 +45,10 @@ class AudioEncoder(nn.Module):
             ConformerBlock(config.width, config.heads, config.mlp_width, config.kernel, gain)
             for _ in range(config.layers)
         )
-        self.out = linear(config.width, out_width)
         self.register_buffer("like", torch.empty(0), persistent=False)  # dtype and device; see VisionEncoder
 
     def forward(self, media: Media) -> torch.Tensor:
-        """[O, out_width]: ceil(ceil(frames / 2) / 2) embeddings a clip, clip after clip.
+        """[O, D]: ceil(ceil(frames / 2) / 2) embeddings a clip, clip after clip.
 
         Raises ValueError when the clips' lengths do not add up to the number of log-mel frames.
         """
@@ -66,17 +65,7 @@ class AudioEncoder(nn.Module):
         gaps = Gaps.between(length_I, len(h_OD), self.config.kernel // 2)
         for block in self.blocks:
             h_OD = block(h_OD, plan, gaps)
-        return self.out(h_OD)
-
-    def dummy(self) -> Media:
-        """One clip of one log-mel frame: the smallest valid input."""
-        device = self.like.device
-        return Media(
-            values_PC=torch.zeros(1, self.config.mels, device=device),
-            grid_I3=torch.ones(1, 3, dtype=torch.int64, device=device),
-            time_I=torch.zeros(1, device=device),
-            token_O=torch.zeros(1, dtype=torch.int64, device=device),
-        )
+        return h_OD
 
 
 @dataclass(frozen=True)

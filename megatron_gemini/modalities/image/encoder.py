@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatron_gemini.config.model import VisionConfig
+from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.transformer import Transformer, grid_positions, linear, sinusoids
@@ -21,24 +21,23 @@ class VisionEncoder(nn.Module):
     """Pre-norm ViT (Dosovitskiy et al. 2021) at native resolution (NaViT: Dehghani et al. 2023).
 
     Patches attend within their own image or frame. Rows and columns are told by fixed 2D sinusoids, which exist for
-    every grid; a frame of a clip also carries its time in seconds. A linear layer leads to the decoder's width.
+    every grid; a frame of a clip also carries its time in seconds.
     """
 
     like: torch.Tensor
 
-    def __init__(self, config: VisionConfig, out_width: int) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         self.patch = linear(config.patch * config.patch * CHANNELS, config.width)
         self.time = linear(config.width, config.width, bias=False)
         self.transformer = Transformer(config.width, config.layers, config.heads, config.mlp_width)
-        self.out = linear(config.width, out_width)
         # Tells the computation's dtype and device. Reading them off a weight would make ZeRO-3 gather it, on the ranks
         # that happen to read it only, and the job would hang.
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, media: Media) -> torch.Tensor:
-        """[O, out_width], one embedding a patch, in the order of `media.values_PC`.
+        """[P, D], one embedding a patch, in the order of `media.values_PC`.
 
         Raises ValueError when the grids do not add up to the number of patches.
         """
@@ -51,17 +50,7 @@ class VisionEncoder(nn.Module):
         # and without clips gather and reduce the same parameters.
         time_PD = self.time(sinusoids(seconds_P / TIME_UNIT, self.config.width).to(dtype))
         h_PD = h_PD + time_PD * (media.time_I > 0)[item_P, None]
-        return self.out(self.transformer(h_PD, plan_attention(segment_P, segment_P)))
-
-    def dummy(self) -> Media:
-        """One image of one patch: the smallest valid input."""
-        device = self.like.device
-        return Media(
-            values_PC=torch.zeros(1, self.config.patch * self.config.patch * CHANNELS, device=device),
-            grid_I3=torch.ones(1, 3, dtype=torch.int64, device=device),
-            time_I=torch.zeros(1, device=device),
-            token_O=torch.zeros(1, dtype=torch.int64, device=device),
-        )
+        return self.transformer(h_PD, plan_attention(segment_P, segment_P))
 
 
 def _locate(media: Media) -> tuple[torch.Tensor, ...]:

@@ -25,8 +25,8 @@ class Items:
 
     Their order, the same on every rank, is by encoder, data-parallel rank, row and place in the row.
     encoder: number of its encoder. home: data-parallel rank of its row. row: number among the rows of that rank. start:
-    position in the row of its first embedding; the others follow. inputs, outputs: how many the encoder takes and
-    gives.
+    position in the row of its first embedding; the others follow, or belong to the same one if they are a memory.
+    inputs, encoded, outputs: how many the encoder takes and gives, and how many the connector makes of them.
     holder: the rank that has read it. rank: the one that encodes it.
     """
 
@@ -35,6 +35,7 @@ class Items:
     row: np.ndarray
     start: np.ndarray
     inputs: np.ndarray
+    encoded: np.ndarray
     outputs: np.ndarray
     holder: np.ndarray
     rank: np.ndarray

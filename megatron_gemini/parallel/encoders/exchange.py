@@ -125,36 +125,88 @@ class EmbeddingRoutes:
     counts: list[int]
 
 
-def embedding_routes(items: Items, streams: Streams, rows: int, trained: np.ndarray) -> EmbeddingRoutes:
-    """rows: of a data-parallel rank. trained: bool, whether each encoder is."""
+def embedding_routes(
+    items: Items, streams: Streams, rows: int, wanted: np.ndarray, in_stream: np.ndarray
+) -> EmbeddingRoutes:
+    """rows: of a data-parallel rank. wanted, in_stream: bool of each encoder, whether gradients of its embeddings are
+    wanted, and whether they are in the stream at all."""
     topology, copies = streams.topology, streams.copies
-    made = _Tokens.of(items, np.flatnonzero(items.rank == topology.rank))
-    held = _Tokens.of(items, np.flatnonzero(items.home == topology.data_rank))
+    made = _Tokens.of(items, np.flatnonzero((items.rank == topology.rank) & in_stream[items.encoder]))
+    held = _Tokens.of(items, np.flatnonzero((items.home == topology.data_rank) & in_stream[items.encoder]))
     here = streams.here(held.position)
     held = _Tokens(held.item[here], held.position[here])
     by_row = np.argsort(items.row[held.item], kind="stable")
     to = [streams.rank(items.home[made.item], made.position, copy) for copy in range(copies)]
     number = np.arange(len(made.item))
     to_decoder = Route.make(topology.world, np.tile(number, copies), np.concatenate(to), items.rank[held.item], by_row)
-    to_encoder = _to_encoder(items, streams, made, held, by_row, trained)
+    to_encoder = _to_encoder(items, streams, made, held, by_row, wanted)
     position = streams.index_T[held.position[by_row]]
     counts = np.bincount(items.row[held.item], minlength=rows)
     return EmbeddingRoutes(to_decoder, to_encoder, torch.from_numpy(position), counts.tolist())
 
 
 def _to_encoder(
-    items: Items, streams: Streams, made: _Tokens, held: _Tokens, by_row: np.ndarray, trained: np.ndarray
+    items: Items, streams: Streams, made: _Tokens, held: _Tokens, by_row: np.ndarray, wanted: np.ndarray
 ) -> Route:
     topology, copies = streams.topology, streams.copies
-    sends = trained[items.encoder[held.item]]
+    sends = wanted[items.encoder[held.item]]
     if copies > 1:
         sends &= held.item % copies == topology.tensor_rank
     place = np.empty_like(by_row)
     place[by_row] = np.arange(len(by_row))
-    wanted = trained[items.encoder[made.item]]
-    item, position = made.item[wanted], made.position[wanted]
+    asked = wanted[items.encoder[made.item]]
+    item, position = made.item[asked], made.position[asked]
     source = streams.rank(items.home[item], position, item % copies)
     return Route.make(topology.world, place[sends], items.rank[held.item[sends]], source, np.arange(len(item)))
+
+
+@dataclass(frozen=True)
+class MemoryRoutes:
+    """The way of the embeddings of one encoder to every rank whose layers read them, and that of their gradients.
+
+    All tensor- and context-parallel ranks of a reading pipeline rank get the memories of their rows whole. Each computes
+    a part of the gradient, so that the parts of all `copies` are summed where the embeddings were made.
+    token: position in its row of the placeholder of every embedding that this rank gets. counts: how many of them in each
+        row.
+    """
+
+    to_decoder: Route
+    to_encoder: Route
+    token: torch.Tensor
+    counts: list[int]
+    copies: int
+
+    def carry_back(self, grad_MD: torch.Tensor) -> torch.Tensor:
+        """The gradients of the embeddings that this rank made, item after item, summed over their readers."""
+        arrived = self.to_encoder.carry(grad_MD)
+        return arrived.view(self.copies, -1, arrived.shape[-1]).sum(0)
+
+
+def memory_routes(
+    items: Items, encoder: int, pipeline_ranks: Sequence[int], rows: int, topology: Topology
+) -> MemoryRoutes:
+    """pipeline_ranks: those with layers that read the memory of this encoder. rows: of a data-parallel rank."""
+    of = items.encoder == encoder
+    made = _Tokens.of(items, np.flatnonzero(of & (items.rank == topology.rank)))
+    reads = topology.pipeline_rank in pipeline_ranks
+    held = _Tokens.of(items, np.flatnonzero(of & (items.home == topology.data_rank) & reads))
+    by_row = np.argsort(items.row[held.item], kind="stable")
+    home = items.home[made.item]
+    readers = [
+        rank_at(topology, pipeline, home, np.full_like(home, context), np.full_like(home, tensor))
+        for pipeline in pipeline_ranks
+        for context in range(topology.context_size)
+        for tensor in range(topology.tensor_size)
+    ]
+    number, everywhere = np.arange(len(home)), np.concatenate(readers)
+    source = items.rank[held.item]
+    to_decoder = Route.make(topology.world, np.tile(number, len(readers)), everywhere, source, by_row)
+    place = np.empty_like(by_row)
+    place[by_row] = np.arange(len(by_row))
+    to_encoder = Route.make(topology.world, place, source, everywhere, np.arange(len(everywhere)))
+    token = torch.from_numpy(items.start[held.item[by_row]])
+    counts = np.bincount(items.row[held.item], minlength=rows).tolist()
+    return MemoryRoutes(to_decoder, to_encoder, token, counts, len(readers))
 
 
 def exchange_inputs(

@@ -49,7 +49,7 @@ def test_a_run_gives_its_newest_model_and_a_step_its_own(made) -> None:
 def test_everything_that_answers_is_loaded(made) -> None:
     loaded = load_for_inference(made[0])
     assert loaded.config == CONFIG
-    assert loaded.layout == TokenLayout(loaded.text_tokenizer.size, 12)
+    assert loaded.layout == TokenLayout(loaded.text_tokenizer.size, (("image", 12),))
     assert not loaded.model.training
     tokenizer = ImageTokenizer(CONFIG.image_tokenizer)
     initialize(tokenizer, 2)

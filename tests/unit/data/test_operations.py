@@ -6,18 +6,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.config.model import AudioConfig, VisionConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.data.operations.media import size_within
 from megatron_gemini.data.operations.pipeline import USUAL_OPERATIONS, OperationPipeline
 from megatron_gemini.data.operations.registry import Setting, make_operation
 from megatron_gemini.data.samples.decode import SampleDecoder
-from megatron_gemini.data.samples.document import Audio, EncoderInput, Image, Text, Turn, Video
+from megatron_gemini.data.samples.document import EncoderInput, Text, Turn
+from megatron_gemini.modalities.audio.item import Audio
+from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.data.samples.tasks import random_stream
 from megatron_gemini.data.sources.schema import Schema
-from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, LAYOUT, VISION, Characters, chat, png, sample
+from tests.tiny_shards import "audio", IMAGE_TOKENIZER, LAYOUT, "vision", Characters, chat, png, sample
 
 
-def setting(task="caption", vision=VISION, audio=AUDIO, **source):
+def setting(task="caption", vision="vision", audio="audio", **source):
     schema = Schema.of(SourceConfig(shards="x", task=task, **source))
     return Setting(
         task, SampleDecoder(vision, audio, IMAGE_TOKENIZER), schema, LAYOUT, Characters(), caption_dropout=0.5
@@ -100,7 +103,7 @@ def test_speed_changes_length_and_pitch_together_and_keeps_the_limit(seconds, se
     faster = apply("speed(slowest=0.8, fastest=1.25)", {"audio": Audio(wave)}, seed)["audio"].wave
     ratio = len(wave) / len(faster)
     assert 0.79 < ratio < 1.26
-    assert len(faster) <= 16_000 * AUDIO.max_seconds + 1
+    assert len(faster) <= 16_000 * "audio".max_seconds + 1
     pitch = np.abs(np.fft.rfft(faster, 1 << 17)).argmax() * 16_000 / (1 << 17)
     assert pitch == pytest.approx(400 * ratio, rel=0.02)
 

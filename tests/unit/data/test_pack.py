@@ -8,12 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.config.training import LossConfig
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.contracts import IMAGE, TEXT
 from megatron_gemini.data.packing.pack import check_fits, choose, fullest, pack
-from megatron_gemini.data.samples.document import Audio, Image, ImageCodes, Size, Text, Video, build_document
+from megatron_gemini.data.samples.document import ImageCodes, Size, Text, build_document
+from megatron_gemini.modalities.audio.item import Audio
+from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.modalities.bad_sample import BadSample
-from tests.tiny_shards import AUDIO, LAYOUT, VISION, Characters
+from tests.tiny_shards import "audio", LAYOUT, "vision", Characters
 
 PLACEHOLDERS = {LAYOUT.control(name) for name in ("image", "video", "audio")}
 TEXT_WEIGHT, IMAGE_WEIGHT = 1.0, 0.25
@@ -26,8 +29,8 @@ def build(prompt, answer, key="k", loss_on_prompt=False):
         answer,
         layout=LAYOUT,
         text_tokenizer=Characters(),
-        vision=VISION,
-        audio=AUDIO,
+        vision="vision",
+        audio="audio",
         key=key,
         loss_on_prompt=loss_on_prompt,
     )
@@ -41,7 +44,7 @@ texts = st.text("abc ", max_size=6).map(Text)
 images = st.sampled_from([(8, 8), (4, 8), (20, 8), (3, 3)]).map(lambda size: Image(pixels(*size)))
 clips = st.integers(1, 3).map(lambda frames: Video(pixels(frames, 8, 4), 0.5))
 sounds = st.integers(1, 4000).map(lambda n: Audio(np.sin(np.arange(n) / 5).astype(np.float32)))
-drawings = st.lists(st.integers(0, LAYOUT.image_codes - 1), min_size=1, max_size=5).map(
+drawings = st.lists(st.integers(0, len(LAYOUT.code_range("image")) - 1), min_size=1, max_size=5).map(
     lambda codes: ImageCodes(tuple(codes))
 )
 items = st.lists(st.one_of(texts, images, clips, sounds, drawings), max_size=4)
@@ -84,8 +87,8 @@ def test_a_packed_row_obeys_the_contract(parts, padding):
             continue
         target = int(row.token_T[t + 1])
         assert row.target_T[t] == target
-        assert row.modality_T[t] == (IMAGE if LAYOUT.is_image_code(target) else TEXT)
-        assert row.weight_T[t] in (0, IMAGE_WEIGHT if LAYOUT.is_image_code(target) else TEXT_WEIGHT)
+        assert row.modality_T[t] == (IMAGE if target in LAYOUT.code_range("image") else TEXT)
+        assert row.weight_T[t] in (0, IMAGE_WEIGHT if target in LAYOUT.code_range("image") else TEXT_WEIGHT)
         assert target not in PLACEHOLDERS or row.weight_T[t] == 0
 
     # Spans: exactly the placeholders, each span one run of one kind within one document.
@@ -119,7 +122,7 @@ def test_loss_is_on_the_answer_and_its_end_only():
 
 def test_loss_weights_go_by_the_modality_of_the_target():
     row = pack([build([Text("a")], [ImageCodes((3, 5))])], 12, LOSS)
-    first = LAYOUT.first_image_code
+    first = LAYOUT.code_range("image").start
     answer = [*control("image_begin"), first + 3, first + 5, *control("image_end", "eos")]
     assert row.token_T[3:9].tolist() == [*control("model"), *answer]
     assert row.target_T[3:8].tolist() == answer
@@ -133,7 +136,7 @@ def test_an_interleaved_document_learns_its_text_and_codes_but_no_placeholder():
         *control("image") * 4,
         97,
         *control("image_begin"),
-        LAYOUT.first_image_code + 2,
+        LAYOUT.code_range("image").start + 2,
         *control("image_end", "eos"),
     ]
     assert row.weight_T.tolist() == [0, 0, 0, 0, 1, 1, 0.25, 1, 1, 0]

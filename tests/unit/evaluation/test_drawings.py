@@ -22,7 +22,7 @@ class Tokens(Generator):
     """An image is its grey value; its code is that value."""
 
     def __init__(self) -> None:
-        self.layout = TokenLayout(text_size=5, image_codes=256)
+        self.layout = TokenLayout(5, (("image", 256),))
 
     def codes(self, images, batch_size=1):
         return [(int(image[0, 0, 0]),) for image in images]

@@ -2,17 +2,19 @@
 
 import numpy as np
 
-from megatron_gemini.config.model import VisionConfig
-from megatron_gemini.data.samples.document import Image, Video, prepare_image, prepare_video
+from megatron_gemini.config.encoders import VisionConfig
+from megatron_gemini.data.samples.document import prepare_image, prepare_video
+from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.evaluation.sheet import pixels, some, subtitle
 
 NOISE = np.random.default_rng(0).integers(0, 255, (3, 8, 12, 3), dtype=np.uint8)
-VISION = VisionConfig(patch=4, max_side=16)
+"vision" = VisionConfig(patch=4, max_side=16)
 
 
 def test_images_and_clips_are_shown_pixel_by_pixel() -> None:
-    assert np.array_equal(pixels(prepare_image(Image(NOISE[0]), VISION), 4), NOISE[:1])
-    assert np.array_equal(pixels(prepare_video(Video(NOISE, 0.5), VISION), 4), NOISE)
+    assert np.array_equal(pixels(prepare_image(Image(NOISE[0]), "vision"), 4), NOISE[:1])
+    assert np.array_equal(pixels(prepare_video(Video(NOISE, 0.5), "vision"), 4), NOISE)
 
 
 def test_the_subtitle_names_only_what_was_measured() -> None:

@@ -5,7 +5,8 @@ import pytest
 
 from megatron_gemini.checkpoint.inference import load_for_inference
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.samples.document import Image, Text
+from megatron_gemini.data.samples.document import Text
+from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.generation.api import Answer, Drawing, Generator, split_answer
 from megatron_gemini.generation.settings import SampleSettings
 from tests.tiny_checkpoint import CONFIG, write_checkpoint
@@ -21,8 +22,8 @@ def generator(tmp_path_factory) -> Generator:
 
 
 def test_an_answer_splits_into_texts_and_images_in_order() -> None:
-    layout = TokenLayout(text_size=10, image_codes=6)
-    begin, end, code = layout.control("image_begin"), layout.control("image_end"), layout.first_image_code
+    layout = TokenLayout(10, (("image", 6),))
+    begin, end, code = layout.control("image_begin"), layout.control("image_end"), layout.code_range("image").start
     answer = [begin, code + 5, code, end, 3, 4, begin, code + 1, code + 2, end]
     assert split_answer(layout, answer) == [(5, 0), [3, 4], (1, 2)]
     assert split_answer(layout, []) == []

@@ -11,14 +11,14 @@ from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.generation.choose import choose
 from megatron_gemini.generation.grammar import Grammar
 
-LAYOUT = TokenLayout(text_size=7, image_codes=5)
+LAYOUT = TokenLayout(7, (("image", 5),))
 
 
 def symbols(tokens: list[int], layout: TokenLayout = LAYOUT) -> str:
     """t text, c image code, b and e around an image, . eos, ? anything else."""
     names = {layout.control("image_begin"): "b", layout.control("image_end"): "e", layout.control("eos"): "."}
     return "".join(
-        names.get(token) or ("t" if layout.is_text(token) else "c" if layout.is_image_code(token) else "?")
+        names.get(token) or ("t" if layout.is_text(token) else "c" if token in layout.code_range("image") else "?")
         for token in tokens
     )
 
@@ -65,7 +65,7 @@ def test_no_image_begins_that_would_not_fit() -> None:
 
 
 def test_a_model_without_image_codes_never_draws() -> None:
-    layout = TokenLayout(text_size=7, image_codes=0)
+    layout = TokenLayout(7, (("image", 0),))
     assert not Grammar(layout, 0, "any", 50, 1).allowed()[0, layout.control("image_begin")]
     with pytest.raises(ValueError, match="no image codes"):
         Grammar(layout, 0, "image", 50, 1)
@@ -81,4 +81,6 @@ def test_sequences_keep_their_states_when_others_are_dropped() -> None:
     grammar.advance([0, LAYOUT.control("image_begin"), LAYOUT.control("eos")])
     grammar.keep([1, 0])
     assert grammar.in_image() == [True, False]
-    assert grammar.allowed()[0].nonzero().flatten().tolist() == list(range(LAYOUT.first_image_code, LAYOUT.size))
+    assert grammar.allowed()[0].nonzero().flatten().tolist() == list(
+        range(LAYOUT.code_range("image").start, LAYOUT.size)
+    )

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import LossConfig
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.packing.pack import pack
-from megatron_gemini.data.samples.document import Audio, Document, Image, ImageCodes, Item, Text, Video, build_document
+from megatron_gemini.data.samples.document import Document, ImageCodes, Item, Text, build_document
+from megatron_gemini.modalities.audio.item import Audio
+from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.generation.sample import generate, guide
 from megatron_gemini.generation.sequences import (
     CachedSequences,
@@ -29,7 +33,7 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 CODES = 4
-LAYOUT = TokenLayout(text_size=30, image_codes=12)
+LAYOUT = TokenLayout(30, (("image", 12),))
 
 
 class Letters:
@@ -130,7 +134,7 @@ def test_an_asked_image_is_one_whole_image_and_guidance_changes_it(model: Gemini
     for answer in plain + guided:
         begin, *codes, end = answer
         assert (begin, end) == (LAYOUT.control("image_begin"), LAYOUT.control("image_end"))
-        assert len(codes) == CODES and all(map(LAYOUT.is_image_code, codes))
+        assert len(codes) == CODES and all(code in LAYOUT.code_range("image") for code in codes)
     assert plain != guided
 
 

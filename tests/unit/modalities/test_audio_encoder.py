@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron_gemini.config.model import AudioConfig
+from megatron_gemini.config.encoders import AudioConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.audio.encoder import (

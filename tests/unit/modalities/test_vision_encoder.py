@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_gemini.config.model import VisionConfig
+from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.image.encoder import VisionEncoder

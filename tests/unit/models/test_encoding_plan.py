@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.config.engine import CostConfig, EncoderEnginesConfig
+from megatron_gemini.config.encoders import CostConfig, EncoderEnginesConfig
 from megatron_gemini.models.encoders import Encoders, costs, output_counts
 from megatron_gemini.models.encoding_plan import (
     ENCODER,

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import LossConfig
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, Batch, Media, TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.placement import Embeddings, place
@@ -19,7 +20,7 @@ from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
-LAYOUT = TokenLayout(text_size=30, image_codes=8)
+LAYOUT = TokenLayout(30, (("image", 8),))
 CONFIG = RunConfig(
     model=ModelConfig(width=32, layers=2, heads=4, kv_heads=1, head_width=8, mlp_width=48, init_std=0.1),
     vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=32, patch=4, max_side=16),
@@ -39,7 +40,7 @@ def document(length, *, images=(), audio=0, seed=0):
     """One document as a row: bos, then an image run (rows, columns) each, an audio run, and text to `length`."""
     generator = torch.Generator().manual_seed(seed)
     token = torch.randint(LAYOUT.text_size, (length,), generator=generator)
-    token[-2:] = LAYOUT.first_image_code  # targets of both modalities
+    token[-2:] = LAYOUT.code_range("image").start  # targets of both modalities
     span, media, begin = torch.zeros(length, dtype=torch.int32), {}, 1
     if images:
         counts = [rows * columns for rows, columns in images]
@@ -47,7 +48,7 @@ def document(length, *, images=(), audio=0, seed=0):
             token[begin : begin + count] = LAYOUT.control("image")
             span[begin : begin + count] = number + 1
             begin += count
-        media[VISION] = Media(
+        media["vision"] = Media(
             torch.rand(sum(counts), 48, generator=generator) * 2 - 1,
             torch.tensor([(1, rows, columns) for rows, columns in images]),
             torch.zeros(len(images)),
@@ -57,7 +58,7 @@ def document(length, *, images=(), audio=0, seed=0):
         frames, count = audio, math.ceil(math.ceil(audio / 2) / 2)
         token[begin : begin + count] = LAYOUT.control("audio")
         span[begin : begin + count] = 100
-        media[AUDIO] = Media(
+        media["audio"] = Media(
             torch.randn(frames, 8, generator=generator),
             torch.tensor([(frames, 1, 1)]),
             torch.zeros(1),
@@ -75,7 +76,7 @@ def document(length, *, images=(), audio=0, seed=0):
         torch.arange(length),
         torch.ones(length, dtype=torch.int32),
         span,
-        torch.where(target >= LAYOUT.first_image_code, IMAGE, TEXT).to(torch.int8),
+        torch.where(target >= LAYOUT.code_range("image").start, IMAGE, TEXT).to(torch.int8),
         media,
         [f"sample-{seed}"],
     )
@@ -85,7 +86,7 @@ def packed(documents, padding=0):
     """The documents in one row, written without data.pack so that neither can hide the other's mistake."""
     names = [f.name for f in dataclasses.fields(Batch) if f.name.endswith("_T")]
     parts = {name: [getattr(d, name).clone() for d in documents] for name in names}
-    begin, media = 0, {VISION: [], AUDIO: []}
+    begin, media = 0, {"vision": [], "audio": []}
     for number, d in enumerate(documents):
         parts["segment_T"][number] += number
         parts["span_T"][number][parts["span_T"][number] > 0] += 1000 * number
@@ -163,14 +164,14 @@ def test_encoders_without_an_item_get_zero_gradients_and_change_nothing(model, d
     model.zero_grad(set_to_none=True)
     output = model(batch)
     output.loss.backward()
-    absent = [name for name in (VISION, AUDIO) if name not in batch.media]
+    absent = [name for name in ("vision", "audio") if name not in batch.media]
     assert absent
     for name in absent:
         for parameter in model.encoders[name].parameters():
             assert parameter.grad is not None and (parameter.grad == 0).all()
     text_only = dataclasses.replace(
         CONFIG,
-        vision=dataclasses.replace(CONFIG.vision, enabled=VISION in batch.media),
+        vision=dataclasses.replace(CONFIG.vision, enabled="vision" in batch.media),
         audio=AudioConfig(enabled=False),
     )
     twin = Gemini(text_only, LAYOUT, LayerFactory(Topology.serial()))
@@ -201,7 +202,7 @@ def test_placing_differentiates_into_the_stream_and_the_embeddings():
 @pytest.mark.parametrize("change", ["placeholder", "position", "moved"])
 def test_a_placeholder_without_its_embedding_names_the_sample_and_both_counts(model, change):
     batch = packed([document(6, seed=2), document(14, images=[(2, 2)], seed=1)])
-    media = batch.media[VISION]
+    media = batch.media["vision"]
     if change == "placeholder":
         batch.token_T[12] = LAYOUT.control("video")
         counts = "5 placeholders for the vision encoder, its media name 4 positions and the encoder gave 4"

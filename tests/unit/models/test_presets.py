@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini
@@ -26,7 +27,7 @@ def build_on_meta(name: str) -> Gemini:
         audio=AudioConfig(**values["audio"]),
         image_tokenizer=ImageTokenizerConfig(**values["image_tokenizer"]),
     )
-    layout = TokenLayout(TEXT_PIECES, config.image_tokenizer.codes)
+    layout = TokenLayout(TEXT_PIECES, (("image", config.image_tokenizer.codes),))
     with torch.device("meta"):
         return Gemini(config, layout, LayerFactory(Topology.serial()))
 

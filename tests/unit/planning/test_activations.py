@@ -10,7 +10,8 @@ from torch import nn
 
 from megatron_gemini.config.data import DataConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
-from megatron_gemini.config.model import AudioConfig, ImageTokenizerConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, Media, TokenLayout
 from megatron_gemini.modalities.audio.encoder import AudioEncoder
@@ -29,7 +30,7 @@ from megatron_gemini.planning.activations import (
 )
 
 T = 256
-LAYOUT = TokenLayout(200, 40)
+LAYOUT = TokenLayout(200, (("image", 40),))
 MODELS = {
     "multi-query": ModelConfig(width=64, layers=3, heads=4, kv_heads=1, head_width=16, mlp_width=192),
     "grouped, no norm of heads": ModelConfig(
@@ -70,7 +71,7 @@ def built(model: ModelConfig, precision: str, recompute: str, schedule: str = "1
     config = RunConfig(
         model=model,
         data=DataConfig(row_tokens=T),
-        image_tokenizer=ImageTokenizerConfig(codes=LAYOUT.image_codes),
+        image_tokenizer=ImageTokenizerConfig(codes=len(LAYOUT.code_range("image"))),
         engine=EngineConfig(precision=precision, recompute=recompute),
         parallel=ParallelConfig(schedule=schedule),
     )

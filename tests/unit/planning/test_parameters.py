@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.load import config_from_dict
-from megatron_gemini.config.model import AudioConfig, ModelConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini
@@ -41,7 +42,7 @@ def check(config: RunConfig, layout: TokenLayout) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_counted_exactly(name):
     config = config_from_dict(PRESETS[name])
-    check(config, TokenLayout(TEXT_PIECES, config.image_tokenizer.codes))
+    check(config, TokenLayout(TEXT_PIECES, (("image", config.image_tokenizer.codes),)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -73,7 +74,7 @@ def test_any_model_is_counted_exactly(data):
             mels=data.draw(small),
         ),
     )
-    check(config, TokenLayout(data.draw(small), data.draw(small)))
+    check(config, TokenLayout(data.draw(small), (("image", data.draw(small)),)))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -31,7 +31,7 @@ from megatron_gemini.planning.traffic import traffic
 from tests.unit.planning.test_activations import T, row, saved_bytes
 
 RANKS = 4
-LAYOUT = TokenLayout(200, 40)
+LAYOUT = TokenLayout(200, (("image", 40),))
 MODELS = {
     "one key head": ModelConfig(width=64, layers=3, heads=8, kv_heads=1, head_width=16, mlp_width=192),
     "a key head a rank": ModelConfig(width=64, layers=3, heads=8, kv_heads=4, head_width=16, mlp_width=192),
@@ -69,7 +69,7 @@ def run_of(model: ModelConfig, parallel: ParallelConfig, recompute: str = "none"
     return RunConfig(
         model=model,
         data=DataConfig(row_tokens=T),
-        image_tokenizer=ImageTokenizerConfig(codes=LAYOUT.image_codes),
+        image_tokenizer=ImageTokenizerConfig(codes=len(LAYOUT.code_range("image"))),
         parallel=parallel,
         engine=EngineConfig(precision="fp32", zero_stage=1, offload_optimizer="none", recompute=recompute),
     )

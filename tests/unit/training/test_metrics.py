@@ -152,10 +152,17 @@ def test_wandb_goes_on_with_its_run_after_a_resume_and_never_sees_the_environmen
 
 
 def test_tokens_are_counted_by_kind_without_padding():
-    layout = TokenLayout(text_size=10, image_codes=4)
+    layout = TokenLayout(10, (("image", 4),))
     control = layout.control
     tokens = [control("bos"), 3, control("image"), control("image"), control("video"), control("audio")]
-    tokens += [control("image_begin"), layout.first_image_code, layout.size - 1, control("eos"), control("pad"), 5]
+    tokens += [
+        control("image_begin"),
+        layout.code_range("image").start,
+        layout.size - 1,
+        control("eos"),
+        control("pad"),
+        5,
+    ]
     token_T = torch.tensor(tokens)
     segment_T = torch.tensor([1] * 10 + [0, 0], dtype=torch.int32)
     zeros = torch.zeros_like(token_T)

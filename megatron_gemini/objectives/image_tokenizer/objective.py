@@ -6,24 +6,26 @@ Shape suffixes: B images, S pixels of a side.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.data.loading.images import ImageLoader
 from megatron_gemini.engine.engine import WholeModelEngine
 from megatron_gemini.engine.synchronize import StepFingerprint, config_digest
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
+from megatron_gemini.objectives.base import Objective, mean
+from megatron_gemini.objectives.image_tokenizer.spec import ImageTokenizerObjectiveConfig
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.training.loop import Task, mean
 
 PARTS = ("loss", "l2", "logit_laplace", "quantization", "perplexity")
 
 
-class ImageTokenizerTraining(Task):
-    """Every rank takes its share of `train.images_per_step` images as one microbatch."""
+class ImageTokenizerTraining(Objective[list[torch.Tensor], TokenizerLoss]):
+    """Every rank takes its share of `objective.images_per_step` images as one microbatch."""
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
@@ -32,7 +34,9 @@ class ImageTokenizerTraining(Task):
                 f"parallel.tensor is {topology.tensor_size}; the image tokenizer is trained data parallel, set it to 1"
             )
         self.digest = config_digest(config)
-        self.loader = ImageLoader(config, topology.data_rank, topology.data_size)
+        section = config.objective
+        assert isinstance(section, ImageTokenizerObjectiveConfig)
+        self.loader = ImageLoader(config, section.images_per_step, topology.data_rank, topology.data_size)
         self.engine = WholeModelEngine(
             lambda: SummedLoss(ImageTokenizer(config.image_tokenizer)), config, topology, device, topology.data_size
         )
@@ -52,7 +56,7 @@ class ImageTokenizerTraining(Task):
     def to_device(self, step: list[torch.Tensor]) -> list[torch.Tensor]:
         return [images.to(self.device, self.engine.dtype, non_blocking=True) for images in step]
 
-    def sums(self, outputs: list[TokenizerLoss], step: list[torch.Tensor]) -> dict[str, float]:
+    def sums(self, outputs: Sequence[TokenizerLoss], step: list[torch.Tensor]) -> dict[str, float]:
         sums = dict.fromkeys((*PARTS, "images"), 0.0)
         for output, images in zip(outputs, step, strict=True):
             sums["loss"] += float(output.loss.detach())
@@ -61,15 +65,15 @@ class ImageTokenizerTraining(Task):
                 sums[part] += float(getattr(output, part).detach()) * len(images)
         return sums
 
-    def record(self, sums: dict[str, float]) -> dict[str, float]:
+    def record(self, sums: Mapping[str, float]) -> dict[str, float]:
         record = {part: mean(sums[part], sums["images"]) for part in PARTS}
         record["tokens"] = int(sums["images"]) * self.config.image_tokenizer.codes_per_image
         return record
 
-    def data_state(self) -> dict[str, Any]:
+    def data_state(self) -> dict[str, Plain]:
         return self.loader.state()
 
-    def load_data_state(self, state: dict[str, Any]) -> None:
+    def load_data_state(self, state: Mapping[str, Plain]) -> None:
         self.loader.load_state(state)
 
     def skipped(self) -> Counter[tuple[str, str]]:
@@ -86,9 +90,6 @@ class ImageTokenizerTraining(Task):
         quality = [psnr(o.reconstruction.float(), b.float()) for o, b in zip(outputs, batches, strict=True)]
         shares = self.engine.total([sum(quality), len(quality)])
         return {"validation_loss": totals["loss"], "validation_psnr": mean(*shares)}
-
-    def assets(self) -> dict[str, Any]:
-        return {}
 
 
 class SummedLoss(nn.Module):

@@ -1,17 +1,18 @@
-"""Pretraining: next-token loss over text and image codes on packed multimodal rows."""
+"""Objectives on packed rows of documents: reading, exchange and figures, all but the loss."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_gemini.checkpoint.inference import load_image_tokenizer, save_weights
 from megatron_gemini.checkpoint.training_state import Asset
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import MODALITIES, Batch, StepRows, TokenLayout
+from megatron_gemini.config.schema import Plain
+from megatron_gemini.contracts import IMAGE, Batch, StepRows, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.loading.source import source_labels
 from megatron_gemini.engine.batch_exchange import BatchExchange
@@ -29,32 +30,69 @@ from megatron_gemini.kernels.losses.softmax_chunk import loss_backend
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.encoding_plan import check_media
-from megatron_gemini.models.flops import model_flops_per_token
-from megatron_gemini.models.stage import LossOutput
+from megatron_gemini.models.flops import model_flops_per_token, utilization
+from megatron_gemini.models.heads import NextTokenLoss
+from megatron_gemini.models.stage import LossOutput, StageLoss
+from megatron_gemini.objectives.base import Objective, mean
+from megatron_gemini.objectives.figures import MIXTURE, count_tokens, mixture_of, token_kinds, token_shares
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.training.loop import Task, mean
-from megatron_gemini.training.metrics import MIXTURE, TOKEN_KINDS, count_tokens, mixture_of, token_shares
-from megatron_gemini.training.throughput import utilization
+from megatron_gemini.registry import OBJECTIVES
 
 
-class Pretraining(Task):
-    """The decoder and its encoders, trained jointly."""
+class PackedObjective(Objective[StepRows, LossOutput]):
+    """The decoder with its encoders and connectors, trained on packed rows.
+
+    A subclass says what the loss is (`stage_loss`), and what figures it logs beside those of the rows (`loss_names`,
+    `loss_record`).
+    """
 
     engine: MultimodalEngine
 
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
         self.tokenizer = TextTokenizer(config.data.text_model)
-        self.layout = TokenLayout(self.tokenizer.size, config.image_tokenizer.codes)
+        self.layout = TokenLayout(self.tokenizer.size, ((IMAGE, config.image_tokenizer.codes),))
         self.image_tokenizer = self._load_image_tokenizer()
         self.digest = config_digest(config)
         self.labels = source_labels(config.data.sources)
+        rows = OBJECTIVES.get(config.objective.kind).rows
+        assert rows is not None, config.objective.kind
+        self.form = rows(config.objective)
         self.loader = Loader(
-            config, topology.rank, topology.world, self.layout, self.tokenizer, pin=device.type == "cuda"
+            config, topology.rank, topology.world, self.layout, self.tokenizer, self.form, pin=device.type == "cuda"
         )
         preflight(self.digest, shards_digest(self.loader.sources), topology, device)
         self.exchange = BatchExchange(topology, device)
-        self.engine = MultimodalEngine(config, self.layout, topology, device)
+        self.engine = MultimodalEngine(config, self.layout, topology, device, self.stage_loss())
+
+    def stage_loss(self) -> StageLoss:
+        """The loss of the last stage: the next token's, by default. Its `sums` are figures that are added up."""
+        return self.next_token_loss(z_loss=0.0)
+
+    def next_token_loss(self, z_loss: float) -> NextTokenLoss:
+        """`models.heads.NextTokenLoss` of this run's vocabulary and schedule."""
+        deferred = self.config.parallel.schedule == "breadth_first"  # many rows then wait for their backward
+        return NextTokenLoss(len(self.layout.targets), z_loss, deferred)
+
+    def loss_names(self) -> list[str]:
+        """Names of the figures that `loss_sums` gives, in order; the same on every rank."""
+        return [f"{what}_{target}" for what in ("nll", "weight") for target in self.layout.targets]
+
+    def loss_sums(self, outputs: Sequence[LossOutput]) -> list[float]:
+        """The figures of the outputs of this rank, added up; zeros if there are none."""
+        nothing = torch.zeros(len(self.layout.targets))
+        sums = [
+            torch.stack([nothing, *(output.sums[what].cpu() for output in outputs)]).double().sum(0)
+            for what in ("nll", "weight")
+        ]
+        return torch.cat(sums).tolist()
+
+    def loss_record(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """What to log of the loss, from the sums of all ranks; has "loss"."""
+        targets = self.layout.targets
+        nll, weight = ([sums[f"{what}_{target}"] for target in targets] for what in ("nll", "weight"))
+        each = {f"loss_{t}": mean(n, w) for t, n, w in zip(targets, nll, weight, strict=True)}
+        return {"loss": mean(sum(nll), sum(weight)), **each}
 
     def _load_image_tokenizer(self) -> ImageTokenizer | None:
         """The tokenizer whose codes the model learns; it travels with every checkpoint."""
@@ -93,25 +131,15 @@ class Pretraining(Task):
     def fingerprint(self, number: int, step: StepRows) -> StepFingerprint:
         return step_fingerprint(number, step.rows, self.config, self.digest)
 
-    def to_device(self, step: StepRows) -> StepRows:
-        return step  # the engine takes to the device what this rank needs of it
-
-    def sums(self, outputs: list[LossOutput], step: StepRows) -> dict[str, float]:
-        if self.topology.tensor_rank != 0:  # the same losses as the first one's
-            outputs = []
-        nothing = torch.zeros(len(MODALITIES))
-        nll = torch.stack([nothing, *(output.nll_by_modality.cpu() for output in outputs)]).double().sum(0).tolist()
-        weight = (
-            torch.stack([nothing, *(output.weight_by_modality.cpu() for output in outputs)]).double().sum(0).tolist()
-        )
-        sums = {f"nll_{name}": value for name, value in zip(MODALITIES, nll, strict=True)}
-        sums |= {f"weight_{name}": value for name, value in zip(MODALITIES, weight, strict=True)}
+    def sums(self, outputs: Sequence[LossOutput], step: StepRows) -> dict[str, float]:
+        mine = outputs if self.topology.tensor_rank == 0 else ()  # the others have the same losses
+        sums = dict(zip(self.loss_names(), self.loss_sums(mine), strict=True))
         counts = self._counts(step.rows)
         return sums | (counts if self.topology.counts_row_once else dict.fromkeys(counts, 0.0))
 
-    def _counts(self, batches: list[Batch]) -> dict[str, float]:
+    def _counts(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Figures of the rows, which all ranks that share them know."""
-        counts = dict(zip(TOKEN_KINDS, count_tokens(batches, self.layout).tolist(), strict=True))
+        counts: dict[str, float] = {f"tokens_{kind}": n for kind, n in count_tokens(batches, self.layout).items()}
         counts["row_tokens"] = sum(batch.token_T.numel() for batch in batches)
         counts["targets"] = sum(int((batch.weight_T > 0).sum()) for batch in batches)
         counts["documents"] = sum(len(batch.samples) for batch in batches)
@@ -119,13 +147,10 @@ class Pretraining(Task):
         counts["visible_keys"] = sum(float((batch.position_T + 1)[batch.segment_T > 0].sum()) for batch in batches)
         return counts
 
-    def record(self, sums: dict[str, float]) -> dict[str, float]:
-        weights = [sums[f"weight_{name}"] for name in MODALITIES]
-        losses = [sums[f"nll_{name}"] for name in MODALITIES]
-        record = {"loss": mean(sum(losses), sum(weights)), "encoder_balance": self.engine.encoder_engines.balance}
-        for name, loss, weight in zip(MODALITIES, losses, weights, strict=True):
-            record[f"loss_{name}"] = mean(loss, weight)
-        record |= token_shares(torch.tensor([int(sums[kind]) for kind in TOKEN_KINDS]))
+    def record(self, sums: Mapping[str, float]) -> dict[str, float]:
+        loss = self.loss_record(sums)
+        record = {"loss": loss.pop("loss"), "encoder_balance": self.engine.encoder_engines.balance, **loss}
+        record |= token_shares({kind: sums[f"tokens_{kind}"] for kind in token_kinds(self.layout)})
         record["documents"] = int(sums["documents"])
         record |= {name: int(count) for name, count in sums.items() if name.startswith(MIXTURE)}
         record["fill"] = mean(record["tokens"], sums["row_tokens"])
@@ -137,15 +162,15 @@ class Pretraining(Task):
         )
         return record
 
-    def utilization(self, record: dict[str, float], seconds: float) -> dict[str, float]:
+    def utilization(self, record: Mapping[str, float], seconds: float) -> dict[str, float]:
         rate = record["tokens"] / seconds
         share = utilization(self.config, record["flops_per_token"], rate, self.topology.world)
         return {} if share is None else {"mfu": share}
 
-    def data_state(self) -> dict[str, Any]:
+    def data_state(self) -> dict[str, Plain]:
         return self.loader.state()
 
-    def load_data_state(self, state: dict[str, Any]) -> None:
+    def load_data_state(self, state: Mapping[str, Plain]) -> None:
         self.loader.load_state(state)
 
     def skipped(self) -> Counter[tuple[str, str]]:
@@ -158,12 +183,12 @@ class Pretraining(Task):
         step = self._validation_rows()
         self.engine.evaluate(step, outputs.append)
         sums = self.sums(outputs, step)
-        totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
-        return {f"validation_{key}": totals[key] for key in ("loss", "loss_text", "loss_image")}
+        totals = dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
+        return {f"validation_{name}": value for name, value in self.loss_record(totals).items()}
 
     def _validation_rows(self) -> StepRows:
-        topology = self.topology
-        with Loader.validation(self.config, topology.rank, topology.world, self.layout, self.tokenizer) as loader:
+        topology, given = self.topology, (self.layout, self.tokenizer, self.form)
+        with Loader.validation(self.config, topology.rank, topology.world, *given) as loader:
             step, problem = self._shared(loader, self.config.train.validation_rows)
         raise_together(problem, topology, self.device)
         return step

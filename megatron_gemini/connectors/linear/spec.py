@@ -1,0 +1,33 @@
+"""One linear layer from the encoder's width to the decoder's: one embedding for each of the encoder's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_gemini.config.encoders import ConnectorConfig
+from megatron_gemini.connectors.spec import ConnectorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LinearConnectorConfig(ConnectorConfig):
+    """It has no settings of its own."""
+
+
+def build(section: LinearConnectorConfig, width: int, model_width: int) -> nn.Module:
+    from megatron_gemini.connectors.linear.module import LinearConnector
+
+    return LinearConnector(width, model_width)
+
+
+LINEAR = ConnectorSpec(
+    name="linear",
+    section=LinearConnectorConfig,
+    length=lambda length_S: length_S,
+    parameters=lambda section, width, model_width: width * model_width + model_width,
+    saved_bytes=lambda section, width, model_width, embeddings, element: float(embeddings * width * element),
+    build=build,
+)

@@ -1,0 +1,106 @@
+"""Images, and the vision encoder, which clips share.
+
+Shape suffixes: I items, P patches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_gemini.config.encoders import VisionConfig
+from megatron_gemini.modalities.counting import attention, feed_forward, linear
+from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec, Picture, Prepared
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from megatron_gemini.modalities.image.item import Image
+
+CHANNELS = 3
+FP32 = 4
+
+
+def spans(grid_I3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A grid is (frames, rows, columns) of patches; each gives one embedding, and each frame is a span."""
+    return grid_I3[:, 0], grid_I3[:, 1] * grid_I3[:, 2]
+
+
+def parameters(vision: VisionConfig) -> int:
+    width = vision.width
+    blocks = vision.layers * (attention(width) + feed_forward(width, vision.mlp_width)) + 2 * width
+    return blocks + linear(vision.patch**2 * CHANNELS, width) + linear(width, width, bias=False)
+
+
+def saved_bytes(vision: VisionConfig, patches: int, element: int) -> float:
+    """Bytes that the vision encoder keeps of `patches` in one forward with a graph."""
+    width = vision.width
+    block = 8 * width + 2 * vision.mlp_width
+    ends = vision.patch**2 * CHANNELS + 3 * width
+    statistics = vision.layers * (4 + vision.heads) + 2
+    return patches * ((vision.layers * block + ends) * element + statistics * FP32)
+
+
+def image_patches(vision: VisionConfig) -> int:
+    """Patches of the largest image."""
+    return (vision.max_side // vision.patch) ** 2
+
+
+def build(vision: VisionConfig) -> nn.Module:
+    from megatron_gemini.modalities.image.encoder import VisionEncoder
+
+    return VisionEncoder(vision)
+
+
+def decode(data: bytes, vision: VisionConfig) -> Image:
+    from megatron_gemini.modalities.image.item import Image
+    from megatron_gemini.modalities.image.preprocess import decode_image
+
+    return Image(decode_image(data, shrink_to=vision.max_side))
+
+
+def prepare(image: Image, vision: VisionConfig) -> Prepared:
+    """The image fitted to the patch grid and cut into patches."""
+    return prepare_frames(image.pixels_HW3[None], 0.0, vision)
+
+
+def prepare_frames(frames_FHW3: np.ndarray, seconds: float, vision: VisionConfig) -> Prepared:
+    """Every frame fitted to the patch grid; they share one grid. seconds: between two frames."""
+    import numpy as np
+
+    from megatron_gemini.modalities.image.preprocess import fit_image, patchify, vision_grid
+
+    fitted_FHW3 = np.stack([fit_image(frame_HW3, vision.patch, vision.max_side) for frame_HW3 in frames_FHW3])
+    return Prepared(patchify(fitted_FHW3, vision.patch), vision_grid(fitted_FHW3, vision.patch), float(seconds))
+
+
+def picture(prepared: Prepared, vision: VisionConfig) -> Picture:
+    """The pixels as the encoder takes them."""
+    (frames, rows, columns), patch = prepared.grid, vision.patch
+    tiles = prepared.values_PC.view(frames, rows, columns, patch, patch, CHANNELS).transpose(2, 3)
+    images_FHW3 = tiles.reshape(frames, rows * patch, columns * patch, CHANNELS)
+    return Picture(frames_FHW3=((images_FHW3.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+
+
+VISION = EncoderSpec(
+    name="vision",
+    section=VisionConfig,
+    input_width=lambda vision: vision.patch**2 * CHANNELS,
+    output_width=lambda vision: vision.width,
+    spans=spans,
+    parameters=parameters,
+    saved_bytes=saved_bytes,
+    largest_item=image_patches,
+    longest_item=lambda vision: vision.max_frames * image_patches(vision),
+    build=build,
+)
+IMAGE = ModalitySpec(
+    name="image",
+    encoder="vision",
+    control="image",
+    members=("png", "jpg", "jpeg", "webp", "image"),
+    files="PNG, JPEG, WebP, GIF or BMP",
+    decode=decode,
+    prepare=prepare,
+    picture=picture,
+)

@@ -1,0 +1,100 @@
+"""What a modality and an encoder are: all that data, planner, exchange, metrics and generation know of them.
+
+Everything here can be imported without torch and without a media library: the functions of a spec import what they need
+when they are called. images and clips are two modalities of one encoder; text has none.
+
+Shape suffixes: I items, P encoder inputs, C values of an input, S spans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from megatron_gemini.contracts import Media
+
+Settings = TypeVar("Settings")
+RawItem = TypeVar("RawItem")
+
+
+class Built(Protocol):
+    """What an encoder's `build` gives, beside being an `nn.Module`."""
+
+    def __call__(self, media: Media) -> torch.Tensor:
+        """[outputs, width], the embeddings of all items, in their order."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderSpec(Generic[Settings]):
+    """An encoder: inputs of items (patches, frames of sound) in, embeddings out.
+
+    section: the dataclass of its settings, a `config.encoders.EncoderConfig`.
+    input_width: C, values of one input. output_width: of one embedding.
+    spans: int64 grid_I3 (`contracts.Media`) -> (int64 spans_I, int64 length_I): item i gives spans_I[i] runs of
+        length_I[i] embeddings. A run becomes one bidirectional span of the row, and its items attend to each other in the
+        encoder, so that the same two numbers say what an item costs.
+    parameters: of the encoder, without its connector. saved_bytes: (settings, inputs, bytes of an element) -> what
+        autograd keeps of so many inputs in one forward. largest_item, longest_item: inputs of the largest item that is
+        common (a whole image), and of the largest that there can be (a clip of as many frames as are read).
+    build: the module, values not yet set; see `Built`.
+    """
+
+    name: str
+    section: type[Settings]
+    input_width: Callable[[Settings], int]
+    output_width: Callable[[Settings], int]
+    spans: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    parameters: Callable[[Settings], int]
+    saved_bytes: Callable[[Settings, int, int], float]
+    largest_item: Callable[[Settings], int]
+    longest_item: Callable[[Settings], int]
+    build: Callable[[Settings], nn.Module]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An item as its encoder takes it. values_PC: float32; grid, seconds: as in `contracts.Media`, of one item."""
+
+    values_PC: torch.Tensor
+    grid: tuple[int, int, int]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How an item is drawn for a report.
+
+    frames_FHW3: uint8[F, H, W, 3], an image or the frames of a clip; or spectrum_LM: float32[L, M], time by pitch.
+    """
+
+    frames_FHW3: np.ndarray | None = None
+    spectrum_LM: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ModalitySpec(Generic[Settings, RawItem]):
+    """A kind of input that samples hold.
+
+    encoder: name of its encoder; empty for text, which needs none. control: the control token that stands in the stream
+        for each of its embeddings; a new modality takes the next `reserved_n`.
+    members: endings of the members of a tar, or columns of a table, that hold it, in the order of preference.
+    files: the kinds of file in words, for `--help`.
+    decode: a file's bytes -> the raw item; raises BadSample. prepare: -> the encoder's input. picture: of that, for
+        reports.
+    """
+
+    name: str
+    encoder: str = ""
+    control: str = ""
+    members: tuple[str, ...] = ()
+    files: str = ""
+    decode: Callable[[bytes, Settings], RawItem] | None = None
+    prepare: Callable[[RawItem, Settings], Prepared] | None = None
+    picture: Callable[[Prepared, Settings], Picture] | None = None

@@ -1,0 +1,38 @@
+"""Clips: frames through the vision encoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_gemini.config.encoders import VisionConfig
+from megatron_gemini.modalities.image.spec import picture, prepare_frames
+from megatron_gemini.modalities.spec import ModalitySpec, Prepared
+
+if TYPE_CHECKING:
+    from megatron_gemini.modalities.video.item import Video
+
+
+def decode(data: bytes, vision: VisionConfig) -> Video:
+    from megatron_gemini.modalities.video.item import Video
+    from megatron_gemini.modalities.video.preprocess import decode_video
+
+    return Video(*decode_video(data, vision.max_frames))
+
+
+def prepare(video: Video, vision: VisionConfig) -> Prepared:
+    """The frames on one grid of patches, each a span of its own."""
+    if not len(video.frames_FHW3):
+        raise ValueError("a clip has no frames")
+    return prepare_frames(video.frames_FHW3, video.seconds_between_frames, vision)
+
+
+VIDEO = ModalitySpec(
+    name="video",
+    encoder="vision",
+    control="video",
+    members=("mp4", "video"),
+    files="MP4, WebM, MKV, AVI or TS",
+    decode=decode,
+    prepare=prepare,
+    picture=picture,
+)

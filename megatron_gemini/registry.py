@@ -1,0 +1,101 @@
+"""Every kind of thing that can be added, and the names of those that are here: the one place to register a built-in one.
+
+A name leads to `module:ATTRIBUTE`, which is imported when somebody first asks for it. So the table lies below all
+packages and imports none of them, and `--help` pays for nothing. What is there must be importable without torch.
+Plugins (`plugins.py`) register the object itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:  # types only: this file is below the packages that it names
+    from megatron_gemini.connectors.spec import ConnectorSpec
+    from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec
+    from megatron_gemini.objectives.spec import ObjectiveSpec
+
+Entry = TypeVar("Entry")
+
+
+class Registry(Generic[Entry]):
+    """Entries of one kind by name, in a fixed order: the built-in ones as listed, then plugins' as registered.
+
+    what: the kind in words, for messages. built_in: `module:ATTRIBUTE` by name.
+    """
+
+    def __init__(self, what: str, built_in: Mapping[str, str]) -> None:
+        self.what = what
+        self._places = dict(built_in)
+        self._entries: dict[str, Entry] = {}
+        self._order = list(built_in)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._order)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._order
+
+    def check(self, name: str) -> None:
+        """Raise a ValueError for a name that is not registered, with the nearest that is."""
+        if name not in self:
+            raise ValueError(f"{name!r} is no {self.what}; {self.nearest(name)}")
+
+    def nearest(self, name: str) -> str:
+        """The way out for an unknown name, as the end of a message."""
+        close = difflib.get_close_matches(name, self._order, n=1)
+        return f"did you mean {close[0]}?" if close else f"there are {', '.join(self._order)}"
+
+    def get(self, name: str) -> Entry:
+        """The entry of a name. Raises a ValueError as `check`."""
+        self.check(name)
+        if name not in self._entries:
+            module, _, attribute = self._places[name].partition(":")
+            self._entries[name] = getattr(importlib.import_module(module), attribute)
+        return self._entries[name]
+
+    def entries(self) -> list[Entry]:
+        """All of them, in order; imports those that nobody has asked for yet."""
+        return [self.get(name) for name in self._order]
+
+    def register(self, name: str, entry: Entry) -> None:
+        """Add an entry, as a plugin does when it is imported. Raises a ValueError for a name that is taken."""
+        if name in self:
+            raise ValueError(f"there is a {self.what} {name!r} already; choose another name")
+        self._entries[name] = entry
+        self._order.append(name)
+
+    def unregister(self, name: str) -> None:
+        """Take back `register`, for tests that leave no trace. A built-in entry stays: it is a programmer's mistake."""
+        assert name not in self._places, f"{name} is built in"
+        self._order.remove(name)
+        del self._entries[name]
+
+
+_M = "megatron_gemini.modalities"
+_O = "megatron_gemini.objectives"
+
+# The order of encoders is the order in which every rank runs them, and that of a checkpoint's random streams: append.
+ENCODERS: Registry[EncoderSpec] = Registry(
+    "encoder", {"vision": f"{_M}.image.spec:VISION", "audio": f"{_M}.audio.spec:AUDIO_ENCODER"}
+)
+MODALITIES: Registry[ModalitySpec] = Registry(
+    "modality",
+    {
+        "text": f"{_M}.text.spec:TEXT",
+        "image": f"{_M}.image.spec:IMAGE",
+        "video": f"{_M}.video.spec:VIDEO",
+        "audio": f"{_M}.audio.spec:AUDIO",
+    },
+)
+CONNECTORS: Registry[ConnectorSpec] = Registry("connector", {"linear": "megatron_gemini.connectors.linear.spec:LINEAR"})
+OBJECTIVES: Registry[ObjectiveSpec] = Registry(
+    "objective",
+    {"pretrain": f"{_O}.pretrain.spec:PRETRAIN", "image_tokenizer": f"{_O}.image_tokenizer.spec:IMAGE_TOKENIZER"},
+)
