@@ -1,9 +1,9 @@
 """Modules of users that add modalities, encoders, connectors, objectives and the like, by registering them on import.
 
 A plugin is imported because the person who starts the program says so: by `--plugin MODULE` on the command line, by the
-environment variable MEGATRON_GEMINI_PLUGINS (names between commas), or by an installed package's entry point in the group
-`megatron_gemini.plugins`. A YAML file or a checkpoint never causes an import: it may come from a stranger. A checkpoint
-records the names, so that one which lacks them can say what to add.
+environment variable MEGATRON_GEMINI_PLUGINS (names between commas), or by an installed package's entry point in the
+group `megatron_gemini.plugins`. A YAML file or a checkpoint never causes an import: it may come from a stranger. A
+checkpoint records the names, so that one which lacks them can say what to add.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def load_installed() -> None:
 
 
 def take_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the options without `--plugin MODULE` and `--plugin=MODULE`, the modules). Raises a ValueError for a bare one."""
+    """(the options without `--plugin MODULE` and `--plugin=MODULE`, the modules). Raises a ValueError for a bare
+    one."""
     rest, names = [], []
     words = iter(argv)
     for word in words:

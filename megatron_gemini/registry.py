@@ -1,4 +1,5 @@
-"""Every kind of thing that can be added, and the names of those that are here: the one place to register a built-in one.
+"""Every kind of thing that can be added, and the names of those that are here: the one place to register a built-in
+one.
 
 A name leads to `module:ATTRIBUTE`, which is imported when somebody first asks for it. So the table lies below all
 packages and imports none of them, and `--help` pays for nothing. What is there must be importable without torch.

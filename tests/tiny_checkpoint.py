@@ -10,9 +10,9 @@ from torch import nn
 from megatron_gemini.checkpoint.directory import seal, step_directory
 from megatron_gemini.checkpoint.inference import save_weights
 from megatron_gemini.checkpoint.pieces import Piece
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
@@ -23,8 +23,10 @@ from megatron_gemini.parallel.topology import Topology
 
 CONFIG = RunConfig(
     model=ModelConfig(width=32, layers=1, heads=2, head_width=16, mlp_width=64),
-    vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=32),
-    audio=AudioConfig(width=16, layers=1, heads=2, mlp_width=32, mels=16),
+    encoders={
+        "vision": VisionConfig(width=16, layers=1, heads=2, mlp_width=32),
+        "audio": AudioConfig(width=16, layers=1, heads=2, mlp_width=32, mels=16),
+    },
     image_tokenizer=ImageTokenizerConfig(image_size=8, width=16, layers=1, heads=2, mlp_width=32, codes=12),
 )
 

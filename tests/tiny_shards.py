@@ -13,17 +13,17 @@ import soundfile
 from PIL import Image
 
 from megatron_gemini.config.data import DataConfig, SourceConfig
-from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
-from megatron_gemini.objectives.pretrain.spec import PretrainConfig
-from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.modalities.video.encode import encode_video
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 
 LAYOUT = TokenLayout(128, (("image", 16),))
-"vision" = VisionConfig(patch=4, max_side=8, max_frames=4)
-"audio" = AudioConfig(mels=8, max_seconds=2.0)
+VISION = VisionConfig(patch=4, max_side=8, max_frames=4)
+AUDIO = AudioConfig(mels=8, max_seconds=2.0)
 IMAGE_TOKENIZER = ImageTokenizerConfig(image_size=8, patch=4, codes=16)
 Members = Mapping[str, bytes]
 
@@ -104,13 +104,16 @@ def texts(path: Path, count: int, length: int = 5) -> str:
     return write_tar(path, ((f"s{i:04d}", {"txt": f"{i:04d}".ljust(length, "x").encode()}) for i in range(count)))
 
 
+FORM = RowFormat(target_weights={"text": 1.0, "image": 0.5})
+"""What the objective of `run_config` wants of rows."""
+
+
 def run_config(sources: Sequence[SourceConfig], rows_per_step: int = 2, **data: object) -> RunConfig:
     data = {"row_tokens": 64, "lanes": 4, "look_ahead": 4, "prefetch": 0, **data}
     return RunConfig(
-        vision="vision",
-        audio="audio",
+        encoders={"vision": VISION, "audio": AUDIO},
         image_tokenizer=IMAGE_TOKENIZER,
         data=DataConfig(sources=tuple(sources), **data),  # type: ignore[arg-type]
-        loss=LossConfig(text=1.0, image=0.5),
+        objective=PretrainConfig(weights={"text": 1.0, "image": 0.5}),
         train=TrainConfig(rows_per_step=rows_per_step),
     )

@@ -1,7 +1,7 @@
 """The engine of all connectors: one forward and one backward a step, over everything that this rank has encoded.
 
-Connectors are small and follow their encoders on the same rank. They have one engine together, so that an encoder that is
-frozen runs without a graph, and without a backward, while its connector trains.
+Connectors are small and follow their encoders on the same rank. They have one engine together, so that an encoder that
+is frozen runs without a graph, and without a backward, while its connector trains.
 
 Shape suffixes: X encoder embeddings of a rank, E encoder width, O embeddings for the decoder, D model width.
 """

@@ -1,7 +1,7 @@
 """The encoders and connectors on all ranks of the world, whatever the decoder's layout.
 
-Every rank encodes its share of a global step's items. The embeddings travel to the ranks whose stream holds their tokens,
-or whose layers read them as a memory. After the decoder's backward their gradients travel back.
+Every rank encodes its share of a global step's items. The embeddings travel to the ranks whose stream holds their
+tokens, or whose layers read them as a memory. After the decoder's backward their gradients travel back.
 
 Shape suffixes: I items, O embeddings of this rank's stream, M those of a memory, X embeddings that this rank makes, C
 values of an encoder input, D model width.

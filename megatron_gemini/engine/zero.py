@@ -26,8 +26,8 @@ class ZeroEngine:
     """A module divided by ZeRO over the data ranks of `groups`, its gradients and its optimizer.
 
     build: makes the module on this rank (its tensor-parallel shard of its stage), values not yet set, with the
-        parameters' global names. settings: DeepSpeed's dictionary, see `deepspeed_config`. stage: ZeRO's. lr_scales: the
-        learning rate of parameters whose names begin so, as a multiple of that of a step.
+        parameters' global names. settings: DeepSpeed's dictionary, see `deepspeed_config`. stage: ZeRO's. lr_scales:
+        the learning rate of parameters whose names begin so, as a multiple of that of a step.
     """
 
     def __init__(

@@ -38,8 +38,8 @@ class EncoderSpec(Generic[Settings]):
     section: the dataclass of its settings, a `config.encoders.EncoderConfig`.
     input_width: C, values of one input. output_width: of one embedding.
     spans: int64 grid_I3 (`contracts.Media`) -> (int64 spans_I, int64 length_I): item i gives spans_I[i] runs of
-        length_I[i] embeddings. A run becomes one bidirectional span of the row, and its items attend to each other in the
-        encoder, so that the same two numbers say what an item costs.
+        length_I[i] embeddings. A run becomes one bidirectional span of the row, and its items attend to each other in
+        the encoder, so that the same two numbers say what an item costs.
     parameters: of the encoder, without its connector. saved_bytes: (settings, inputs, bytes of an element) -> what
         autograd keeps of so many inputs in one forward. largest_item, longest_item: inputs of the largest item that is
         common (a whole image), and of the largest that there can be (a clip of as many frames as are read).

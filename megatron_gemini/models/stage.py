@@ -57,10 +57,10 @@ class StageInput:
     @functools.cached_property
     def read_memories(self) -> dict[str, tuple[torch.Tensor, AttentionPlan]]:
         """By name, the memory [M, D] and how the row's tokens see it: those of its document, behind its placeholder."""
-        from megatron_gemini.kernels.attention.plan import plan_cross_attention  # type: ignore[attr-defined]
-
         segment_T, found = self.batch.segment_T, {}
         for name, memory in self.memories.items():
+            from megatron_gemini.kernels.attention.plan import plan_cross_attention  # type: ignore[attr-defined]
+
             # A row without a memory has one embedding that nothing sees: its token is -1, its segment that of padding.
             segment_M = torch.where(memory.token_M < 0, 0, segment_T[memory.token_M.clamp(min=0)])
             plan = plan_cross_attention(segment_T, segment_M, memory.token_M, self.own_C)

@@ -1,7 +1,7 @@
 """What the training loop calls: the half of an objective above the engine.
 
-A loop reads, agrees, trains, records and saves; it knows no objective by name. An objective has the engine, the data and
-the figures.
+A loop reads, agrees, trains, records and saves; it knows no objective by name. An objective has the engine, the data
+and the figures.
 """
 
 from __future__ import annotations

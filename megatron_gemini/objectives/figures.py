@@ -16,7 +16,8 @@ MIXTURE = ("documents/", "tokens/")
 
 
 def token_kinds(layout: TokenLayout) -> tuple[str, ...]:
-    """Text (with the control tokens), every range of codes as `NAME_codes`, then the modalities that have placeholders."""
+    """Text (with the control tokens), every range of codes as `NAME_codes`, then the modalities that have
+    placeholders."""
     codes = [f"{name}_codes" for name, _ in layout.codes]
     return (TEXT, *codes, *(spec.name for spec in MODALITIES.entries() if spec.control))
 

@@ -28,7 +28,7 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.attention_rows import row
-from tests.distributed.rows import CONFIG, LAYOUT, T
+from tests.distributed.rows import CONFIG, LAYOUT, T, loss_of
 from tests.distributed.train_layouts import topology_of
 
 MODELS = {"mqa": {"kv_heads": 1}, "gqa": {"kv_heads": 2, "tie_embeddings": False}}
@@ -80,11 +80,11 @@ def run(model: str, given: Batch, topology: Topology, recompute: Any = "none") -
     layers = LayerFactory(topology)
     sizes = dataclasses.replace(CONFIG.model, init_std=0.2, layers=2, **MODELS[model])
     engine = dataclasses.replace(CONFIG.engine, recompute=recompute)
-    stage = DecoderStage(dataclasses.replace(CONFIG, model=sizes, engine=engine), LAYOUT, layers)
+    stage = DecoderStage(dataclasses.replace(CONFIG, model=sizes, engine=engine), LAYOUT, layers, loss=loss_of(CONFIG))
     initialize(stage, seed=7)
     output = stage(row=StageInput(given, None, layers.context_positions(T)))
     output.loss.backward()
-    sums = (output.loss.detach()[None], output.nll_by_modality, output.weight_by_modality)
+    sums = (output.loss.detach()[None], output.sums["nll"], output.sums["weight"])
     return stage, torch.cat(sums)
 
 

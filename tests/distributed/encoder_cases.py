@@ -1,4 +1,4 @@
-"""One rank of the encoder_engines' test: several layouts, one after the other, each trained for some steps.
+"""One rank of the encoders' test: several layouts, one after the other, each trained for some steps.
 
     torchrun --nproc-per-node N -m tests.distributed.encoder_cases OUT CASE...
 
@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.encoders import EncoderEnginesConfig
+from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
 from megatron_gemini.engine.batch_exchange import BatchExchange
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
-from megatron_gemini.engine.encoder_engine import Encoder
+from megatron_gemini.engine.encoder_engine import EncoderEngine
 from megatron_gemini.engine.encoder_engines import EncoderEngines, groups_of_world
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.norm import global_norm
@@ -35,7 +35,7 @@ from megatron_gemini.parallel.context.positions import stream_positions
 from megatron_gemini.parallel.encoders.assignment import rank_at
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import CONFIG, LAYOUT, T, rows, step_rows
+from tests.distributed.rows import CONFIG, LAYOUT, T, rows, step_rows, with_frozen
 
 STEPS, ROWS, LR = 3, 4, 1e-2
 PLAIN = {
@@ -47,6 +47,8 @@ PLAIN = {
     "recompute": True,
     "chunk": 20,
     "frozen": (),
+    "frozen_connectors": (),
+    "lr_scales": (),
 }
 CASES = {
     "1": {
@@ -71,7 +73,12 @@ CASES = {
         "bf16-zero-3": {"zero": 3, "offload": "cpu", "precision": "bf16", "frozen": ("audio",)},
         "frozen-vision": {"zero": 3, "frozen": ("vision",)},
         "frozen-audio": {"frozen": ("audio",)},
-        "all-frozen": {"zero": 3, "frozen": ("vision", "audio")},
+        "all-frozen": {"zero": 3, "frozen": ("vision", "audio"), "frozen_connectors": ("vision", "audio")},
+        "frozen-encoders": {"zero": 3, "frozen": ("vision", "audio"), "recompute": False},
+        "frozen-connectors": {"zero": 3, "offload": "cpu", "frozen_connectors": ("vision", "audio")},
+        "mixed": {"zero": 2, "frozen": ("audio",), "frozen_connectors": ("vision",)},
+        "lr-scales": {"zero": 3, "lr_scales": (("encoders.vision", 0.5), ("connectors.audio", 2.0))},
+        "lr-scales-zero-1": {"offload": "cpu", "lr_scales": (("encoders.vision", 0.5), ("connectors.audio", 2.0))},
         "tensor": {"parallel": {"tensor": 2}},
         "pipeline": {"parallel": {"pipeline": 2}},
         "context": {"parallel": {"context": 2}},
@@ -104,9 +111,13 @@ def case_config(ranks: str, name: str) -> RunConfig:
             zero_stage=case["own"], recompute=case["recompute"], chunk_tokens=case["chunk"]
         ),
     )
-    for encoder in case["frozen"]:
-        config = dataclasses.replace(config, **{encoder: dataclasses.replace(getattr(config, encoder), frozen=True)})
-    return config
+    encoders = with_frozen(case["frozen"], case["frozen_connectors"])
+    for beginning, scale in case["lr_scales"]:
+        kind, name = beginning.split(".")
+        of_connector = dataclasses.replace(encoders[name].connector, lr_scale=scale)
+        change = {"lr_scale": scale} if kind == "encoders" else {"connector": of_connector}
+        encoders[name] = dataclasses.replace(encoders[name], **change)
+    return dataclasses.replace(config, encoders=encoders)
 
 
 def rows_of(step: int) -> list[Batch]:
@@ -127,7 +138,7 @@ def pretend_loss(embeddings: Embeddings | None, row: int, positions: torch.Tenso
 
 def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
     device = torch.device("cpu")
-    encoder_engines = EncoderEngines(config, topology, device)
+    encoder_engines = EncoderEngines(config, topology, device, {})
     found: dict[str, torch.Tensor] = {}
     positions = stream_positions(T, topology)
     for step in range(STEPS):
@@ -135,9 +146,9 @@ def train(config: RunConfig, topology: Topology) -> dict[str, torch.Tensor]:
         for batch in mine.rows:
             check_media(batch, LAYOUT, config)
         given = encoder_engines.forward(mine)
-        assert topology.pipeline_rank == 0 or all(each is None for each in given)
+        assert topology.pipeline_rank == 0 or all(each.stream is None for each in given)
         if topology.pipeline_rank == 0:
-            for place, embeddings in enumerate(given):
+            for place, embeddings in enumerate(each.stream for each in given):
                 number = place * topology.data_size + topology.data_rank
                 if embeddings is not None:
                     found[f"{step}/embeddings/{number}"] = embeddings.e_OD.detach().clone()
@@ -169,7 +180,9 @@ def gradients_with_dummies(ranks: str, name: str) -> dict[str, torch.Tensor]:
     config = case_config(ranks, name)
     media, found = rows(0)[2].media["vision"], {}
     for forwards in (1, 3):
-        encoder = Encoder(config, "vision", EngineGroups(), deepspeed_config(config, ROWS, 1), torch.device("cpu"))
+        encoder = EncoderEngine(
+            config, "vision", EngineGroups(), deepspeed_config(config, ROWS, 1), torch.device("cpu")
+        )
         (e_OD,) = encoder.forward([media], forwards, training=True)
         encoder.backward([torch.randn(e_OD.shape, generator=torch.Generator().manual_seed(1))])
         for piece in encoder.engine.fragments:
@@ -183,7 +196,7 @@ def gathers(topology: Topology) -> dict[str, torch.Tensor]:
     for forwards in (2, 4):
         config = case_config("2", "zero-3")
         settings = deepspeed_config(config, ROWS, 1)
-        encoder = Encoder(config, "vision", groups_of_world(topology), settings, torch.device("cpu"))
+        encoder = EncoderEngine(config, "vision", groups_of_world(topology), settings, torch.device("cpu"))
         count = 0
 
         def counting(gather):

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.encoders import AudioConfig, EncoderConfig, EncoderEnginesConfig, VisionConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
-from megatron_gemini.config.encoders import EncoderEnginesConfig
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import OptimizerConfig, TrainConfig
-from megatron_gemini.objectives.pretrain.spec import PretrainConfig
-from megatron_gemini.contracts import Batch, StepRows, TokenLayout
+from megatron_gemini.contracts import Batch, RowFormat, StepRows, TokenLayout
 from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Document, ImageCodes, Text, build_document
+from megatron_gemini.engine.batch_exchange import BatchExchange
 from megatron_gemini.modalities.audio.item import Audio
 from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.video.item import Video
-from megatron_gemini.engine.batch_exchange import BatchExchange
+from megatron_gemini.models.heads import NextTokenLoss
+from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.parallel.topology import Topology
 
 ROWS, T = 8, 96
 LAYOUT = TokenLayout(24, (("image", 9),))  # 49 ids: tensor ranks must pad
 CONFIG = RunConfig(
     model=ModelConfig(width=32, layers=4, heads=4, kv_heads=1, head_width=8, mlp_width=48),
-    vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=24, patch=4, max_side=16, max_frames=2),
-    audio=AudioConfig(width=16, layers=1, heads=2, mlp_width=24, mels=16, max_seconds=1.0),
+    encoders={
+        "vision": VisionConfig(width=16, layers=1, heads=2, mlp_width=24, patch=4, max_side=16, max_frames=2),
+        "audio": AudioConfig(width=16, layers=1, heads=2, mlp_width=24, mels=16, max_seconds=1.0),
+    },
     image_tokenizer=ImageTokenizerConfig(codes=9),
     data=DataConfig(row_tokens=T),
     optimizer=OptimizerConfig(lr=1e-3, eps=1e-4),
-    loss=LossConfig(text=1.0, image=0.5, z_loss=1e-3),
+    objective=PretrainConfig(weights={"text": 1.0, "image": 0.5}, z_loss=1e-3),
     train=TrainConfig(rows_per_step=ROWS, seed=3),
     engine=EngineConfig(zero_stage=0, offload_optimizer="none", gradient_clipping=0.5),
     encoder_engines=EncoderEnginesConfig(chunk_tokens=24),  # more than one chunk an encoder
 )
+
+
+FORM = RowFormat(target_weights={"text": 1.0, "image": 0.5})
 
 
 class Letters:
@@ -49,28 +55,42 @@ class Letters:
 
 
 def with_layout(**layout: Any) -> RunConfig:
-    """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (the encoders),
+    """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (encoders), frozen_connectors,
     encoder_engines_zero."""
     given = dict(layout)
     tied, frozen = given.pop("tied", True), given.pop("frozen", "")
     sizes = {"mlp_width": given.pop("mlp_width", CONFIG.model.mlp_width)}
     encoder_engines = dataclasses.replace(CONFIG.encoder_engines, zero_stage=given.pop("encoder_engines_zero", -1))
+    encoders = with_frozen(frozen.split(), given.pop("frozen_connectors", "").split())
     parallel = {f.name for f in dataclasses.fields(ParallelConfig)}
     return dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, tie_embeddings=tied, **sizes),
-        vision=dataclasses.replace(CONFIG.vision, frozen="vision" in frozen),
-        audio=dataclasses.replace(CONFIG.audio, frozen="audio" in frozen),
+        encoders=encoders,
         encoder_engines=encoder_engines,
         parallel=ParallelConfig(**{key: value for key, value in given.items() if key in parallel}),
         engine=dataclasses.replace(CONFIG.engine, **{k: v for k, v in given.items() if k not in parallel}),
     )
 
 
+def with_frozen(encoders: Sequence[str], connectors: Sequence[str]) -> dict[str, EncoderConfig]:
+    """The encoders' settings, with some of them and some of their connectors not trained."""
+    found = {}
+    for name, section in CONFIG.encoders.items():
+        connector = dataclasses.replace(section.connector, frozen=name in connectors)
+        found[name] = dataclasses.replace(section, frozen=name in encoders, connector=connector)
+    return found
+
+
+def loss_of(config: RunConfig) -> NextTokenLoss:
+    """The loss of the last stage, as the pretraining objective makes it."""
+    return NextTokenLoss(len(LAYOUT.targets), z_loss=1e-3, deferred=config.parallel.schedule == "breadth_first")
+
+
 def rows(step: int) -> list[Batch]:
-    """The ROWS rows of a global step. StageInput 1 has text only, and every row another number of targets."""
+    """The ROWS rows of a global step. Row 1 has text only, and every row another number of targets."""
     random = np.random.default_rng(step)
-    return [pack(_documents(random, row), T, CONFIG.loss) for row in range(ROWS)]
+    return [pack(_documents(random, row), T, FORM) for row in range(ROWS)]
 
 
 def step_rows(everything: list[Batch], topology: Topology) -> StepRows:
@@ -96,8 +116,7 @@ def _documents(random: np.random.Generator, row: int) -> list[Document]:
             answer,
             layout=LAYOUT,
             text_tokenizer=Letters(),
-            vision=CONFIG.vision,
-            audio=CONFIG.audio,
+            encoders=CONFIG.encoders,
             key=f"{row}/{number}",
         )
         for number, (prompt, answer) in enumerate(documents)

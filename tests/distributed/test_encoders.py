@@ -19,15 +19,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from megatron_gemini.contracts import ENCODERS
-from megatron_gemini.models.encoders import Encoders
+from megatron_gemini.contracts import Batch
+from megatron_gemini.models.encoders import Connectors, Encoders, run_lengths
 from megatron_gemini.models.placement import combine
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.registry import ENCODERS
 from tests.distributed.encoder_cases import CASES, LR, PLAIN, STEPS, case_config, pretend_loss, rows_of
 from tests.distributed.rows import CONFIG, T
 
 ROOT = Path(__file__).parents[2]
+Frozen = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, float], ...]]
+"""Encoders and connectors that are not trained, and learning rates by the beginning of names."""
 ALL = [
     pytest.param(ranks, name, marks=pytest.mark.long if ranks == "4" else ())
     for ranks, cases in CASES.items()
@@ -61,24 +65,30 @@ def results(folder: Callable[[str], Path], ranks: str, name: str) -> list[dict[s
     return [load_file(folder(ranks) / f"{name}-{rank}.safetensors") for rank in range(int(ranks))]
 
 
-def serial(frozen: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def serial(frozen: Frozen) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(what a step gave, by "step/kind/row", the final weights) without any parallelism."""
-    model = Encoders(CONFIG, ENCODERS)
+    model = nn.Module()
+    model.encoders, model.connectors = Encoders(CONFIG, ENCODERS).encoders, Connectors(CONFIG, ENCODERS).connectors
     initialize(model, CONFIG.train.seed)
-    for name in frozen:
-        model.encoders[name].requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decay = CONFIG.optimizer.weight_decay
+    for modules, names in zip((model.encoders, model.connectors), frozen[:2], strict=True):
+        for name in names:
+            modules[name].requires_grad_(False)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained, decay, scales = list(named.values()), CONFIG.optimizer.weight_decay, dict(frozen[2])
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": [p],
+            "weight_decay": decay if p.ndim >= 2 else 0.0,
+            "lr": LR * scales.get(".".join(n.split(".")[:2]), 1),
+        }
+        for n, p in named.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-4) if trained else None
     found = {}
     for step in range(STEPS):
         total = torch.zeros(())
         for row, batch in enumerate(rows_of(step)):
-            given = combine(batch, {name: model(name, batch.media[name]) for name in ENCODERS if name in batch.media})
+            given = combine(batch, {name: embed(model, name, batch) for name in ENCODERS if name in batch.media})
             if given is not None:
                 order = given.position_O.argsort()
                 found[f"{step}/embeddings/{row}"] = given.e_OD.detach()[order]
@@ -97,16 +107,27 @@ def serial(frozen: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], dict[str, 
     return found, {name: p.detach() for name, p in model.named_parameters()}
 
 
+def embed(model: nn.Module, name: str, batch: Batch) -> torch.Tensor:
+    """[O, D] of one encoder and its connector."""
+    media = batch.media[name]
+    length_S = torch.from_numpy(run_lengths(name, media.grid_I3.numpy()))
+    return model.connectors[name](model.encoders[name](media), length_S)
+
+
+def frozen_in(case: dict) -> Frozen:
+    return tuple((PLAIN | case)[what] for what in ("frozen", "frozen_connectors", "lr_scales"))
+
+
 @pytest.fixture(scope="module")
 def oracle():
-    """`serial` by the names of the frozen encoders."""
-    frozen = {(PLAIN | case)["frozen"] for cases in CASES.values() for case in cases.values()}
+    """`serial` by what is frozen."""
+    frozen = {frozen_in(case) for cases in CASES.values() for case in cases.values()}
     return {names: serial(names) for names in frozen}
 
 
 @pytest.mark.parametrize(("ranks", "name"), ALL)
 def test_embeddings_reach_the_streams_as_serial_encoders_give_them(ranks, name, results, oracle):
-    expected, _ = oracle[(PLAIN | CASES[ranks][name])["frozen"]]
+    expected, _ = oracle[frozen_in(CASES[ranks][name])]
     parallel = case_config(ranks, name).parallel
     copies = 1 if parallel.sequence else parallel.tensor
     for step in range(STEPS):
@@ -126,11 +147,11 @@ def test_embeddings_reach_the_streams_as_serial_encoders_give_them(ranks, name, 
 
 @pytest.mark.parametrize(("ranks", "name"), ALL)
 def test_encoders_learn_as_serial_ones_do(ranks, name, results, oracle):
-    frozen = (PLAIN | CASES[ranks][name])["frozen"]
+    frozen = frozen_in(CASES[ranks][name])
     expected, weights = oracle[frozen]
     for found in results:
         for step in range(STEPS):
-            if len(frozen) < len(ENCODERS):
+            if sum(map(len, frozen[:2])) < 2 * len(CONFIG.encoders):
                 torch.testing.assert_close(found[f"{step}/norm"], expected[f"{step}/norm"], rtol=1e-5, atol=0)
     for key in (key for key in expected if key.startswith("gradients")):
         kind, _, parameter = key.partition("/")
@@ -157,7 +178,7 @@ def gathered(ranks: list[dict[str, torch.Tensor]], kind: str, parameter: str) ->
 
 
 def test_the_bound_binds_on_most_steps(oracle):
-    norms = [float(oracle[()][0][f"{step}/norm"]) for step in range(STEPS)]
+    norms = [float(oracle[(), (), ()][0][f"{step}/norm"]) for step in range(STEPS)]
     assert sum(norm > CONFIG.engine.gradient_clipping for norm in norms) > STEPS // 2, norms
 
 
@@ -207,7 +228,7 @@ def test_ranks_that_would_run_different_steps_end_with_one_message(name, folder)
 @pytest.mark.parametrize("name", ["bf16-zero-1", "bf16-zero-3"])
 def test_bf16_embeddings_and_gradients_are_near_those_of_float32(name, folder, oracle):
     """In the first step. One rounding is off by up to 2^-9 of a value, and there are some tens of them on the way."""
-    expected, _ = oracle[(PLAIN | CASES["2"][name])["frozen"]]
+    expected, _ = oracle[frozen_in(CASES["2"][name])]
     results = [load_file(folder("2") / f"{name}-{rank}.safetensors") for rank in range(2)]
     for found in results:
         for row in range(len(rows_of(0))):

@@ -33,7 +33,7 @@ from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
-from tests.distributed.rows import CONFIG, LAYOUT, rows, total_weight, with_layout
+from tests.distributed.rows import CONFIG, LAYOUT, loss_of, rows, total_weight, with_layout
 from tests.distributed.train_layouts import MORE, STEPS
 
 pytestmark = pytest.mark.timeout(1800)  # the first case of a world size waits for the launch of them all
@@ -78,10 +78,18 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tensor": 4, "sequence": True, "zero_stage": 1, "tied": False},
         {"context": 2, "zero_stage": 3, **CPU},
         {"context": 4, "zero_stage": 0},
-        {"tensor": 2, "sequence": True, "context": 2, "zero_stage": 1, **CPU, "frozen": "audio"},
+        {
+            "tensor": 2,
+            "sequence": True,
+            "context": 2,
+            "zero_stage": 1,
+            **CPU,
+            "frozen": "audio",
+            "frozen_connectors": "vision",
+        },
         {"pipeline": 2, "zero_stage": 2, **CPU},
         {"pipeline": 2, "zero_stage": 3, **ALL_CPU, "encoder_engines_zero": 1},
-        {"pipeline": 4, "zero_stage": 1, "frozen": "vision audio"},
+        {"pipeline": 4, "zero_stage": 1, "frozen": "vision audio", "frozen_connectors": "vision audio"},
         {"tensor": 2, "pipeline": 2, "zero_stage": 3, **CPU},
         {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **ALL_CPU},
         {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **ALL_CPU, **AGAIN},
@@ -128,13 +136,16 @@ def nvme_builds() -> bool:
 
 @functools.cache
 def oracle(
-    tied: bool, frozen: str, mlp_width: int
+    tied: bool, frozen: str, frozen_connectors: str, mlp_width: int
 ) -> tuple[list[list[float]], list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """([loss, norm] a step, gradients a step, final weights) of the plain loop."""
-    model = Gemini(with_layout(tied=tied, mlp_width=mlp_width), LAYOUT, LayerFactory(Topology.serial()))
+    config = with_layout(tied=tied, mlp_width=mlp_width)
+    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()), loss_of(config))
     initialize(model, CONFIG.train.seed)
     for encoder in frozen.split():
         model.encoders[encoder].requires_grad_(False)
+    for connector in frozen_connectors.split():
+        model.connectors[connector].requires_grad_(False)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = [p for n, p in trained.items() if p.ndim >= 2 and "embedding" not in n]
     others = [p for n, p in trained.items() if p.ndim < 2 or "embedding" in n]
@@ -158,7 +169,8 @@ def oracle(
 
 
 def oracle_of(layout: dict) -> tuple:
-    return oracle(layout.get("tied", True), layout.get("frozen", ""), layout.get("mlp_width", CONFIG.model.mlp_width))
+    frozen = (layout.get("frozen", ""), layout.get("frozen_connectors", ""))
+    return oracle(layout.get("tied", True), *frozen, layout.get("mlp_width", CONFIG.model.mlp_width))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +231,9 @@ def test_a_resumed_run_goes_on_to_the_bit(world: int, layout: dict, results: Any
     assert [[x.hex() for x in row] for row in result["resumed"]] == [[x.hex() for x in row] for row in result["onward"]]
 
 
-MOVED = [case for case in CASES if case.values[0] > 2 and not {"tied", "frozen"} & set(case.values[1])]
+MOVED = [
+    case for case in CASES if case.values[0] > 2 and not {"tied", "frozen", "frozen_connectors"} & set(case.values[1])
+]
 
 
 @pytest.mark.parametrize(("world", "layout"), MOVED)

@@ -26,7 +26,7 @@ from megatron_gemini.engine.distributed import choose_device, end_process, join,
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import LAYOUT, rows, step_rows, total_weight, with_layout
+from tests.distributed.rows import LAYOUT, loss_of, rows, step_rows, total_weight, with_layout
 
 STEPS = 10
 MORE = 2
@@ -85,7 +85,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     config, topology = with_layout(**on_disk(layout, out)), topology_of(on_disk(layout, out))
 
     def build() -> MultimodalEngine:
-        return MultimodalEngine(config, LAYOUT, topology, device)
+        return MultimodalEngine(config, LAYOUT, topology, device, loss_of(config))
 
     engine = build()
     curve = train(engine, 0, STEPS, out)
@@ -95,7 +95,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     again = build()
     training_state.load(again, path)
     result = {"curve": curve, "onward": onward, "resumed": train(again, STEPS, STEPS + MORE), "checkpoint": str(path)}
-    if elsewhere is not None and not {"tied", "frozen"} & set(layout):  # it is of the plain model
+    if elsewhere is not None and not {"tied", "frozen", "frozen_connectors"} & set(layout):  # it is of the plain model
         other = build()
         training_state.load(other, elsewhere)
         result["moved"] = train(other, STEPS, STEPS + MORE)

@@ -164,10 +164,10 @@ def _to_encoder(
 class MemoryRoutes:
     """The way of the embeddings of one encoder to every rank whose layers read them, and that of their gradients.
 
-    All tensor- and context-parallel ranks of a reading pipeline rank get the memories of their rows whole. Each computes
-    a part of the gradient, so that the parts of all `copies` are summed where the embeddings were made.
-    token: position in its row of the placeholder of every embedding that this rank gets. counts: how many of them in each
-        row.
+    All tensor- and context-parallel ranks of a reading pipeline rank get the memories of their rows whole. Each
+    computes a part of the gradient, so that the parts of all `copies` are summed where the embeddings were made.
+    token: position in its row of the placeholder of every embedding that this rank gets. counts: how many of them in
+        each row.
     """
 
     to_decoder: Route

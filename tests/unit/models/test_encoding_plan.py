@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.encoders import CostConfig, EncoderEnginesConfig
-from megatron_gemini.models.encoders import Encoders, costs, output_counts
+from megatron_gemini.models.encoders import Encoders, costs, encoded_counts, output_counts, run_lengths
 from megatron_gemini.models.encoding_plan import (
     ENCODER,
     FRAMES,
@@ -24,7 +24,7 @@ from megatron_gemini.models.encoding_plan import (
 )
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.topology import Topology
-from tests.distributed.rows import CONFIG, LAYOUT, rows
+from tests.distributed.rows import CONFIG, LAYOUT, rows, with_frozen
 
 LIMIT = 24
 CHUNKED = dataclasses.replace(CONFIG, encoder_engines=EncoderEnginesConfig(chunk_tokens=LIMIT))
@@ -80,7 +80,7 @@ def test_all_ranks_agree_on_forwards_and_encode_every_item_once(sizes, peers, tr
 
 
 def test_a_frozen_encoder_without_items_does_not_run():
-    frozen = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, frozen=True))
+    frozen = dataclasses.replace(CONFIG, encoders=with_frozen(["vision"], []))
     plan = make_plan([np.empty((0, 7))], [0], frozen, Topology.serial(), training=True)
     assert plan.forwards == [0, 1] and plan.balance == 1.0
 
@@ -105,13 +105,15 @@ def test_sizes_tell_how_many_embeddings_come():
     for batch in rows(1):
         for name, media in batch.media.items():
             with torch.no_grad():
-                assert output_counts(name, media.grid_I3.numpy()).sum() == len(model(name, media))
+                encoded, grid_I3 = model(name, media), media.grid_I3.numpy()
+            assert encoded_counts(name, grid_I3).sum() == len(encoded) == run_lengths(name, grid_I3).sum()
+            assert output_counts(CONFIG, name, grid_I3).sum() == len(encoded)  # a linear connector keeps them all
 
 
 def test_a_clip_costs_its_frames_and_a_sound_its_square():
-    config = EncoderEnginesConfig(vision_cost=CostConfig(1.0, 10.0, 100.0), audio_cost=CostConfig(2.0, 20.0, 200.0))
-    assert costs("vision", np.array([[1, 2, 3], [4, 2, 3]]), config).tolist() == [196.0, 784.0]
-    assert costs("audio", np.array([[9, 1, 1]]), config).tolist() == [2.0 * 9 + 20.0 * 3 + 200.0]
+    vision, audio = CostConfig(1.0, 10.0, 100.0), CostConfig(2.0, 20.0, 200.0)
+    assert costs("vision", np.array([[1, 2, 3], [4, 2, 3]]), vision).tolist() == [196.0, 784.0]
+    assert costs("audio", np.array([[9, 1, 1]]), audio).tolist() == [2.0 * 9 + 20.0 * 3 + 200.0]
 
 
 def test_media_that_fit_their_placeholders_pass():
@@ -120,7 +122,8 @@ def test_media_that_fit_their_placeholders_pass():
 
 
 def test_a_missing_encoder_is_an_error_that_names_the_sample():
-    without = dataclasses.replace(CONFIG, vision=dataclasses.replace(CONFIG.vision, enabled=False))
+    off = dataclasses.replace(CONFIG.encoders["vision"], enabled=False)
+    without = dataclasses.replace(CONFIG, encoders={**CONFIG.encoders, "vision": off})
     with pytest.raises(ValueError, match=r"sample 0/1: .* placeholders for the vision encoder"):
         check_media(rows(0)[0], LAYOUT, without)
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.objectives.pretrain.spec import PretrainConfig
-from megatron_gemini.contracts import AUDIO, IMAGE, TEXT, VISION, Batch, Media, TokenLayout
+from megatron_gemini.contracts import Batch, Media, TokenLayout
+from megatron_gemini.models.encoders import run_lengths
 from megatron_gemini.models.gemini import Gemini
+from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
@@ -23,15 +24,18 @@ from megatron_gemini.parallel.topology import Topology
 LAYOUT = TokenLayout(30, (("image", 8),))
 CONFIG = RunConfig(
     model=ModelConfig(width=32, layers=2, heads=4, kv_heads=1, head_width=8, mlp_width=48, init_std=0.1),
-    vision=VisionConfig(width=16, layers=1, heads=2, mlp_width=32, patch=4, max_side=16),
-    audio=AudioConfig(width=16, layers=1, heads=2, mlp_width=32, kernel=3, mels=8),
-    loss=LossConfig(z_loss=1e-2),
+    encoders={
+        "vision": VisionConfig(width=16, layers=1, heads=2, mlp_width=32, patch=4, max_side=16),
+        "audio": AudioConfig(width=16, layers=1, heads=2, mlp_width=32, kernel=3, mels=8),
+    },
 )
+Z_LOSS = 1e-2
+LOSS = NextTokenLoss(len(LAYOUT.targets), Z_LOSS)
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = Gemini(CONFIG, LAYOUT, LayerFactory(Topology.serial()))
+    model = Gemini(CONFIG, LAYOUT, LayerFactory(Topology.serial()), LOSS)
     initialize(model, 0)
     return model
 
@@ -76,7 +80,8 @@ def document(length, *, images=(), audio=0, seed=0):
         torch.arange(length),
         torch.ones(length, dtype=torch.int32),
         span,
-        torch.where(target >= LAYOUT.code_range("image").start, IMAGE, TEXT).to(torch.int8),
+        (target >= LAYOUT.code_range("image").start).to(torch.int8),
+        {},
         media,
         [f"sample-{seed}"],
     )
@@ -124,8 +129,8 @@ def test_a_packed_row_equals_one_document_at_a_time(model):
     together = model(packed(DOCUMENTS, padding=5))
     together.loss.backward()
     torch.testing.assert_close(together.loss, sum(o.loss for o in alone), rtol=1e-5, atol=1e-5)
-    for name in ("nll_by_modality", "weight_by_modality"):
-        torch.testing.assert_close(getattr(together, name), sum(getattr(o, name) for o in alone), rtol=1e-5, atol=1e-5)
+    for name in ("nll", "weight"):
+        torch.testing.assert_close(together.sums[name], sum(o.sums[name] for o in alone), rtol=1e-5, atol=1e-5)
     assert set(separate) == set(dict(model.named_parameters()))
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, separate[name], rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -138,14 +143,14 @@ def test_the_loss_is_what_it_says(model):
     assert logits.shape == (len(batch.token_T), LAYOUT.size)
     nll = F.cross_entropy(logits, batch.target_T, reduction="none")
     weight = batch.weight_T.double()
-    z_loss = CONFIG.loss.z_loss * (weight * logits.logsumexp(-1) ** 2).sum()
+    z_loss = Z_LOSS * (weight * logits.logsumexp(-1) ** 2).sum()
     torch.testing.assert_close(output.loss.double(), (weight * nll).sum() + z_loss, rtol=1e-5, atol=1e-5)
-    for modality in (TEXT, IMAGE):
+    for modality in range(len(LAYOUT.targets)):
         of = batch.modality_T == modality
         assert (weight * of).sum() > 0
-        torch.testing.assert_close(output.nll_by_modality[modality].double(), (weight * nll * of).sum())
-        torch.testing.assert_close(output.weight_by_modality[modality].double(), (weight * of).sum())
-    assert not output.nll_by_modality.requires_grad
+        torch.testing.assert_close(output.sums["nll"][modality].double(), (weight * nll * of).sum())
+        torch.testing.assert_close(output.sums["weight"][modality].double(), (weight * of).sum())
+    assert not output.sums["nll"].requires_grad
 
 
 def test_a_row_without_a_weighted_target_has_no_loss_and_a_whole_graph(model):
@@ -167,14 +172,15 @@ def test_encoders_without_an_item_get_zero_gradients_and_change_nothing(model, d
     absent = [name for name in ("vision", "audio") if name not in batch.media]
     assert absent
     for name in absent:
-        for parameter in model.encoders[name].parameters():
+        for parameter in (*model.encoders[name].parameters(), *model.connectors[name].parameters()):
             assert parameter.grad is not None and (parameter.grad == 0).all()
     text_only = dataclasses.replace(
         CONFIG,
-        vision=dataclasses.replace(CONFIG.vision, enabled="vision" in batch.media),
-        audio=AudioConfig(enabled=False),
+        encoders={
+            name: dataclasses.replace(section, enabled=name in batch.media) for name, section in CONFIG.encoders.items()
+        },
     )
-    twin = Gemini(text_only, LAYOUT, LayerFactory(Topology.serial()))
+    twin = Gemini(text_only, LAYOUT, LayerFactory(Topology.serial()), LOSS)
     twin.load_state_dict({n: t for n, t in model.state_dict().items() if n in twin.state_dict()})
     assert torch.equal(twin(batch).loss, output.loss)
 
@@ -187,7 +193,8 @@ def test_embeddings_land_on_their_placeholders(model):
     handle.remove()
     wanted = model.decoder.embedding(batch.token_T) * CONFIG.model.width**0.5
     for name, media in batch.media.items():
-        wanted[media.token_O] = model.encoders[name](media)
+        length_S = torch.from_numpy(run_lengths(name, media.grid_I3.numpy()))
+        wanted[media.token_O] = model.connectors[name](model.encoders[name](media), length_S)
     assert torch.equal(seen["h"], wanted)
 
 
@@ -217,8 +224,8 @@ def test_a_placeholder_without_its_embedding_names_the_sample_and_both_counts(mo
 
 
 def test_a_placeholder_of_a_disabled_encoder_is_an_error():
-    config = dataclasses.replace(CONFIG, audio=AudioConfig(enabled=False))
-    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()))
+    config = dataclasses.replace(CONFIG, encoders={**CONFIG.encoders, "audio": AudioConfig(enabled=False)})
+    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()), LOSS)
     initialize(model, 0)
     with pytest.raises(ValueError, match="sample-3: the row has 3 placeholders for the audio encoder"):
         model(DOCUMENTS[2])
@@ -226,7 +233,7 @@ def test_a_placeholder_of_a_disabled_encoder_is_an_error():
 
 def test_an_untied_head_is_a_weight_of_its_own():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, tie_embeddings=False))
-    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()))
+    model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()), LOSS)
     initialize(model, 0)
     model(DOCUMENTS[1]).loss.backward()
     head, embedding = model.decoder.head.weight, model.decoder.embedding.weight

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini
