@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.layout import check_layout
 from megatron_gemini.config.load import load_config
+from megatron_gemini.models.presets import preset
+from megatron_gemini.registry import OBJECTIVES
 from megatron_gemini.training.schedule import check_schedule
 
 
 def main(argv: list[str]) -> int:
     """Read the settings, check what can be checked without torch, and train. Returns the exit status."""
-    config = load_config(argv, presets=_preset)
+    config = load_config(argv, presets=preset)
     check_schedule(config.schedule, config.train.steps)
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")))
 
@@ -24,16 +24,15 @@ def main(argv: list[str]) -> int:
 
     quiet_warnings()
 
-    from megatron_gemini.training.run import run
+    from megatron_gemini.training.job import join_job
+    from megatron_gemini.training.loop import Loop
+    from megatron_gemini.training.stop import StoppedError
 
-    run(config)
+    with join_job(config) as (topology, device):
+        number = Loop(OBJECTIVES.get(config.objective.kind).build(config, topology, device)).run()
+    if number:
+        raise StoppedError(number)
     return 0
-
-
-def _preset(name: str) -> Mapping[str, Mapping[str, Any]]:
-    from megatron_gemini.models.presets import preset
-
-    return preset(name)
 
 
 if __name__ == "__main__":

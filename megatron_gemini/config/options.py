@@ -85,7 +85,9 @@ def _setting(name: str, values: list[str], root: Kind, source: SettingSource) ->
         return path, values
     if not isinstance(kind, Scalar):  # `partial` says what is wrong with it
         return path, " ".join(values)
-    return path, _single(name, values)
+    if len(values) != 1:
+        raise ValueError(f"--{name} takes one value and got {' '.join(map(repr, values)) or 'none'}")
+    return path, values[0]
 
 
 def _kind(path: list[str], root: Kind) -> Kind | None:

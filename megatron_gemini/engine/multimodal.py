@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -75,14 +74,25 @@ class MultimodalEngine(Engine):
         """
         rows = self._rows(step.rows, self.encoder_engines.forward(step, training=True))
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
-        self._through(rows, collect, scale)
+        if self.pipeline is not None:
+            self.pipeline.run(rows, collect, scale)
+        else:
+            for index, row in enumerate(rows):
+                output = self.decoder[0].forward(row=row)
+                self.decoder[0].backward(output.loss * scale, boundary=index == len(rows) - 1)
+                collect(output)
         self.encoder_engines.backward()
 
     def evaluate(self, step: StepRows, collect: Collect) -> None:
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluating())
-            self._through(self._rows(step.rows, self.encoder_engines.forward(step, training=False)), collect, None)
+            rows = self._rows(step.rows, self.encoder_engines.forward(step, training=False))
+            if self.pipeline is not None:
+                self.pipeline.run(rows, collect, None)
+                return
+            for row in rows:
+                collect(self.decoder[0].forward(row=row))
 
     def _rows(self, batches: Sequence[Batch], embeddings: Sequence[RowEmbeddings]) -> list[StageInput]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)
@@ -91,14 +101,3 @@ class MultimodalEngine(Engine):
             StageInput(batch.without_media().to(self.device), given.stream, own_C, given.memories)
             for batch, given in pairs
         ]
-
-    def _through(self, rows: list[StageInput], collect: Collect, scale: float | None) -> None:
-        """All rows through the decoder; with a scale also the backward of scale * loss."""
-        if self.pipeline is not None:
-            self.pipeline.run(rows, collect, scale)
-            return
-        for index, row in enumerate(rows):
-            output: Any = self.decoder[0].forward(row=row)
-            if scale is not None:
-                self.decoder[0].backward(output.loss * scale, boundary=index == len(rows) - 1)
-            collect(output)

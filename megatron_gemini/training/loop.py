@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Generic
 
@@ -50,65 +51,78 @@ class Loop(Generic[Step, Output]):
         Returns 0 at the end, otherwise what `stop.StopRequest.requested` found, after which the process should end:
         from then on it ignores the signals.
         """
-        start, train = self.state.step, self.config.train
-        writer = MetricsWriter(self.config, self.objective.run_dir, self.objective.topology.rank, start)
-        progress = Progress(train.steps, start, self.objective.topology.rank)
-        for line in self.objective.backends():
-            progress.note(line)
-        if self.resumed_from:
-            progress.note(f"going on from {self.resumed_from}")
-        number = 0
+        objective, train, number = self.objective, self.config.train, 0
+        writer, progress = self._begin()
         self.stop.install()
         try:
-            while self.state.step < train.steps and not number:
-                number = self.one_step(writer, progress)
+            while self.state.step < train.steps:
+                started = time.perf_counter()
+                read, problem = objective.read()
+                waited = time.perf_counter() - started
+                weight, number = self.synchronize(read, problem)
+                if number:
+                    # The step has been handed out but not trained on: the state before it is what is saved.
+                    break
+                step, outputs = objective.to_device(read), list[Output]()
+                self.engine.forward_backward(step, weight, outputs.append)
+                lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, train.steps)
+                result = self.engine.step(lr)
+                record = self.count(step, outputs, result, lr)
+                record |= self.measure(record, time.perf_counter() - started, waited)
+                if self._due(train.validation_every):
+                    record |= objective.validation()
+                writer.write(self.state.step - 1, record)
+                progress.update(self.state.step - 1, record)
+                self.watch_data(progress)
                 if self._due(train.save_every):
                     self.save(progress)
             self.save(progress)
             self.report_skipped(progress)
         finally:
             writer.close()
-            self.objective.close()
+            objective.close()
             progress.finish()
             if not number:
                 self.stop.restore()
-        if number:
-            self.end_together(number, progress)
-        else:
-            self.write_summary()
+        self._end(number, progress)
         return number
 
-    def one_step(self, writer: MetricsWriter, progress: Progress) -> int:
-        """Read, agree, train, record. Returns 0, or without training what the ranks agree to stop for."""
-        step, started = self.state.step, time.perf_counter()
-        rows, problem = self.objective.read()
-        waited = time.perf_counter() - started
-        weight, number = self.synchronize(rows, problem)
-        if number:
-            # The step's rows have been handed out but not trained on: the state before them is what is saved.
-            return number
-        record = self.step(self.objective.to_device(rows), weight)
+    def _begin(self) -> tuple[MetricsWriter, Progress]:
+        """Open what a run writes, and say how it begins."""
+        rank, start = self.objective.topology.rank, self.state.step
+        writer = MetricsWriter(self.config, self.objective.run_dir, rank, start)
+        progress = Progress(self.config.train.steps, start, rank)
+        for line in self.objective.backends():
+            progress.note(line)
+        if self.resumed_from:
+            progress.note(f"going on from {self.resumed_from}")
+        return writer, progress
+
+    def count(self, step: Step, outputs: list[Output], result: StepResult, lr: float) -> dict[str, float]:
+        """Count a step that was taken. Returns its record, from the sums of all ranks."""
+        mine = self.objective.sums(outputs, step) | {"skipped_samples": float(self.objective.skipped().total())}
+        sums = dict(zip(mine, self.engine.total(list(mine.values())), strict=True))
+        record = self.objective.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
+        self.state.step += 1
+        self.state.tokens += int(record["tokens"])
+        self.state.optimizer_steps += not result.skipped
         self.data = self.objective.data_state()
-        seconds = time.perf_counter() - started
+        return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
+
+    def measure(self, record: Mapping[str, float], seconds: float, waited: float) -> dict[str, float]:
+        """What a step took. seconds: of the whole step; waited: of these, for its data."""
         self.state.seconds += seconds
-        record |= {
+        self.waits.append((waited, seconds))
+        return {
             "tokens_per_second": record["tokens"] / seconds,
             "step_seconds": seconds,
             "data_seconds": waited,
             "peak_memory_bytes": peak_memory_bytes(),
             **self.objective.utilization(record, seconds),
         }
-        if self._due(self.config.train.validation_every):
-            record |= self.objective.validation()
-        if writer.due(step):
-            writer.write(step, record)
-        progress.update(step, record)
-        self.watch_data(waited, seconds, progress)
-        return 0
 
-    def watch_data(self, waited: float, seconds: float, progress: Progress) -> None:
+    def watch_data(self, progress: Progress) -> None:
         """Say once when the newest steps have waited for their data for more than a tenth of their time."""
-        self.waits.append((waited, seconds))
         of_data, whole = map(sum, zip(*self.waits, strict=True))
         enough = self.state.step > 2 * WATCHED_STEPS  # the first ones also wait for what has to start
         if enough and of_data > DATA_SHARE * whole and not self.waits_told:
@@ -118,35 +132,12 @@ class Loop(Generic[Step, Output]):
                 "(data_seconds of step_seconds); raise data.workers or data.prefetch"
             )
 
-    def step(self, rows: Step, weight: float) -> dict[str, float]:
-        """One global step. weight: the sum of its loss weights over all data-parallel ranks."""
-        outputs: list[Output] = []
-        self.engine.forward_backward(rows, weight, outputs.append)
-        lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
-        result = self.engine.step(lr)
-        skipped = {"skipped_samples": float(self.objective.skipped().total())}
-        sums = self.add_up(self.objective.sums(outputs, rows) | skipped)
-        record = self.objective.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
-        return self.advance(record, result, lr)
-
-    def advance(self, record: dict[str, float], result: StepResult, lr: float) -> dict[str, float]:
-        """Count the step and complete its record."""
-        self.state.step += 1
-        self.state.tokens += int(record["tokens"])
-        self.state.optimizer_steps += not result.skipped
-        return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
-
-    def synchronize(self, rows: Step, problem: str) -> tuple[float, int]:
-        """(sum of the step's loss weights, signal number to stop for or 0), the same on every rank; see `agreement`."""
-        fingerprint = (
-            StepFingerprint(self.state.step, 0) if problem else self.objective.fingerprint(self.state.step, rows)
-        )
-        weight = 0.0 if problem else self.objective.weight(rows)
-        stop = self.stop.requested()
-        return synchronize_step(weight, stop, fingerprint, self.objective.topology, self.objective.device, problem)
-
-    def add_up(self, sums: dict[str, float]) -> dict[str, float]:
-        return dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
+    def synchronize(self, step: Step, problem: str) -> tuple[float, int]:
+        """(sum of the step's loss weights, signal number to stop for or 0), the same on every rank."""
+        objective, number = self.objective, self.state.step
+        fingerprint = StepFingerprint(number, 0) if problem else objective.fingerprint(number, step)
+        weight, stop = 0.0 if problem else objective.weight(step), self.stop.requested()
+        return synchronize_step(weight, stop, fingerprint, objective.topology, objective.device, problem)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0
@@ -161,9 +152,12 @@ class Loop(Generic[Step, Output]):
         self.saved_at = self.state.step
         progress.note(f"saved {path}")
 
-    def end_together(self, number: int, progress: Progress) -> None:
-        """Say how to go on, and end only when every rank is done: a launcher ends all once one has ended."""
-        self.stop.ignore()
+    def _end(self, number: int, progress: Progress) -> None:
+        """Write the summary; or say how a stopped run goes on, and end only when every rank is done."""
+        if not number:
+            self.write_summary()
+            return
+        self.stop.ignore()  # a launcher ends all ranks once one has ended, and this one is not done yet
         path = directory.step_directory(self.objective.run_dir, self.state.step)
         progress.note(
             f"stopped by {reason(number)} after step {self.state.step}; saved {path}; "

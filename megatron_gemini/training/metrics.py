@@ -55,8 +55,8 @@ class MetricsWriter:
         return validation or step % self.every == 0 or step == self.last_step
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
-        """Write the record of a step, at once, so that it can be followed and survives a crash."""
-        if not self.active:
+        """Write the record of a step if it is due, at once, so that it can be followed and survives a crash."""
+        if not self.active or not self.due(step):
             return
         values = {"step": step, **{name: _finite(value) for name, value in record.items()}}
         self.file.write(json.dumps(values, allow_nan=False) + "\n")

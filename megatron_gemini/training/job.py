@@ -1,0 +1,23 @@
+"""Joining the job that a launcher has started, and leaving it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.engine.distributed import choose_device, join, leave
+from megatron_gemini.parallel.topology import Topology, build_topology
+from megatron_gemini.training.quiet import known_prints_dropped
+
+
+@contextlib.contextmanager
+def join_job(config: RunConfig) -> Iterator[tuple[Topology, torch.device]]:
+    """This rank's place among those that the launcher started, and its device. Left at the end, if all went well."""
+    device = choose_device()
+    with known_prints_dropped():
+        join(device)
+    yield build_topology(config.parallel, "nccl" if device.type == "cuda" else "gloo"), device
+    leave()  # not after an error: a rank that leaves alone would wait for the others
