@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gemini.config.engine import EngineConfig
 from megatron_gemini.config.encoders import EncoderEnginesConfig
+from megatron_gemini.config.engine import EngineConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.encoder_engine import encoder_settings, engine_config

@@ -3,18 +3,18 @@
 import numpy as np
 
 from megatron_gemini.config.encoders import VisionConfig
-from megatron_gemini.data.samples.document import prepare_image, prepare_video
+from megatron_gemini.data.samples.document import prepare
+from megatron_gemini.evaluation.sheet import pixels, some, subtitle
 from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.video.item import Video
-from megatron_gemini.evaluation.sheet import pixels, some, subtitle
 
 NOISE = np.random.default_rng(0).integers(0, 255, (3, 8, 12, 3), dtype=np.uint8)
-"vision" = VisionConfig(patch=4, max_side=16)
+ENCODERS = {"vision": VisionConfig(patch=4, max_side=16)}
 
 
 def test_images_and_clips_are_shown_pixel_by_pixel() -> None:
-    assert np.array_equal(pixels(prepare_image(Image(NOISE[0]), "vision"), 4), NOISE[:1])
-    assert np.array_equal(pixels(prepare_video(Video(NOISE, 0.5), "vision"), 4), NOISE)
+    assert np.array_equal(pixels(prepare(Image(NOISE[0]), ENCODERS), 4), NOISE[:1])
+    assert np.array_equal(pixels(prepare(Video(NOISE, 0.5), ENCODERS), 4), NOISE)
 
 
 def test_the_subtitle_names_only_what_was_measured() -> None:

@@ -7,16 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.objectives.pretrain.spec import PretrainConfig
-from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Document, ImageCodes, Item, Text, build_document
-from megatron_gemini.modalities.audio.item import Audio
-from megatron_gemini.modalities.image.item import Image
-from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.generation.sample import generate, guide
 from megatron_gemini.generation.sequences import (
     CachedSequences,
@@ -27,6 +23,9 @@ from megatron_gemini.generation.sequences import (
     prompt_lengths,
 )
 from megatron_gemini.generation.settings import SampleSettings
+from megatron_gemini.modalities.audio.item import Audio
+from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
@@ -51,7 +50,7 @@ def tiny_config(kv_heads: int = 1) -> RunConfig:
     vision = VisionConfig(width=16, layers=1, heads=2, mlp_width=32, patch=4, max_side=16)
     audio = AudioConfig(width=16, layers=1, heads=2, mlp_width=32, mels=16)
     tokenizer = ImageTokenizerConfig(image_size=8, patch=4, width=16, layers=1, heads=2, mlp_width=32, codes=12)
-    return RunConfig(model=model, vision=vision, audio=audio, image_tokenizer=tokenizer)
+    return RunConfig(model=model, encoders={"vision": vision, "audio": audio}, image_tokenizer=tokenizer)
 
 
 def tiny_model(config: RunConfig) -> Gemini:
@@ -68,7 +67,7 @@ def model() -> Gemini:
 def document(*items: Item) -> Document:
     config = tiny_config()
     return build_document(
-        items, [], layout=LAYOUT, text_tokenizer=Letters(), vision=config.vision, audio=config.audio, key="test"
+        items, [], layout=LAYOUT, text_tokenizer=Letters(), encoders=config.encoders, key="test"
     )
 
 
@@ -89,7 +88,7 @@ def prompts() -> list[Document]:
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_cached_logits_equal_recomputed_ones(kv_heads: int) -> None:
     model, documents = tiny_model(tiny_config(kv_heads)), prompts()
-    row = pack(documents, sum(map(len, documents)), LossConfig())
+    row = pack(documents, sum(map(len, documents)), RowFormat())
     cached, recomputed = CachedSequences(model, row, 8), RecomputedSequences(model, row)
     draw = torch.Generator().manual_seed(0)
     with torch.inference_mode():
@@ -164,7 +163,7 @@ def test_greedy_takes_the_likeliest_legal_token(model: Gemini) -> None:
     documents = prompts()[:1]
     settings = SampleSettings(temperature=0.0, max_tokens=6, answer="text")
     answer = generate(model, LAYOUT, documents, settings, CODES)[0]
-    sequences = RecomputedSequences(model, pack(documents, len(documents[0]), LossConfig()))
+    sequences = RecomputedSequences(model, pack(documents, len(documents[0]), RowFormat()))
     legal = [*range(LAYOUT.text_size), LAYOUT.control("eos")]
     with torch.inference_mode():
         logits_BV = sequences.start()
@@ -181,18 +180,17 @@ def test_an_extended_row_is_the_row_of_the_longer_documents() -> None:
             [Text("abc"[:i])],
             layout=LAYOUT,
             text_tokenizer=Letters(),
-            vision=config.vision,
-            audio=config.audio,
+            encoders=config.encoders,
             key="",
         ).token_L[3 : 3 + i]
         for i in range(len(documents))
     ]
-    row = extend(pack(documents, sum(map(len, documents)), LossConfig()), [new.tolist() for new in longer])
+    row = extend(pack(documents, sum(map(len, documents)), RowFormat()), [new.tolist() for new in longer])
     for old, new in zip(documents, longer, strict=True):
         for name, value in (("token_L", new), ("loss_L", new < 0), ("modality_L", new * 0), ("span_L", new * 0)):
             whole = getattr(old, name)
             setattr(old, name, np.concatenate([whole, value.astype(whole.dtype)]))
-    expected = pack(documents, len(row.token_T), LossConfig())
+    expected = pack(documents, len(row.token_T), RowFormat())
     for name in ("token_T", "position_T", "segment_T", "span_T"):
         assert torch.equal(getattr(row, name), getattr(expected, name)), name
     for encoder, media in expected.media.items():
@@ -201,7 +199,7 @@ def test_an_extended_row_is_the_row_of_the_longer_documents() -> None:
 
 def test_empty_prompts_are_bos_user_model() -> None:
     row = concatenate(empty_prompts(LAYOUT, 1), empty_prompts(LAYOUT, 2))
-    expected = pack([document()] * 3, 9, LossConfig())
+    expected = pack([document()] * 3, 9, RowFormat())
     for name in ("token_T", "position_T", "segment_T", "span_T"):
         assert torch.equal(getattr(row, name), getattr(expected, name)), name
     assert prompt_lengths(row) == [3, 3, 3]

@@ -52,7 +52,7 @@ def test_a_serial_model_imports_neither_megatron_nor_deepspeed():
         "from megatron_gemini.contracts import TokenLayout\n"
         "from megatron_gemini.parallel.tensor.layers import LayerFactory\n"
         "from megatron_gemini.parallel.topology import Topology\n"
-        "Gemini(RunConfig(), TokenLayout(20, (("image", 4),)), LayerFactory(Topology.serial()))\n"
+        "Gemini(RunConfig(), TokenLayout(20, (('image', 4),)), LayerFactory(Topology.serial()))\n"
         "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.encoders import AudioConfig, EncoderEnginesConfig, VisionConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
-from megatron_gemini.config.encoders import EncoderEnginesConfig
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.planning.hardware import GPUS

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, Media, TokenLayout
 from megatron_gemini.modalities.audio.encoder import AudioEncoder

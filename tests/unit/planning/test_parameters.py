@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.load import config_from_dict
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
+from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.sources.shards import Shards
 from tests.tiny_shards import add

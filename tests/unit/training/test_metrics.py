@@ -9,18 +9,12 @@ import sys
 import types
 
 import pytest
-import torch
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LoggingConfig, TrainConfig
-from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.training.metrics import (
-    TOKEN_KINDS,
     MetricsWriter,
-    count_tokens,
-    mixture_of,
     read_metrics,
-    token_shares,
 )
 
 QUIET = RunConfig(logging=LoggingConfig(tensorboard=False), train=TrainConfig(steps=10))
@@ -149,48 +143,3 @@ def test_wandb_goes_on_with_its_run_after_a_resume_and_never_sees_the_environmen
     assert calls[0]["project"] == "p"
     assert calls[0]["config"] == dataclasses.asdict(config)
     assert "s3cr3t" not in str(calls)
-
-
-def test_tokens_are_counted_by_kind_without_padding():
-    layout = TokenLayout(10, (("image", 4),))
-    control = layout.control
-    tokens = [control("bos"), 3, control("image"), control("image"), control("video"), control("audio")]
-    tokens += [
-        control("image_begin"),
-        layout.code_range("image").start,
-        layout.size - 1,
-        control("eos"),
-        control("pad"),
-        5,
-    ]
-    token_T = torch.tensor(tokens)
-    segment_T = torch.tensor([1] * 10 + [0, 0], dtype=torch.int32)
-    zeros = torch.zeros_like(token_T)
-    batch = Batch(token_T, zeros, zeros.float(), zeros, segment_T, zeros.int(), zeros.to(torch.int8))
-    counts = count_tokens([batch, batch], layout)
-    assert dict(zip(TOKEN_KINDS, counts.tolist(), strict=True)) == {
-        "text": 8,
-        "image_codes": 4,
-        "image": 4,
-        "video": 2,
-        "audio": 2,
-    }
-    shares = token_shares(counts)
-    assert shares["tokens"] == 20
-    assert shares["share_text"] == 0.4
-    assert token_shares(count_tokens([], layout))["share_text"] == 0
-
-
-def test_the_mixture_of_a_row_is_counted_by_source_even_where_one_name_begins_another():
-    empty = torch.zeros(10, dtype=torch.int64)
-    segment = torch.tensor([1, 1, 1, 2, 2, 3, 4, 4, 0, 0], dtype=torch.int32)
-    samples = ["web/en/1", "web/2", "web/en/3", "other/4"]
-    row = Batch(empty, empty, empty, empty, segment, empty, empty, samples=samples)
-    assert mixture_of([row, row], ["web", "web/en", "unused"]) == {
-        "documents/web": 2,
-        "documents/web/en": 4,
-        "documents/unused": 0,
-        "tokens/web": 4,
-        "tokens/web/en": 8,
-        "tokens/unused": 0,
-    }

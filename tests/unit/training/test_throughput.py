@@ -9,6 +9,7 @@ import torch
 
 from megatron_gemini.config.engine import EngineConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.models import flops
 from megatron_gemini.training import throughput
 
 
@@ -16,10 +17,10 @@ def test_utilization_is_the_models_flops_over_the_peak_of_all_devices(monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100-SXM4-40GB")
     config = RunConfig(engine=EngineConfig(precision="bf16"))
-    assert throughput.utilization(config, 312e6, 2e6, devices=4) == 0.5
-    assert throughput.utilization(RunConfig(), 312e6, 2e6, devices=4) is None
+    assert flops.utilization(config, 312e6, 2e6, devices=4) == 0.5
+    assert flops.utilization(RunConfig(), 312e6, 2e6, devices=4) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "unheard of")
-    assert throughput.utilization(config, 312e6, 2e6, devices=4) is None
+    assert flops.utilization(config, 312e6, 2e6, devices=4) is None
 
 
 def test_peak_memory_is_this_processs_own_and_remembers_what_was_freed():
