@@ -45,6 +45,13 @@ class Bounds:
         return self._orders[kind, group, block]
 
 
+class Intervals(NamedTuple):
+    """`Bounds` in host memory."""
+
+    query_2Q: np.ndarray
+    key_2T: np.ndarray
+
+
 class PackedSequences(NamedTuple):
     """Documents back to back that are all causal, or all seen whole.
 
@@ -72,17 +79,21 @@ def _all_whole(row: RowLayout, edges: np.ndarray) -> bool:
     return np.array_equal(spans, edges) and bool((row.span[edges[:-1]] != 0).all())
 
 
-def read_bounds(row: RowLayout, device: torch.device) -> Bounds:
-    query_2Q, key_2T = _intervals(row)
-    if row.query is not None:
-        query_2Q = query_2Q[:, row.query]
-        key_2T = np.searchsorted(row.query, key_2T).astype(np.int32)
+def make_bounds(intervals: Intervals, device: torch.device) -> Bounds:
+    query_2Q, key_2T = intervals
     blocks = {"query": _longest_first(query_2Q), "key": _longest_first(key_2T)}
     return Bounds(_to_device(query_2Q, device), _to_device(key_2T, device), blocks)
 
 
-def _intervals(row: RowLayout) -> tuple[np.ndarray, np.ndarray]:
-    """(query_2Q, key_2T) of all tokens."""
+def select_queries(intervals: Intervals, query: np.ndarray | None) -> Intervals:
+    """Those of some of the row's tokens, given their positions, from those of all; None: all."""
+    if query is None:
+        return intervals
+    return Intervals(intervals.query_2Q[:, query], np.searchsorted(query, intervals.key_2T).astype(np.int32))
+
+
+def read_intervals(row: RowLayout) -> Intervals:
+    """Which of the row's tokens its queries see."""
     tokens, real = len(row.segment), row.real
     query, key = np.empty((2, tokens), np.int32), np.empty((2, tokens), np.int32)
     lengths = np.diff(row.documents)
@@ -95,7 +106,7 @@ def _intervals(row: RowLayout) -> tuple[np.ndarray, np.ndarray]:
         reach[start:end], first[start:end] = end, start
     if real < tokens:
         query[:, real:], key[:, real:] = [[tokens], [0]], [[tokens], [0]]
-    return query, key
+    return select_queries(Intervals(query, key), row.query)
 
 
 @lru_cache(maxsize=8)

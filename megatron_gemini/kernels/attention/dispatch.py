@@ -9,38 +9,51 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from megatron_gemini.kernels.attention.cpu.node import attend_on_cpu
 from megatron_gemini.kernels.attention.flash import attend_by_flash_attention, installed_flash_attention
+from megatron_gemini.kernels.attention.plan import AttentionPlan
 from megatron_gemini.kernels.attention.sdpa import attend_by_sdpa
+from megatron_gemini.kernels.rope import CosSin
 
 HALF = (torch.float16, torch.bfloat16)
 TRITON_WIDTHS = (64, 80, 96, 128, 256)  # what the block sizes are made for; the interpreter takes any
 SHARED_MEMORY = 163 * 1024  # bytes of a multiprocessor that a program can have: an A100's
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
+# q_QNH, k_TKH, v_TKH, plan, scale, cos_sin -> out_QNH and lse_QN, None if it was not asked for
+Inputs: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan, float | None, CosSin | None]
+Result: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Attend(Protocol):
+    def __call__(self, *inputs: *Inputs, with_lse: bool) -> Result: ...
 
 
 class AttentionRequest(NamedTuple):
-    """sequences: the row is documents that are all causal or all seen whole, and every query is here."""
+    """What is asked of a backend.
+
+    sequences: the row is documents that are all causal or all seen whole, and every query is here.
+    cross: the keys are not the row's.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_width: int
     sequences: bool
     with_lse: bool
+    cross: bool = False
 
 
 class AttentionBackend(NamedTuple):
-    """unable: why it cannot do what is asked, or "". attend: (out_QNH, lse_QN; None if it was not asked for)."""
+    """unable: why it cannot do what is asked, or ""."""
 
     name: str
     why: str
     unable: Callable[[AttentionRequest], str]
-    attend: Callable[..., Result]  # (q, k, v, plan, scale, cos_sin, with_lse=...)
+    attend: Attend
 
 
 def _cpu_unable(request: AttentionRequest) -> str:
@@ -80,6 +93,8 @@ def _flash_unable(request: AttentionRequest) -> str:
         return "flash-attn is not installed"
     if request.dtype not in HALF:
         return f"it takes float16 and bfloat16, not {request.dtype}"
+    if request.cross:
+        return "it is called for rows that attend to themselves, and the keys are not the row's"
     if not request.sequences:
         return "the row mixes causal tokens and spans, or only some of its queries are here"
     if request.with_lse:
@@ -106,26 +121,26 @@ def _sdpa_unable(request: AttentionRequest) -> str:
     return "torch's public call returns no log-sum-exp" if request.with_lse else ""
 
 
-def _by_cpu(*inputs: Any, with_lse: bool) -> Result:
+def _by_cpu(*inputs: *Inputs, with_lse: bool) -> Result:
     out, *lse = attend_on_cpu(*inputs, with_lse=with_lse)
     return out, lse[0] if lse else None
 
 
-def _by_flash(*inputs: Any, with_lse: bool) -> Result:
+def _by_flash(*inputs: *Inputs, with_lse: bool) -> Result:
     return attend_by_flash_attention(*inputs), None
 
 
-def _by_sdpa(*inputs: Any, with_lse: bool) -> Result:
+def _by_sdpa(*inputs: *Inputs, with_lse: bool) -> Result:
     return attend_by_sdpa(*inputs), None
 
 
-def _by_triton(*inputs: Any, with_lse: bool) -> Result:
+def _by_triton(*inputs: *Inputs, with_lse: bool) -> Result:
     from megatron_gemini.kernels.attention.triton.operators import attend_by_triton  # where triton may not be installed
 
     return attend_by_triton(*inputs)
 
 
-def _by_flex(*inputs: Any, with_lse: bool) -> Result:
+def _by_flex(*inputs: *Inputs, with_lse: bool) -> Result:
     from megatron_gemini.kernels.attention.flex import attend_by_flex  # takes a second to import
 
     return attend_by_flex(*inputs)

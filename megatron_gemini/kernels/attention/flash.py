@@ -51,7 +51,7 @@ def attend_by_flash_attention(
         softmax_scale=scale, causal=sequences.causal,
     )  # fmt: skip
     out = result[0] if isinstance(result, tuple) else result
-    return out if real == plan.tokens else F.pad(out, (0, 0, 0, 0, 0, plan.tokens - real))
+    return out if real == plan.keys else F.pad(out, (0, 0, 0, 0, 0, plan.keys - real))
 
 
 def _options(call: Callable[..., torch.Tensor], edges: torch.Tensor, longest: int) -> dict[str, object]:

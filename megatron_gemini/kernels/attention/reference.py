@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gemini.kernels.attention.plan import AttentionPlan
+from megatron_gemini.kernels.attention.plan import AttentionPlan, CrossAttentionPlan, SelfAttentionPlan
 
 
 def visible(plan: AttentionPlan) -> torch.Tensor:
-    """bool [Q, T]: whether a query sees a key, as `contracts.Batch` words it."""
-    segment, span = plan.segment_T, plan.span_T
+    """bool [Q, keys]: whether a query sees a key, as `contracts.Batch` and `plan_cross_attention` word it."""
+    segment = plan.segment_T
     place = torch.arange(plan.tokens, device=segment.device)
     query = place if plan.query_Q is None else plan.query_Q
+    if isinstance(plan, CrossAttentionPlan):
+        same_document = (segment[query, None] == plan.segment_M) & (segment[query, None] != 0)
+        return same_document & (plan.after_M <= query[:, None])
+    assert isinstance(plan, SelfAttentionPlan)
+    span = plan.span_T
     same_span = (span[query, None] == span) & (span[query, None] != 0)
     return (segment[query, None] == segment) & (segment[query, None] != 0) & ((place <= query[:, None]) | same_span)
 

@@ -27,8 +27,11 @@ class RowLayout(NamedTuple):
 
 
 def read_row(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None) -> RowLayout:
-    """Raises ValueError for what `attention_plan.plan_attention` does not take."""
-    _check_metadata(segment_T, span_T, query_Q)
+    """Raises ValueError for what `plan.plan_attention` does not take."""
+    queries = {} if query_Q is None else {"query_Q": query_Q}
+    check_integers(segment_T.device, segment_T=segment_T, span_T=span_T, **queries)
+    if len(span_T) != len(segment_T):
+        raise ValueError(f"span_T has {len(span_T)} tokens and segment_T {len(segment_T)}; both describe one row")
     segment, span = segment_T.cpu().numpy(), span_T.cpu().numpy()
     query = None if query_Q is None else query_Q.cpu().numpy()
     row = RowLayout(segment, span, query, run_edges(segment), run_edges(span), int(np.count_nonzero(segment)))
@@ -48,18 +51,15 @@ def run_edges(x: np.ndarray) -> np.ndarray:
     return edges
 
 
-def _check_metadata(segment_T: torch.Tensor, span_T: torch.Tensor, query_Q: torch.Tensor | None) -> None:
-    for name, x in (("segment_T", segment_T), ("span_T", span_T), ("query_Q", query_Q)):
-        if x is None:
-            continue
+def check_integers(device: torch.device, **metadata: torch.Tensor) -> None:
+    """Raises ValueError, with the argument's name, for what is not one integer a token (or embedding) on `device`."""
+    for name, x in metadata.items():
         if x.dim() != 1:
-            raise ValueError(f"{name} has shape {list(x.shape)}; it is one number a token, of shape [T]")
+            raise ValueError(f"{name} has shape {list(x.shape)}; it is one number a token, of shape [{name[-1]}]")
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise ValueError(f"{name} is {x.dtype}; it holds integers, such as torch.int32")
-        if x.device != segment_T.device:
-            raise ValueError(f"{name} is on {x.device} and segment_T on {segment_T.device}; put them on one device")
-    if len(span_T) != len(segment_T):
-        raise ValueError(f"span_T has {len(span_T)} tokens and segment_T {len(segment_T)}; both describe one row")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device} and segment_T on {device}; put them on one device")
 
 
 def _check_documents(row: RowLayout) -> None:
