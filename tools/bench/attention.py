@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_gemini.kernels.attention.api import AttentionPlan, attention, plan_attention
 from megatron_gemini.kernels.attention.dispatch import BACKENDS
+from megatron_gemini.kernels.attention.plan import SelfAttentionPlan
 from megatron_gemini.kernels.attention.triton import tiling
 
 CHOICES = tuple(tiling.Tiling(*sizes) for sizes in product((32, 64, 128), (32, 64, 128), (8,), (2, 3)))
@@ -40,7 +41,7 @@ class Row:
     image: int = 0
     image_every: int = 1
 
-    def plan(self, device: str) -> AttentionPlan:
+    def plan(self, device: str) -> SelfAttentionPlan:
         lengths = torch.tensor(self.documents)
         segment = torch.repeat_interleave(torch.arange(len(lengths)) + 1, lengths).int()
         span, start = torch.zeros_like(segment), 0

@@ -12,13 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.kernels.losses.softmax_chunk import (
-    KeptExponentials,
-    Labels,
-    Normalizer,
-    Statistics,
-    choose_backend,
-)
+from megatron_gemini.kernels.losses.dispatch import choose_backend
+from megatron_gemini.kernels.losses.softmax_chunk import KeptExponentials, Labels, Normalizer, Statistics
 
 # Bytes of a chunk's logits. A larger chunk adds to the weight's gradient less often, a smaller one takes less memory:
 # at V=65,536 on a CPU, 64 MiB are 256 tokens, where the loss is faster than torch's in a twelfth of its memory. On a

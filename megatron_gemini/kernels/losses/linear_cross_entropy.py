@@ -52,7 +52,7 @@ def linear_cross_entropy(
     deferred: see the head of this file. Only then may weight_T ask for a gradient.
     reduce_input_gradient: False leaves h's gradient as this rank's partial gradient; otherwise it is summed over
     `group`.
-    backend: "torch" or "triton" in place of the one that `softmax_chunk.loss_backend` names.
+    backend: "torch" or "triton" in place of the one that `dispatch.loss_backend` names.
 
     Raises ValueError for shapes, dtypes, devices, sizes or ids that do not fit together.
     """

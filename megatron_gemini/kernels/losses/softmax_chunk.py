@@ -1,18 +1,13 @@
 """What the loss does to one chunk of logits, in place: first the softmax's statistics, then the loss's gradient.
 
-The two are apart because tensor-parallel ranks exchange the statistics in between. Two backends do the same:
-
-torch    everywhere. It keeps the exponentials of the first half for the second, so that each is taken once.
-triton   on CUDA: each half is one kernel that reads a logit once and computes in float32 whatever the logits are, where
-         torch takes five passes and, for bfloat16, a float32 copy. `tools/bench/loss.py` compares them.
+The two are apart because tensor-parallel ranks exchange the statistics in between. Here are what every backend takes
+and gives, and torch's backend; Triton's is `softmax_chunk_triton`, and `dispatch` chooses.
 
 Shape suffixes: C tokens of the chunk, V vocabulary rows of this rank that are not padding.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -99,33 +94,3 @@ def _gradient(
 
 
 TORCH = LossBackend("torch", _statistics, _gradient)
-
-
-@functools.cache
-def _triton() -> LossBackend:
-    from megatron_gemini.kernels.losses import (
-        softmax_chunk_triton as triton,  # imports Triton, which CPUs need not have
-    )
-
-    return LossBackend("triton", triton.statistics, triton.gradient)
-
-
-def loss_backend(device: torch.device) -> tuple[str, str]:
-    """(the backend that the loss takes on `device`, why), for the run's first log lines."""
-    if device.type != "cuda":
-        return "torch", f"in place, chunk by chunk, on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "torch", "in place, chunk by chunk; Triton is not installed"
-    return "triton", "one kernel for a chunk's statistics, one for its gradient"
-
-
-@functools.cache
-def choose_backend(device: torch.device, dtype: torch.dtype, forced: str | None = None) -> LossBackend:
-    """That of `loss_backend`, or `forced`; float64, which is there for tests, is torch's.
-
-    Raises ValueError for a name that is not a backend's.
-    """
-    name = forced or ("torch" if dtype == torch.float64 else loss_backend(device)[0])
-    if name not in ("torch", "triton"):
-        raise ValueError(f"the loss has no backend {name!r}; take 'torch' or 'triton'")
-    return TORCH if name == "torch" else _triton()

@@ -14,7 +14,13 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_gemini.kernels.losses.softmax_chunk import KeptExponentials, Labels, Normalizer, Statistics
+from megatron_gemini.kernels.losses.softmax_chunk import (
+    KeptExponentials,
+    Labels,
+    LossBackend,
+    Normalizer,
+    Statistics,
+)
 
 BLOCK = 4096  # columns that a program holds at once: 16 a thread of 8 warps, two 16-byte loads of bfloat16
 WARPS = 8
@@ -128,3 +134,6 @@ def _launch(kernel: Any, grid: tuple[int, ...], logits_CV: torch.Tensor, *argume
     if len(logits_CV):
         with torch.cuda.device_of(logits_CV):  # type: ignore[no-untyped-call]
             kernel[grid](logits_CV, *arguments, block=BLOCK, num_warps=WARPS)
+
+
+TRITON = LossBackend("triton", statistics, gradient)
