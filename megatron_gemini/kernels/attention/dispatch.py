@@ -23,12 +23,14 @@ HALF = (torch.float16, torch.bfloat16)
 TRITON_WIDTHS = (64, 80, 96, 128, 256)  # what the block sizes are made for; the interpreter takes any
 SHARED_MEMORY = 163 * 1024  # bytes of a multiprocessor that a program can have: an A100's
 
-# q_QNH, k_TKH, v_TKH, plan, scale, cos_sin -> out_QNH and lse_QN, None if it was not asked for
+# q_QNH, k_TKH, v_TKH, plan, scale, cos_sin -> out_QNH, and lse_QN or None if it was not asked for
 Inputs: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan, float | None, CosSin | None]
 Result: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Attend(Protocol):
+    """An implementation: see `api.attention_with_lse`. Some query sees a key."""
+
     def __call__(self, *inputs: *Inputs, with_lse: bool) -> Result: ...
 
 
@@ -80,6 +82,7 @@ def card_runs_triton(device: torch.device) -> str:
     card = torch.cuda.get_device_properties(device)
     if (card.major, card.minor) < (8, 0):
         return f"{card.name} is older than Ampere"
+    # Cards of one generation differ: a workstation's Ampere (8.6) has 99 KiB where an A100 (8.0) has 163.
     memory: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
     if memory < SHARED_MEMORY:
         return f"{card.name} has {memory} bytes of shared memory a program, not {SHARED_MEMORY}"
@@ -121,19 +124,6 @@ def _sdpa_unable(request: AttentionRequest) -> str:
     return "torch's public call returns no log-sum-exp" if request.with_lse else ""
 
 
-def _by_cpu(*inputs: *Inputs, with_lse: bool) -> Result:
-    out, *lse = attend_on_cpu(*inputs, with_lse=with_lse)
-    return out, lse[0] if lse else None
-
-
-def _by_flash(*inputs: *Inputs, with_lse: bool) -> Result:
-    return attend_by_flash_attention(*inputs), None
-
-
-def _by_sdpa(*inputs: *Inputs, with_lse: bool) -> Result:
-    return attend_by_sdpa(*inputs), None
-
-
 def _by_triton(*inputs: *Inputs, with_lse: bool) -> Result:
     from megatron_gemini.kernels.attention.triton.operators import attend_by_triton  # where triton may not be installed
 
@@ -150,13 +140,17 @@ def _by_flex(*inputs: *Inputs, with_lse: bool) -> Result:
 # are known to be faster than what Triton reaches on plain causal rows, and only our kernel shares keys between heads.
 BACKENDS = (
     AttentionBackend(
-        "cpu", "torch's CPU flash attention, document by document, as one autograd node", _cpu_unable, _by_cpu
+        "cpu", "torch's CPU flash attention, document by document, as one autograd node", _cpu_unable, attend_on_cpu
     ),
-    AttentionBackend("flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, _by_flash),
+    AttentionBackend(
+        "flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, attend_by_flash_attention
+    ),
     AttentionBackend("triton", "the heads that share keys read them once", _triton_unable, _by_triton),
-    AttentionBackend("flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, _by_flash),
+    AttentionBackend(
+        "flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, attend_by_flash_attention
+    ),
     AttentionBackend("flex", "torch's FlexAttention, compiled", _flex_unable, _by_flex),
-    AttentionBackend("sdpa", "torch SDPA, documents of similar length in one call", _sdpa_unable, _by_sdpa),
+    AttentionBackend("sdpa", "torch SDPA, documents of similar length in one call", _sdpa_unable, attend_by_sdpa),
 )
 
 

@@ -1,6 +1,7 @@
 """Attention by torch's FlexAttention: compiled on CUDA, as written (slow, and with a whole mask) on CPU for tests.
 
-Shape suffixes: T packed tokens, Q queries (T, or this rank's), N query heads, K key/value heads, H head width.
+Shape suffixes: T packed tokens, or in the cross form M memory embeddings; Q queries (T, or this rank's), N query heads,
+K key/value heads, H head width.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from megatron_gemini.kernels.attention.plan import AttentionPlan
 from megatron_gemini.kernels.rope import CosSin
 
+_compiled = cache(lambda: torch.compile(flex_attention, dynamic=False))  # at the first call, which a CPU never makes
 _block_masks: WeakKeyDictionary[AttentionPlan, BlockMask] = WeakKeyDictionary()  # made once a plan, for all layers
-_compiled = cache(lambda: torch.compile(flex_attention, dynamic=False))  # at the first call: not on CPUs
 
 
 def attend_by_flex(

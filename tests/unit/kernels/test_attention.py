@@ -33,10 +33,10 @@ def short_or_long(request, monkeypatch):
         monkeypatch.setattr(calls, "BLOCK", 3)
 
 
-def sdpa(q, k, v, plan, scale=None):
+def sdpa(q, k, v, plan, scale=None, cos_sin=None):
     if plan.empty:
-        return attention(q, k, v, plan, scale)
-    return attend_by_sdpa(q, k, v, plan, scale, None)
+        return attention(q, k, v, plan, scale, cos_sin)
+    return attend_by_sdpa(q, k, v, plan, scale, cos_sin)[0]
 
 
 def assert_equals_reference(segment, span, query=4, key=1, scale=None, attend=attention, query_Q=None):
@@ -173,7 +173,7 @@ def test_another_scale_is_used():
     assert_equals_reference(*row([6, 3], [], 0), scale=0.7)
 
 
-@pytest.mark.parametrize("attend", [attention, attend_by_sdpa])
+@pytest.mark.parametrize("attend", [attention, sdpa])
 @pytest.mark.parametrize("query", [None, torch.tensor([2, 3, 4, 9, 10])])
 def test_rotation_within_attention_equals_rotation_before_it(attend, query):
     segment, span = row([6, 4], [(1, 3)], 2)
