@@ -19,11 +19,11 @@ import torch
 from megatron_gemini.kernels.attention.documents import CALL_PAIRS, DocumentCalls
 from megatron_gemini.kernels.attention.merge import merge_two
 
-# Causal queries of a call: fewer compute less of what is not seen, more make better matrix products. With 128 the packed
-# row of tools/bench/attention.py takes 0.31 of the padded batch's time, and 0.39 with torch's own causal call.
+# Causal queries of a call: fewer compute less of what is not seen, more make better matrix products. With 128 the
+# packed row of tools/bench/attention.py takes 0.31 of the padded batch's time, and 0.39 with torch's own causal call.
 BLOCK = 128
 
-# The operators behind scaled_dot_product_attention, which returns no log-sum-exp. Their layout is [B, heads, tokens, H].
+# The operators behind scaled_dot_product_attention, which returns no log-sum-exp. They take [B, heads, tokens, H].
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -176,8 +176,8 @@ def lse_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of q_SNH and k_SKH, given the log-sum-exp's.
 
-    d lse / d q is scale * (P k), which is attention with the keys as values. d lse / d k, weighted by the gradient g, is
-    scale * P^T (g q). That is the values' gradient of attention whose output has the gradient g q.
+    d lse / d q is scale * (P k), which is attention with the keys as values. d lse / d k, weighted by the gradient g,
+    is scale * P^T (g q). That is the values' gradient of attention whose output has the gradient g q.
     """
     q_grads, k_grads = [], []
     for i, call in enumerate(calls):
