@@ -121,7 +121,9 @@ def _attend(
         q.device, q.dtype, q.shape[2], plan.sequences is not None, with_lse, isinstance(plan, CrossAttentionPlan)
     )
     backend = choose_backend(request, name)
-    if plan.empty:  # the graph stays whole, with gradients of zero
+    if plan.empty:
+        # A row of padding, or a context rank whose chunk is padding. The graph stays whole, with gradients of zero: the
+        # ranks of a step run the same backward, with its collectives.
         out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
         return out, out.float().sum(-1) + float("-inf") if with_lse else None
     return backend.attend(q, k, v, plan, scale, cos_sin, with_lse=with_lse)
@@ -136,6 +138,7 @@ def _check(
     cos_sin: CosSin | None,
 ) -> None:
     """Raises ValueError for what would give a wrong result, or an error far from its cause."""
+    # The Triton kernels read by pointer: keys that are too few would be read past their end.
     for name, x in (("q_QNH", q), ("k_TKH", k)):
         if x.dim() != 3:
             raise ValueError(f"{name} has shape {list(x.shape)}; it is [tokens, heads, head width]")

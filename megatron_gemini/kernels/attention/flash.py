@@ -48,7 +48,8 @@ def attend_by_flash_attention(
     if cos_sin is not None:
         q_TNH, k_TKH = plan.apply_rope(q_TNH, k_TKH, cos_sin)
     real, edges, longest = sequences.real, sequences.edges, sequences.longest
-    # Versions differ in whether they want the longest length, and in whether they can be told to be deterministic.
+    # Versions differ in whether they want the longest length, and in whether they can be told to be deterministic. Left
+    # to itself the backward adds by atomics, and a resumed run would not have the bits of one that was not stopped.
     known = inspect.signature(found[1]).parameters
     options = {"max_seqlen_q": longest, "max_seqlen_k": longest, "deterministic": True}
     result = found[1](

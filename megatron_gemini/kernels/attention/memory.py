@@ -43,6 +43,8 @@ def group_memory(intervals: Intervals, device: torch.device) -> DocumentCalls:
 
     A document has as many runs as there are places in it from which on more memory is visible.
     """
+    # Within a document each query sees a beginning of the memory, and no later query sees less. Runs of equal reach
+    # therefore need no mask, and their keys overlap in slots, which `cpu` and `sdpa` allow.
     start_Q, reach_Q = intervals.query_2Q
     query_S = np.flatnonzero(reach_Q > start_Q)
     start_S, reach_S = start_Q[query_S], reach_Q[query_S]

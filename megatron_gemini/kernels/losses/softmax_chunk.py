@@ -67,7 +67,7 @@ def _statistics(logits_CV: torch.Tensor, labels: Labels) -> Statistics:
     target_C = values.gather(1, labels.column_C.unsqueeze(1)).squeeze(1)
     if labels.held_C is not None:
         target_C = target_C.masked_fill_(~labels.held_C, -torch.inf)
-    exponential = values.sub_(largest_C1).exp_()
+    exponential = values.sub_(largest_C1).exp_()  # float32 logits are overwritten: a chunk exists once
     largest_C = largest_C1.squeeze(1)
     return Normalizer(largest_C, exponential.sum(-1)), target_C, KeptExponentials(exponential, largest_C)
 
@@ -85,10 +85,10 @@ def _gradient(
         exponential = _wide(logits_CV).sub_(normalizer.largest_C.unsqueeze(1)).exp_()
     else:
         exponential = kept.exponential_CV
-        if kept.largest_C is not normalizer.largest_C:
+        if kept.largest_C is not normalizer.largest_C:  # another rank may have the largest logit
             factor_C *= (kept.largest_C - normalizer.largest_C).exp_()
     if labels.held_C is not None:
-        of_target_C = of_target_C * labels.held_C
+        of_target_C = of_target_C * labels.held_C  # elsewhere the label's column is 0, which is not the target
     exponential.mul_(factor_C.unsqueeze(1)).scatter_add_(1, labels.column_C.unsqueeze(1), -of_target_C.unsqueeze(1))
     return exponential if exponential.dtype == logits_CV.dtype else logits_CV.copy_(exponential)
 

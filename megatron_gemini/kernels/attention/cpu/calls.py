@@ -71,6 +71,7 @@ class Call(NamedTuple):
 
 def cpu_calls(documents: DocumentCalls) -> tuple[Call, ...]:
     """In the order of the slots, buckets first."""
+    # Calls are few and large where documents are long, and one for many documents where they are short (`documents`).
     calls: list[Call] = []
     slot = 0
     for bucket, slots in zip(documents.buckets, documents.bucket_slots, strict=True):
@@ -119,7 +120,7 @@ def attend_slots(
         inputs, part = _attend(call, q_SNH, k_SKH, v_SKH, scale)
         places = call.queries.of(out_SNH), call.queries.of(lse_SN)
         if call.again:
-            part = merge_two(*places, *part)
+            part = merge_two(*places, *part)  # one after another: at most two parts of a block exist at a time
         for place, x in zip(places, part, strict=True):
             place.copy_(x)
         saved += inputs
@@ -201,6 +202,7 @@ def _to_slots(x: torch.Tensor) -> torch.Tensor:
 
 def _sum(blocks: Sequence[CausalBlock], grads: Sequence[torch.Tensor], slots: int) -> torch.Tensor:
     """[B, heads, ...] of every block -> [S, heads, H]; where blocks overlap, summed in float32 at least."""
+    # The keys before a block of queries are those of all blocks before it: a long document's first keys have many parts.
     first = grads[0]
     dtype = torch.promote_types(first.dtype, torch.float32)
     total = first.new_zeros(slots, first.shape[1], first.shape[3], dtype=dtype)

@@ -114,6 +114,8 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """The blocks of keys from `first` on, below `last`: online softmax (Milakov and Gimelshein 2018) in base 2."""
+    # exp2 is what the hardware has, 16 a cycle and multiprocessor of an H100. For heads of 128 the exponentials alone
+    # take half the time of the products (docs/performance.md), so the two must overlap.
     # Triton 3.9 ignores warp_specialize=True here: the same registers, shared memory and instructions for Hopper.
     for n in tl.range(first, last, BLOCK_N):
         k = load_heads(keys, n, kv, k_token, k_head, tokens, H, WIDTH, 1, BLOCK_N, TMA, MASKED)

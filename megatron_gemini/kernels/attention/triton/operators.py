@@ -54,6 +54,7 @@ def attend_by_triton(
     return flash_attention(q, k, v, bounds.query_2Q, bounds.key_2T, *orders, scale)
 
 
+# Operators of torch.library and not autograd functions: torch.compile and checkpointing see one node of a known shape.
 @torch.library.custom_op("megatron_gemini::flash_attention", mutates_args=())
 def flash_attention(
     q_QNH: torch.Tensor,
@@ -117,6 +118,7 @@ def flash_attention_backward(
     # A gradient may be a part of something larger. Descriptors want it aligned, and they were chosen by q, k and v.
     if grad.data_ptr() % 16:
         grad = grad.clone()
+    # Once a row, and not once for every block of keys that the row meets.
     lse2_QN, delta_QN = torch.empty_like(lse_QN), torch.empty_like(lse_QN)
     width = q_QNH.shape[2]
     blocks = -(-lse_QN.numel() // PREPARED_ROWS)

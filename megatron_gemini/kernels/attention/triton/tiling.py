@@ -110,6 +110,7 @@ def split_heads(programs: int, group: int, device: torch.device) -> int:
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
+    # Few for the interpreter, so that in tests a program takes several tiles and heads are split.
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
