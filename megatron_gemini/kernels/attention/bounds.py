@@ -48,9 +48,15 @@ class Bounds:
         Programs that begin with the long ones end at about the same time.
         """
         if (kind, group, block) not in self._orders:
-            bounds = self.query_2Q if kind == "query" else self.key_2T
-            tiles = _tile_order(self._blocks[kind], bounds.shape[1] * group, ORDER_TOKENS * group, block)
-            self._orders[kind, group, block] = _to_device(tiles, bounds.device)
+            bounds, blocks = self.query_2Q if kind == "query" else self.key_2T, self._blocks[kind]
+            tiles = -(-bounds.shape[1] * group // block)
+            # A tile belongs to the block of tokens that it begins in: block b has the tiles [first[b], first[b + 1]).
+            first = -(-np.arange(len(blocks) + 1) * (ORDER_TOKENS * group) // block)
+            first = np.minimum(first, tiles).astype(np.int32)
+            count = np.diff(first)[blocks]
+            order = np.repeat(first[blocks] - (np.cumsum(count, dtype=np.int32) - count), count)
+            np.add(order, np.arange(tiles, dtype=np.int32), out=order)
+            self._orders[kind, group, block] = _to_device(order, bounds.device)
         return self._orders[kind, group, block]
 
 
@@ -118,15 +124,6 @@ def _longest_first(interval: np.ndarray) -> np.ndarray:
     length = interval[1] - interval[0]
     longest = np.maximum.reduceat(length, np.arange(0, len(length), ORDER_TOKENS)) if len(length) else length
     return np.argsort(-longest, kind="stable")
-
-
-def _tile_order(blocks: np.ndarray, rows: int, rows_of_block: int, tile_rows: int) -> np.ndarray:
-    """int32: tiles in the order of the blocks of tokens that they begin in."""
-    tiles = -(-rows // tile_rows)
-    begin = np.minimum(-(-np.arange(len(blocks) + 1) * rows_of_block // tile_rows), tiles).astype(np.int32)
-    count = np.diff(begin)[blocks]
-    order = np.repeat(begin[blocks] - (np.cumsum(count, dtype=np.int32) - count), count)
-    return np.add(order, np.arange(tiles, dtype=np.int32), out=order)
 
 
 def _to_device(x: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -58,10 +58,6 @@ class AttentionBackend(NamedTuple):
     attend: Attend
 
 
-def _cpu_unable(request: AttentionRequest) -> str:
-    return "" if request.device.type == "cpu" else "it is for tensors on the CPU"
-
-
 def _triton_unable(request: AttentionRequest) -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -71,7 +67,7 @@ def _triton_unable(request: AttentionRequest) -> str:
         return ""
     if request.device.type != "cuda":
         return f"it is for CUDA, not {request.device.type}; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"
-    if request.head_width not in TRITON_WIDTHS:
+    if request.head_width not in TRITON_WIDTHS:  # others would compile, with block sizes that nobody has tried
         return f"it takes heads of {', '.join(map(str, TRITON_WIDTHS))}, not {request.head_width}"
     return card_runs_triton(request.device)
 
@@ -100,7 +96,7 @@ def _flash_unable(request: AttentionRequest) -> str:
         return "it is called for rows that attend to themselves, and the keys are not the row's"
     if not request.sequences:
         return "the row mixes causal tokens and spans, or only some of its queries are here"
-    if request.with_lse:
+    if request.with_lse:  # the package returns it, but its backward takes no gradient of it
         return "its log-sum-exp has no gradient"
     return "" if request.head_width <= 256 else f"it takes heads of at most 256, not {request.head_width}"
 
@@ -120,10 +116,6 @@ def _flex_unable(request: AttentionRequest) -> str:
     return "" if importlib.util.find_spec("triton") else "it is compiled by triton, which is not installed"
 
 
-def _sdpa_unable(request: AttentionRequest) -> str:
-    return "torch's public call returns no log-sum-exp" if request.with_lse else ""
-
-
 def _by_triton(*inputs: *Inputs, with_lse: bool) -> Result:
     from megatron_gemini.kernels.attention.triton.operators import attend_by_triton  # where triton may not be installed
 
@@ -140,7 +132,10 @@ def _by_flex(*inputs: *Inputs, with_lse: bool) -> Result:
 # are known to be faster than what Triton reaches on plain causal rows, and only our kernel shares keys between heads.
 BACKENDS = (
     AttentionBackend(
-        "cpu", "torch's CPU flash attention, document by document, as one autograd node", _cpu_unable, attend_on_cpu
+        "cpu",
+        "torch's CPU flash attention, document by document, as one autograd node",
+        lambda request: "" if request.device.type == "cpu" else "it is for tensors on the CPU",
+        attend_on_cpu,
     ),
     AttentionBackend(
         "flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, attend_by_flash_attention
@@ -150,7 +145,12 @@ BACKENDS = (
         "flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, attend_by_flash_attention
     ),
     AttentionBackend("flex", "torch's FlexAttention, compiled", _flex_unable, _by_flex),
-    AttentionBackend("sdpa", "torch SDPA, documents of similar length in one call", _sdpa_unable, attend_by_sdpa),
+    AttentionBackend(
+        "sdpa",
+        "torch SDPA, documents of similar length in one call",
+        lambda request: "torch's public call returns no log-sum-exp" if request.with_lse else "",
+        attend_by_sdpa,
+    ),
 )
 
 

@@ -202,7 +202,7 @@ def _to_slots(x: torch.Tensor) -> torch.Tensor:
 
 def _sum(blocks: Sequence[CausalBlock], grads: Sequence[torch.Tensor], slots: int) -> torch.Tensor:
     """[B, heads, ...] of every block -> [S, heads, H]; where blocks overlap, summed in float32 at least."""
-    # The keys before a block of queries are those of all blocks before it: a long document's first keys have many parts.
+    # Every block of queries sees the keys of all blocks before it: a long document's first keys have many parts.
     first = grads[0]
     dtype = torch.promote_types(first.dtype, torch.float32)
     total = first.new_zeros(slots, first.shape[1], first.shape[3], dtype=dtype)
