@@ -1,4 +1,4 @@
-"""Packed rows for tests of attention: documents, spans, padding, and which queries a rank has."""
+"""Packed rows for tests of attention: documents, spans, memory, padding, and which queries a rank has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels.attention import dispatch as attention_backends
+from megatron_gemini.kernels.attention import dispatch
 
 
 def row(lengths, spans, padding):
@@ -20,10 +20,10 @@ def row(lengths, spans, padding):
     return segment, span
 
 
-def heads(tokens, query, key, width=8, seed=0, queries=None, dtype=torch.float32):
-    """q, k and v that require gradients; `queries`: the rows of q, if not `tokens`."""
+def heads(keys, query, key, width=8, seed=0, queries=None, dtype=torch.float32):
+    """q, k and v that require gradients; `queries`: the rows of q, if not `keys`."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = ((tokens if queries is None else queries, query), (tokens, key), (tokens, key))
+    sizes = ((keys if queries is None else queries, query), (keys, key), (keys, key))
     return [torch.randn(t, n, width, generator=generator).to(dtype).requires_grad_() for t, n in sizes]
 
 
@@ -41,12 +41,40 @@ def rows(draw, longest=12, documents=6):
 
 
 @st.composite
-def rows_and_queries(draw, **sizes):
-    """A row, and ascending positions in a few contiguous runs: the queries of one rank among several."""
-    segment, span = draw(rows(**sizes))
-    edges = sorted(draw(st.sets(st.integers(0, len(segment)), max_size=4)) | {0, len(segment)})
+def queries_of(draw, tokens):
+    """Ascending positions in a few contiguous runs: the queries of one rank among several."""
+    edges = sorted(draw(st.sets(st.integers(0, tokens), max_size=4)) | {0, tokens})
     kept = [torch.arange(first, last) for first, last in pairwise(edges) if draw(st.booleans())]
-    return segment, span, torch.cat([torch.arange(0), *kept])
+    return torch.cat([torch.arange(0), *kept])
+
+
+@st.composite
+def rows_and_queries(draw, **sizes):
+    """A row, and the queries of one rank."""
+    segment, span = draw(rows(**sizes))
+    return segment, span, draw(queries_of(len(segment)))
+
+
+@st.composite
+def rows_and_memory(draw, longest=12, documents=5):
+    """The arguments of a cross plan: documents with items of some embeddings each, or with none.
+
+    An item is visible to all of its document, from a token on, or behind the last one. Padding is behind the memory.
+    """
+    lengths = draw(st.lists(st.integers(1, longest), max_size=documents))
+    segment_M, after_M, begin = [], [], 0
+    for number, length in enumerate(lengths):
+        end = begin + length
+        places = sorted(draw(st.lists(st.sampled_from([0, *range(begin, end + 1)]), max_size=3)))
+        for place in places:
+            size = draw(st.integers(1, 5))
+            segment_M += [number + 1] * size
+            after_M += [place] * size
+        begin = end
+    padding = draw(st.integers(0, 3))
+    memory = torch.tensor(segment_M + [0] * padding).int(), torch.tensor(after_M + [0] * padding, dtype=torch.int64)
+    segment, _ = row(lengths, [], draw(st.integers(0, 4)))
+    return segment, *memory, draw(st.none() | queries_of(len(segment)))
 
 
 def only_backend(monkeypatch, name):
@@ -58,5 +86,5 @@ def only_backend(monkeypatch, name):
 
         return attend
 
-    kept = [b if b.name == name else b._replace(attend=refuse(b.name)) for b in attention_backends.BACKENDS]
-    monkeypatch.setattr(attention_backends, "BACKENDS", tuple(kept))
+    kept = [b if b.name == name else b._replace(attend=refuse(b.name)) for b in dispatch.BACKENDS]
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(kept))

@@ -1,7 +1,8 @@
 """Skips the last product when a recomputed output is discarded.
 
-When recomputation runs a region once more, its last product, and the sum over tensor-parallel ranks behind it, would
-give what the first run gave and the next layer has long used. It is a third of the arithmetic of a gated MLP.
+When recomputation runs a region once more, its nodes save what the backward needs. The region's output is what the
+first run gave, and the next layer has long used it. So the node that ends a region leaves out its last product, and the
+sum over tensor-parallel ranks behind it: a third of the arithmetic of a gated MLP.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _of_thread = threading.local()  # the backward on CUDA has threads of its own
 
 @contextlib.contextmanager
 def discard_output() -> Iterator[None]:
-    """The residual branch that runs inside may leave out its last product: nobody reads the values."""
+    """The output of the residual branch that runs inside is discarded: it may leave out its last product."""
     _of_thread.discarding = True
     try:
         yield
@@ -26,7 +27,7 @@ def discard_output() -> Iterator[None]:
 
 
 def output_is_discarded() -> bool:
-    """For the nodes that end a residual branch; one that is unread returns `discarded_output`."""
+    """For the nodes that end a residual branch, which then return a `discarded_output`."""
     return getattr(_of_thread, "discarding", False)
 
 

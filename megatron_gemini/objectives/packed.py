@@ -26,7 +26,7 @@ from megatron_gemini.engine.synchronize import (
     step_fingerprint,
 )
 from megatron_gemini.kernels.attention.api import attention_backend
-from megatron_gemini.kernels.losses.softmax_chunk import loss_backend
+from megatron_gemini.kernels.losses.dispatch import loss_backend
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.encoding_plan import check_media

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_gemini.kernels.attention.api import attention, attention_with_lse, plan_attention
+from megatron_gemini.kernels.attention.api import attention, attention_with_lse, plan_attention, plan_cross_attention
 from megatron_gemini.kernels.attention.dispatch import BACKENDS, AttentionRequest
 from megatron_gemini.kernels.attention.reference import attend_densely
 from tests.attention_rows import heads, only_backend, row
@@ -31,7 +31,7 @@ def on_card(plan_arguments, query=None):
 
 
 def inputs_of(plan, counts, width, dtype):
-    made = heads(plan.tokens, *counts, width, queries=plan.queries, dtype=dtype)
+    made = heads(plan.keys, *counts, width, queries=plan.queries, dtype=dtype)
     return [x.detach().cuda().requires_grad_() for x in made]
 
 
@@ -71,6 +71,18 @@ def test_a_backend_that_is_named_runs_and_no_other_does(monkeypatch, backend):
 def test_some_of_the_queries_and_the_rows_images(backend):
     query = torch.cat((torch.arange(512, 1024), torch.arange(3072, 3584)))
     assert_equals_reference(on_card(ROWS["images"], query), (8, 1), 128, torch.bfloat16, backend)
+
+
+@pytest.mark.parametrize("counts", [(8, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "flex", "sdpa"])
+@pytest.mark.parametrize("query", [None, torch.arange(700, 1500)], ids=["row", "some queries"])
+def test_memory_equals_the_reference(query, backend, counts):
+    """Documents with items at their start and within them, without memory, and with an item behind the last token."""
+    segment, _ = row([1000, 300, 700], [], 48)
+    segment_m = torch.tensor([1] * 512 + [3] * 400 + [0] * 11)
+    after_m = torch.tensor([0] * 256 + [640] * 256 + [1300] * 200 + [1777] * 100 + [2000] * 100 + [0] * 11)
+    plan = plan_cross_attention(*(None if x is None else x.cuda() for x in (segment, segment_m, after_m, query)))
+    assert_equals_reference(plan, counts, 128, torch.bfloat16, backend)
 
 
 def test_the_log_sum_exp_equals_the_reference():

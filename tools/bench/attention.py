@@ -25,9 +25,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_gemini.kernels.attention.api import AttentionPlan, attention, plan_attention
 from megatron_gemini.kernels.attention.dispatch import BACKENDS
-from megatron_gemini.kernels.attention.triton import tiling as attention_tiling
+from megatron_gemini.kernels.attention.plan import SelfAttentionPlan
+from megatron_gemini.kernels.attention.triton import tiling
 
-CHOICES = tuple(attention_tiling.Tiling(*sizes) for sizes in product((32, 64, 128), (32, 64, 128), (8,), (2, 3)))
+CHOICES = tuple(tiling.Tiling(*sizes) for sizes in product((32, 64, 128), (32, 64, 128), (8,), (2, 3)))
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -40,7 +41,7 @@ class Row:
     image: int = 0
     image_every: int = 1
 
-    def plan(self, device: str) -> AttentionPlan:
+    def plan(self, device: str) -> SelfAttentionPlan:
         lengths = torch.tensor(self.documents)
         segment = torch.repeat_interleave(torch.arange(len(lengths)) + 1, lengths).int()
         span, start = torch.zeros_like(segment), 0
@@ -243,24 +244,24 @@ def tune(
     tokens: int,
     widths: tuple[int, ...],
     heads: int,
-    choices: Sequence[attention_tiling.Tiling] = CHOICES,
+    choices: Sequence[tiling.Tiling] = CHOICES,
 ) -> Iterator[dict[str, object]]:
     """Each kernel's time with other block sizes, the others' left as the table has them."""
-    plan, tables = Row((tokens,)).plan(device), attention_tiling.TILINGS
-    table = "hopper" if attention_tiling.is_hopper(torch.device(device)) else "ampere"
+    plan, tables = Row((tokens,)).plan(device), tiling.TILINGS
+    table = "hopper" if tiling.is_hopper(torch.device(device)) else "ampere"
     for width, kernel in product(widths, ("forward", "query_gradient", "key_gradient")):
-        for tiling in choices:
-            kept = tables[table][attention_tiling.padded_width(width)]
+        for choice in choices:
+            kept = tables[table][tiling.padded_width(width)]
             fields = {name: getattr(kept, name) for name in ("forward", "query_gradient", "key_gradient")}
-            changed = attention_tiling.Tilings(**{**fields, kernel: tiling})
-            tables[table][attention_tiling.padded_width(width)] = changed
+            changed = tiling.Tilings(**{**fields, kernel: choice})
+            tables[table][tiling.padded_width(width)] = changed
             runner = Runner(ours(plan, "triton"), tokens, (heads, 1, width), device, dtype)
-            able = in_turn({str(tiling): runner}, 5)
-            tables[table][attention_tiling.padded_width(width)] = kept
+            able = in_turn({str(choice): runner}, 5)
+            tables[table][tiling.padded_width(width)] = kept
             if able:
                 part = "forward" if kernel == "forward" else "backward"
                 best = min(runner.columns()[part])
-                yield {"width": width, "kernel": kernel, "tiling": str(tiling), f"{part}_ms": round(1e3 * best, 3)}
+                yield {"width": width, "kernel": kernel, "tiling": str(choice), f"{part}_ms": round(1e3 * best, 3)}
 
 
 def main() -> None:

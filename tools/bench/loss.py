@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from megatron_gemini.kernels.losses.dispatch import loss_backend
 from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy
 from megatron_gemini.kernels.losses.sigmoid import sigmoid_contrastive_loss
-from megatron_gemini.kernels.losses.softmax_chunk import loss_backend
 
 Step = Callable[[], None]
 

@@ -1,7 +1,10 @@
-"""Attention over one packed row, document by document: nothing is computed across documents. The one dispatch point.
+"""Attention of one packed row, document by document: nothing is computed across documents.
 
-Shape suffixes: T packed tokens, Q queries (T, or this context-parallel rank's), N query heads, K key/value heads, H
-head width.
+Two forms: the row's tokens attend to each other (`plan_attention`), or to memory embeddings that are not tokens of the
+row (`plan_cross_attention`).
+
+Shape suffixes: T packed tokens, or in the cross form the M memory embeddings; Q queries (all tokens, or this
+context-parallel rank's), N query heads, K key/value heads, H head width.
 """
 
 from __future__ import annotations
@@ -11,7 +14,12 @@ import torch
 from megatron_gemini.kernels.attention.cpu.node import attend_and_project_on_cpu
 from megatron_gemini.kernels.attention.dispatch import AttentionRequest, choose_backend
 from megatron_gemini.kernels.attention.merge import merge_attention
-from megatron_gemini.kernels.attention.plan import AttentionPlan, plan_attention
+from megatron_gemini.kernels.attention.plan import (
+    AttentionPlan,
+    CrossAttentionPlan,
+    plan_attention,
+    plan_cross_attention,
+)
 from megatron_gemini.kernels.linear import linear_add
 from megatron_gemini.kernels.rope import CosSin
 
@@ -23,6 +31,7 @@ __all__ = [
     "attention_with_lse",
     "merge_attention",
     "plan_attention",
+    "plan_cross_attention",
 ]
 
 
@@ -35,13 +44,18 @@ def attention(
     cos_sin: CosSin | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """softmax(q k^T * scale) v within documents, by the mask rule of `contracts.Batch`; [Q, N, H], padding rows are 0.
+    """softmax(q k^T * scale) v within documents, by the rule that the plan was made with; [Q, N, H].
 
-    The queries are the row's tokens that the plan was made for, all T of them by default; keys and values are always
-    the whole row's, and their gradients are what these queries give: ranks that divide the queries sum them.
-    scale: above 0, 1/sqrt(H) if None. cos_sin: rotates queries and keys first (RoPE); it is for the whole row, and
-    queries that are only some of it take the rotations of their tokens. K divides N: query head n reads key/value head
-    n // (N // K). backend: a name of `attention_backends.BACKENDS`; the first able one if None.
+    The queries are the row's tokens that the plan was made for, all T of them by default. Keys and values are always
+    the whole row's, or all the memory. Their gradients are what these queries give: ranks that divide the queries sum
+    them. A query that sees nothing, such as one of padding, has the output 0 and the gradient 0.
+
+    K divides N: query head n reads key/value head n // (N // K).
+    scale: above 0, 1/sqrt(H) if None.
+    cos_sin: rotates queries and keys first (RoPE); it is for the whole row, and queries that are only some of it take
+        the rotations of their tokens. None in the cross form, where keys have no place in the row.
+    backend: a name of `dispatch.BACKENDS`; the first able one if None.
+
     Raises ValueError for shapes, dtypes and devices that do not fit each other or the plan.
     """
     return _attend(q_QNH, k_TKH, v_TKH, plan, scale, cos_sin, backend, with_lse=False)[0]
@@ -56,7 +70,7 @@ def attention_with_lse(
     cos_sin: CosSin | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(`attention`, log(sum(exp(q k^T * scale))) as float32 [Q, N], -inf for padding): for `merge_attention`.
+    """(`attention`, log(sum(exp(q k^T * scale))) as float32 [Q, N]): for `merge_attention`. -inf: nothing is seen.
 
     Both are differentiable.
     """
@@ -103,10 +117,13 @@ def _attend(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     _check(q, k, v, plan, scale, cos_sin)
-    backend = choose_backend(
-        AttentionRequest(q.device, q.dtype, q.shape[2], plan.sequences is not None, with_lse), name
+    request = AttentionRequest(
+        q.device, q.dtype, q.shape[2], plan.sequences is not None, with_lse, isinstance(plan, CrossAttentionPlan)
     )
-    if plan.empty:  # the graph stays whole, with gradients of zero
+    backend = choose_backend(request, name)
+    if plan.empty:
+        # A row of padding, or a context rank whose chunk is padding. The graph stays whole, with gradients of zero: the
+        # ranks of a step run the same backward, with its collectives.
         out = torch.zeros_like(q) + 0 * (q.sum() + k.sum() + v.sum())
         return out, out.float().sum(-1) + float("-inf") if with_lse else None
     return backend.attend(q, k, v, plan, scale, cos_sin, with_lse=with_lse)
@@ -121,11 +138,15 @@ def _check(
     cos_sin: CosSin | None,
 ) -> None:
     """Raises ValueError for what would give a wrong result, or an error far from its cause."""
-    tokens, heads, kv_heads, width = plan.tokens, *_heads(q, k)
-    if k.shape != (tokens, kv_heads, width) or v.shape != k.shape:
+    # The Triton kernels read by pointer: keys that are too few would be read past their end.
+    for name, x in (("q_QNH", q), ("k_TKH", k)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {list(x.shape)}; it is [tokens, heads, head width]")
+    keys, heads, kv_heads, width = plan.keys, q.shape[1], k.shape[1], q.shape[2]
+    if k.shape != (keys, kv_heads, width) or v.shape != k.shape:
         raise ValueError(
             f"k_TKH has shape {list(k.shape)} and v_TKH {list(v.shape)}; for q_QNH {list(q.shape)} and a plan of "
-            f"{tokens} tokens both are [{tokens}, K, {width}]"
+            f"{keys} keys both are [{keys}, K, {width}]"
         )
     if q.shape[0] != plan.queries:
         raise ValueError(f"q_QNH has {q.shape[0]} queries and the plan {plan.queries}; make the plan for these queries")
@@ -142,16 +163,12 @@ def _check(
         )
     if scale is not None and not 0 < scale < float("inf"):
         raise ValueError(f"scale is {scale}; it is a finite number above 0")
-    if cos_sin is not None and cos_sin.cos_T1H.shape != (tokens, 1, width):
+    if cos_sin is None:
+        return
+    if isinstance(plan, CrossAttentionPlan):
+        raise ValueError(f"cos_sin is for {len(cos_sin.cos_T1H)} positions, but memory has none in the row; pass None")
+    if cos_sin.cos_T1H.shape != (keys, 1, width):
         raise ValueError(
-            f"cos_sin has shape {list(cos_sin.cos_T1H.shape)}; a plan of {tokens} tokens and heads of {width} want "
-            f"[{tokens}, 1, {width}], the rotations of the whole row"
+            f"cos_sin has shape {list(cos_sin.cos_T1H.shape)}; a plan of {keys} tokens and heads of {width} want "
+            f"[{keys}, 1, {width}], the rotations of the whole row"
         )
-
-
-def _heads(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int]:
-    """(N, K, H)."""
-    for name, x in (("q_QNH", q), ("k_TKH", k)):
-        if x.dim() != 3:
-            raise ValueError(f"{name} has shape {list(x.shape)}; it is [tokens, heads, head width]")
-    return q.shape[1], k.shape[1], q.shape[2]

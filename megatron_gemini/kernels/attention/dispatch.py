@@ -9,42 +9,53 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from megatron_gemini.kernels.attention.cpu.node import attend_on_cpu
 from megatron_gemini.kernels.attention.flash import attend_by_flash_attention, installed_flash_attention
+from megatron_gemini.kernels.attention.plan import AttentionPlan
 from megatron_gemini.kernels.attention.sdpa import attend_by_sdpa
+from megatron_gemini.kernels.rope import CosSin
 
 HALF = (torch.float16, torch.bfloat16)
 TRITON_WIDTHS = (64, 80, 96, 128, 256)  # what the block sizes are made for; the interpreter takes any
 SHARED_MEMORY = 163 * 1024  # bytes of a multiprocessor that a program can have: an A100's
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
+# q_QNH, k_TKH, v_TKH, plan, scale, cos_sin -> out_QNH, and lse_QN or None if it was not asked for
+Inputs: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan, float | None, CosSin | None]
+Result: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Attend(Protocol):
+    """An implementation: see `api.attention_with_lse`. Some query sees a key."""
+
+    def __call__(self, *inputs: *Inputs, with_lse: bool) -> Result: ...
 
 
 class AttentionRequest(NamedTuple):
-    """sequences: the row is documents that are all causal or all seen whole, and every query is here."""
+    """What is asked of a backend.
+
+    sequences: the row is documents that are all causal or all seen whole, and every query is here.
+    cross: the keys are not the row's.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_width: int
     sequences: bool
     with_lse: bool
+    cross: bool = False
 
 
 class AttentionBackend(NamedTuple):
-    """unable: why it cannot do what is asked, or "". attend: (out_QNH, lse_QN; None if it was not asked for)."""
+    """unable: why it cannot do what is asked, or ""."""
 
     name: str
     why: str
     unable: Callable[[AttentionRequest], str]
-    attend: Callable[..., Result]  # (q, k, v, plan, scale, cos_sin, with_lse=...)
-
-
-def _cpu_unable(request: AttentionRequest) -> str:
-    return "" if request.device.type == "cpu" else "it is for tensors on the CPU"
+    attend: Attend
 
 
 def _triton_unable(request: AttentionRequest) -> str:
@@ -56,7 +67,7 @@ def _triton_unable(request: AttentionRequest) -> str:
         return ""
     if request.device.type != "cuda":
         return f"it is for CUDA, not {request.device.type}; TRITON_INTERPRET=1 runs it on the CPU, slowly, for tests"
-    if request.head_width not in TRITON_WIDTHS:
+    if request.head_width not in TRITON_WIDTHS:  # others would compile, with block sizes that nobody has tried
         return f"it takes heads of {', '.join(map(str, TRITON_WIDTHS))}, not {request.head_width}"
     return card_runs_triton(request.device)
 
@@ -67,6 +78,7 @@ def card_runs_triton(device: torch.device) -> str:
     card = torch.cuda.get_device_properties(device)
     if (card.major, card.minor) < (8, 0):
         return f"{card.name} is older than Ampere"
+    # Cards of one generation differ: a workstation's Ampere (8.6) has 99 KiB where an A100 (8.0) has 163.
     memory: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]  # missing in torch's stubs
     if memory < SHARED_MEMORY:
         return f"{card.name} has {memory} bytes of shared memory a program, not {SHARED_MEMORY}"
@@ -80,9 +92,11 @@ def _flash_unable(request: AttentionRequest) -> str:
         return "flash-attn is not installed"
     if request.dtype not in HALF:
         return f"it takes float16 and bfloat16, not {request.dtype}"
+    if request.cross:
+        return "it is called for rows that attend to themselves, and the keys are not the row's"
     if not request.sequences:
         return "the row mixes causal tokens and spans, or only some of its queries are here"
-    if request.with_lse:
+    if request.with_lse:  # the package returns it, but its backward takes no gradient of it
         return "its log-sum-exp has no gradient"
     return "" if request.head_width <= 256 else f"it takes heads of at most 256, not {request.head_width}"
 
@@ -102,30 +116,13 @@ def _flex_unable(request: AttentionRequest) -> str:
     return "" if importlib.util.find_spec("triton") else "it is compiled by triton, which is not installed"
 
 
-def _sdpa_unable(request: AttentionRequest) -> str:
-    return "torch's public call returns no log-sum-exp" if request.with_lse else ""
-
-
-def _by_cpu(*inputs: Any, with_lse: bool) -> Result:
-    out, *lse = attend_on_cpu(*inputs, with_lse=with_lse)
-    return out, lse[0] if lse else None
-
-
-def _by_flash(*inputs: Any, with_lse: bool) -> Result:
-    return attend_by_flash_attention(*inputs), None
-
-
-def _by_sdpa(*inputs: Any, with_lse: bool) -> Result:
-    return attend_by_sdpa(*inputs), None
-
-
-def _by_triton(*inputs: Any, with_lse: bool) -> Result:
+def _by_triton(*inputs: *Inputs, with_lse: bool) -> Result:
     from megatron_gemini.kernels.attention.triton.operators import attend_by_triton  # where triton may not be installed
 
     return attend_by_triton(*inputs)
 
 
-def _by_flex(*inputs: Any, with_lse: bool) -> Result:
+def _by_flex(*inputs: *Inputs, with_lse: bool) -> Result:
     from megatron_gemini.kernels.attention.flex import attend_by_flex  # takes a second to import
 
     return attend_by_flex(*inputs)
@@ -135,13 +132,25 @@ def _by_flex(*inputs: Any, with_lse: bool) -> Result:
 # are known to be faster than what Triton reaches on plain causal rows, and only our kernel shares keys between heads.
 BACKENDS = (
     AttentionBackend(
-        "cpu", "torch's CPU flash attention, document by document, as one autograd node", _cpu_unable, _by_cpu
+        "cpu",
+        "torch's CPU flash attention, document by document, as one autograd node",
+        lambda request: "" if request.device.type == "cpu" else "it is for tensors on the CPU",
+        attend_on_cpu,
     ),
-    AttentionBackend("flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, _by_flash),
+    AttentionBackend(
+        "flash-attn", "flash-attn 3 or 4 for rows of causal documents", _newest_flash_unable, attend_by_flash_attention
+    ),
     AttentionBackend("triton", "the heads that share keys read them once", _triton_unable, _by_triton),
-    AttentionBackend("flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, _by_flash),
+    AttentionBackend(
+        "flash-attn-2", "flash-attn 2 for rows of causal documents", _flash_unable, attend_by_flash_attention
+    ),
     AttentionBackend("flex", "torch's FlexAttention, compiled", _flex_unable, _by_flex),
-    AttentionBackend("sdpa", "torch SDPA, documents of similar length in one call", _sdpa_unable, _by_sdpa),
+    AttentionBackend(
+        "sdpa",
+        "torch SDPA, documents of similar length in one call",
+        lambda request: "torch's public call returns no log-sum-exp" if request.with_lse else "",
+        attend_by_sdpa,
+    ),
 )
 
 

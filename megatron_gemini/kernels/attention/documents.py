@@ -1,6 +1,6 @@
 """A row's attention as few dense calls: documents of similar length together, long mixed ones run by run.
 
-Shape suffixes: B documents of a bucket, L tokens of its longest document, S slots (see `attention_slots`).
+Shape suffixes: B documents of a bucket, L tokens of its longest document, S slots (see `slot_mapping`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ import torch
 from megatron_gemini.kernels.attention.row import RowLayout
 from megatron_gemini.kernels.attention.slot_mapping import SlotMapping, slots_of
 
-MAX_WASTE = 0.15  # of a bucket's slots may be padding: more costs arithmetic, less costs more and smaller calls
-CALL_PAIRS = 2048  # pairs of a query and a key that take about as long as one more call: below it a mask is cheaper
+# Of a bucket's slots this share may be padding: more costs arithmetic, less costs more and smaller calls. 64 documents
+# of 32 tokens take 1.02 times as long as the same in a batch (docs/performance.md, "Attention on CPU").
+MAX_WASTE = 0.15
+# Pairs of a query and a key that take about as long as one more call. A document below it is cheaper with a mask. Cut
+# into runs, documents with images take 0.23 of the time of one mask over the row (the same place).
+CALL_PAIRS = 2048
 
 CAUSAL, FULL, MIXED = range(3)  # no span; one span that is the whole document; anything else
 
@@ -25,7 +29,7 @@ CAUSAL, FULL, MIXED = range(3)  # no span; one span that is the whole document; 
 class Bucket:
     """Documents of similar length as [B, L]; the slots after a document's end repeat its last token.
 
-    causal: a token sees those before it and itself. The repeats come last, so no real token sees one.
+    causal: a token sees those before it and itself. As repeats come last, no real token sees one.
     mask: float32 [B, 1, L or 1, L], 0 where a query sees a key and -inf elsewhere, where `causal` cannot say it; None
         if all is seen.
     """
@@ -53,8 +57,9 @@ class Run(NamedTuple):
 class DocumentCalls:
     """Whole documents in buckets, then runs of queries of those that are cut.
 
-    Documents are cut where this rank has only some of their queries, or where a mask over the whole document would cost
-    more. queries and keys: where the calls' slots are in q's and in k's and v's rows; one object if they are the same.
+    Documents are cut where this rank has only some of their queries, where a mask over the whole document would cost
+    more, and where they see memory in place of themselves.
+    queries, keys: where the calls' slots are in q's and in k's and v's rows; one object if they are the same.
     """
 
     queries: SlotMapping
@@ -73,7 +78,7 @@ class _Document(NamedTuple):
     kind: int
     length: int
     start: int
-    query: int  # the place of its first query among this rank's
+    query: int  # the row of q of its first query
     query_end: int
 
     @property
@@ -90,16 +95,21 @@ def group_documents(row: RowLayout, device: torch.device) -> DocumentCalls:
     chosen = set(cut)
     groups = _group([d for d in documents if d not in chosen])
     nothing = np.empty(0, np.int64)
-    together = [_slot_positions(group) for group in groups]
-    key_S = np.concatenate([nothing, *together, *(np.arange(d.start, d.start + d.length) for d in cut)])
-    query_S, keys = key_S, slots_of(key_S, len(row.segment), device)
-    queries = keys
+    together = np.concatenate([nothing, *map(_slot_positions, groups)])
+    key_S = np.concatenate([together, *(np.arange(d.start, d.start + d.length) for d in cut)])
+    queries = keys = slots_of(key_S, len(row.segment), device)
     if query is not None:
-        bucketed = np.searchsorted(query, np.concatenate([nothing, *together]))
-        query_S = np.concatenate([bucketed, *(np.arange(d.query, d.query_end) for d in cut)])
-        queries = slots_of(query_S, len(query), device)
+        query_S = [np.searchsorted(query, together), *(np.arange(d.query, d.query_end) for d in cut)]
+        queries = slots_of(np.concatenate(query_S), len(query), device)
+    placed, query_end, key_end = [], len(together), len(together)  # the runs, in slots behind the buckets'
+    for document in cut:
+        for run in runs[document]:
+            q, k = query_end, key_end
+            placed.append(Run(q + run.query, q + run.query_end, k, k + run.key_end, run.causal))
+        query_end += document.query_end - document.query
+        key_end += document.length
     buckets = tuple(_bucket(group, span, device) for group in groups)
-    return DocumentCalls(queries, keys, buckets, _placed(cut, runs, sum(map(len, together))), len(query_S), len(key_S))
+    return DocumentCalls(queries, keys, buckets, tuple(placed), query_end, key_end)
 
 
 def _documents(row: RowLayout) -> list[_Document]:
@@ -141,18 +151,6 @@ def _cheaper_cut(document: _Document, runs: list[Run]) -> bool:
     return pairs < document.length**2 + CALL_PAIRS
 
 
-def _placed(cut: list[_Document], runs: dict[_Document, list[Run]], place: int) -> tuple[Run, ...]:
-    """The runs of the documents that are cut, in slots; `place`: the first slot behind the buckets."""
-    placed = []
-    query = key = place
-    for document in cut:
-        for run in runs[document]:
-            placed.append(Run(query + run.query, query + run.query_end, key, key + run.key_end, run.causal))
-        query += document.query_end - document.query
-        key += document.length
-    return tuple(placed)
-
-
 def _group(documents: list[_Document]) -> list[list[_Document]]:
     """Documents of one kind that share a bucket, with at most MAX_WASTE of its slots repeats."""
     groups: list[list[_Document]] = []
@@ -181,15 +179,13 @@ def _bucket(group: list[_Document], span: np.ndarray, device: torch.device) -> B
         return Bucket(len(group), length, True, None)
     slot = np.arange(length)
     real = slot < np.array([[document.length] for document in group])
-    mask = None
-    if kind == FULL and not real.all():
-        mask = real[:, None, None, :]
-    elif kind == MIXED:
+    if kind == FULL and real.all():
+        return Bucket(len(group), length, False, None)
+    if kind == FULL:
+        seen = real[:, None, None, :]
+    else:
         span_BL = np.where(real, span[_slot_positions(group)].reshape(real.shape), 0)
         same = (span_BL[:, :, None] == span_BL[:, None, :]) & (span_BL[:, :, None] != 0)
-        mask = (same | (slot <= slot[:, None]))[:, None]
-    return Bucket(len(group), length, False, None if mask is None else _additive(mask).to(device))
-
-
-def _additive(mask: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.where(mask, np.float32(0), np.float32(-np.inf)))
+        seen = (same | (slot <= slot[:, None]))[:, None]
+    mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf)))  # torch's CPU kernel adds it
+    return Bucket(len(group), length, False, mask.to(device))

@@ -27,7 +27,8 @@ def merge_attention(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple
 def merge_two(
     out_QNH: torch.Tensor, lse_QN: torch.Tensor, more_QNH: torch.Tensor, more_lse_QN: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`merge_attention` of two parts."""
+    """`merge_attention` of two parts: weights exp(lse - total), where exp(total) = exp(lse) + exp(more_lse)."""
+    # Only ratios of the weights' sums are formed, none of which is above 1: large scores do not overflow.
     nothing = torch.maximum(lse_QN, more_lse_QN) == float("-inf")
     a_QN, b_QN = lse_QN.masked_fill(nothing, 0.0), more_lse_QN.masked_fill(nothing, 0.0)  # -inf minus -inf is no number
     total = torch.logaddexp(a_QN, b_QN)

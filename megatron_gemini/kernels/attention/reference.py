@@ -1,28 +1,34 @@
-"""Attention as its definition says it, with the whole T x T mask: the reference of every backend. For tests only.
+"""Attention as its definition says it, with the whole mask: the reference of every backend. For tests only.
 
-Shape suffixes: T packed tokens, Q queries (T, or this rank's), N query heads, K key/value heads, H head width.
+Shape suffixes: T packed tokens, or in the cross form M memory embeddings; Q queries (T, or this rank's), N query heads,
+K key/value heads, H head width.
 """
 
 from __future__ import annotations
 
 import torch
 
-from megatron_gemini.kernels.attention.plan import AttentionPlan
+from megatron_gemini.kernels.attention.plan import AttentionPlan, CrossAttentionPlan, SelfAttentionPlan
 
 
 def visible(plan: AttentionPlan) -> torch.Tensor:
-    """bool [Q, T]: whether a query sees a key, as `contracts.Batch` words it."""
-    segment, span = plan.segment_T, plan.span_T
+    """bool [Q, keys]: whether a query sees a key, as `contracts.Batch` and `plan.plan_cross_attention` word it."""
+    segment = plan.segment_T
     place = torch.arange(plan.tokens, device=segment.device)
     query = place if plan.query_Q is None else plan.query_Q
+    real = segment[query, None] != 0
+    if isinstance(plan, CrossAttentionPlan):
+        return real & (segment[query, None] == plan.segment_M) & (plan.after_M <= query[:, None])
+    assert isinstance(plan, SelfAttentionPlan)
+    span = plan.span_T
     same_span = (span[query, None] == span) & (span[query, None] != 0)
-    return (segment[query, None] == segment) & (segment[query, None] != 0) & ((place <= query[:, None]) | same_span)
+    return real & (segment[query, None] == segment) & ((place <= query[:, None]) | same_span)
 
 
 def attend_densely(
     q_QNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, plan: AttentionPlan, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out_QNH, lse_QN), both in the dtype of the inputs; differentiable. See `attention.attention_with_lse`."""
+    """(out_QNH, lse_QN), both in the dtype of the inputs; differentiable. See `api.attention_with_lse`."""
     scale = q_QNH.shape[-1] ** -0.5 if scale is None else scale
     repeats = q_QNH.shape[1] // k_TKH.shape[1]
     k_TNH, v_TNH = k_TKH.repeat_interleave(repeats, 1), v_TKH.repeat_interleave(repeats, 1)

@@ -7,6 +7,7 @@ Shape suffixes: T rows of the tensor (all tokens of the packed row, or this rank
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,15 +41,11 @@ def slots_of(row_S: np.ndarray, size: int, device: torch.device) -> SlotMapping:
     slot_of_row = np.full(size, -1, np.int64)
     slot_of_row[row_S[first]] = np.flatnonzero(first)
     rows = np.flatnonzero(slot_of_row >= 0)
-    prefix = rows[-1] == len(rows) - 1
-
-    def tensor(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(x).to(device)
-
+    tensor = partial(torch.as_tensor, device=device)
     return SlotMapping(
         size,
         len(rows),
-        None if prefix else tensor(rows),
+        None if rows[-1] == len(rows) - 1 else tensor(rows),
         tensor(row_S),
         tensor(slot_of_row[rows]),
         None if first.all() else tensor(np.flatnonzero(~first)),
@@ -69,6 +66,7 @@ def to_rows(x_S: torch.Tensor, slots: SlotMapping, missing: float = 0.0) -> torc
     """
     if slots.covered == slots.size:
         return x_S if slots.scatter is None else x_S.index_select(0, slots.scatter)
+    # Not zeros first and then the values: most of the memory would be written twice.
     out = x_S.new_empty(slots.size, *x_S.shape[1:])
     if slots.rows is not None:
         assert slots.scatter is not None
@@ -83,4 +81,5 @@ def to_rows(x_S: torch.Tensor, slots: SlotMapping, missing: float = 0.0) -> torc
 
 def without_repeats(x_S: torch.Tensor, slots: SlotMapping) -> torch.Tensor:
     """The gradient of what `to_rows` reads: 0 at repeats. Changes `x_S` in place where there are any."""
+    # A repeat's output is never read, but `to_slots` gives it the gradient of the row that it shows: counted twice.
     return x_S if slots.repeats is None else x_S.index_fill_(0, slots.repeats, 0.0)

@@ -12,24 +12,21 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_gemini.kernels.losses.softmax_chunk import (
-    KeptExponentials,
-    Labels,
-    Normalizer,
-    Statistics,
-    choose_backend,
-)
+from megatron_gemini.kernels.losses.dispatch import choose_backend
+from megatron_gemini.kernels.losses.softmax_chunk import KeptExponentials, Labels, Normalizer, Statistics
 
 # Bytes of a chunk's logits. A larger chunk adds to the weight's gradient less often, a smaller one takes less memory:
-# at V=65,536 on a CPU, 64 MiB are 256 tokens, where the loss is faster than torch's in a twelfth of its memory. On a
-# GPU these additions take about 280 / C of the products' time (H100: 3.3 TB/s, 700 TFLOP/s), so its chunks are larger;
+# at V=65,536 on a CPU, 64 MiB are 256 tokens, where the loss is faster than torch's in a tenth of its memory. On a GPU
+# these additions take about 280 / C of the products' time (H100: 3.3 TB/s, 700 TFLOP/s), so its chunks are larger;
 # that choice is a calculation and not yet a measurement.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-_BLOCK = 8192  # rows of the weight's gradient that are added at once where a chunk's share needs another dtype
+# Rows of the weight's gradient that are added at once where a chunk's share needs another dtype: the share of a whole
+# vocabulary in the low precision would be memory of the weight's size.
+_BLOCK = 8192
 
 
 class Place(NamedTuple):
-    """Which rows of the vocabulary a rank holds, and what is done with them: see `linear_cross_entropy`."""
+    """Which rows of the vocabulary a rank holds, and what is done with them: arguments of `linear_cross_entropy`."""
 
     first: int
     size: int
@@ -81,7 +78,7 @@ def _labels(
         if high >= size:
             raise ValueError(f"target_T holds id {high}, the vocabulary has {size} ids; correct the data or the size")
         counted = target >= 0 if low < 0 else None
-    if counted is None and group is None:
+    if counted is None and group is None:  # the usual row of one rank: no mask is made or applied
         return Labels(target, None), None
     column = target - first
     held = (column >= 0) & (column < columns)
@@ -111,6 +108,7 @@ class HeadChunks:
         self.matrix = weight if self.columns == weight.shape[0] else weight[: self.columns]
         self.labels, self.counted = _labels(target, first, self.columns, size, group)
         # Ranks exchange something in every chunk: its length must not depend on how many of a rank's rows are padding.
+        # With 10 ids on 4 ranks the last one took three times as many tokens a chunk, and gloo aborted (docs/log.md).
         share = size if group is None else -(-size // group.size())
         itemsize = h.itemsize if h.itemsize >= 4 or self.backend.name == "triton" else h.itemsize + 4
         tokens = max(1, CHUNK_BYTES.get(h.device.type, CHUNK_BYTES["cuda"]) // (share * itemsize))
@@ -128,6 +126,7 @@ class HeadChunks:
         else:
             part = self.h[rows]
             logits = torch.mm(part, self.matrix.t(), out=self.buffer[: part.shape[0]])
+        # Not -inf: a largest logit of -inf subtracted from itself would be NaN.
         return logits.fill_(torch.finfo(logits.dtype).min) if self.padding_only else logits
 
     def statistics(self, rows: slice, logits: torch.Tensor) -> Statistics:
@@ -186,19 +185,18 @@ class GradientSums:
         if self.h_grad is not None:
             h_grad = self.h_grad[rows]
             torch.mm(grad, self.chunks.matrix, out=h_grad)
+            # Summed chunk by chunk, each while the next product runs, and not all at the end.
             if self.group is not None:
                 self.pending.append(dist.all_reduce(h_grad, group=self.group, async_op=True))
-        if self.weight_grad is not None:
-            self._add_to_weight(grad, self.chunks.h[rows])
-
-    def _add_to_weight(self, grad: torch.Tensor, h: torch.Tensor) -> None:
-        assert self.weight_grad is not None
+        if self.weight_grad is None:
+            return
+        h = self.chunks.h[rows]
         if self.total is None:
-            exact = self.chunks.buffer is None or h.itemsize >= 4
             self.total = self.weight_grad[: self.chunks.columns]
-            if exact:
+            if self.chunks.buffer is None or h.itemsize >= 4:
                 torch.mm(grad.t(), h, out=self.total)
                 return
+            # Added up in bfloat16, a chunk's share of less than 1/512 of the sum would vanish.
             self.total = torch.zeros(self.total.shape, dtype=torch.float32, device=h.device)
         if self.total.dtype == h.dtype:
             self.total.addmm_(grad.t(), h)

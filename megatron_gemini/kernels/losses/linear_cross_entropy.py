@@ -2,10 +2,13 @@
 
 Two ways to the same numbers (docs/design.md, "The loss never holds the logits"):
 
-in the forward   the loss is a scalar whose backward follows at once: the gradients are made while a chunk's logits are
+in the forward   The loss is a scalar whose backward follows at once. The gradients are made while a chunk's logits are
                  at hand, three matrix products in all. The weight's gradient waits for the backward in memory.
-deferred         the backward comes later or may be of another loss: nothing of the size of the weight is kept, and a
+deferred         The backward comes later or may be of another loss. Nothing of the size of the weight is kept, and a
                  chunk's logits are computed again in the backward, a fourth product.
+
+At V=65,536, T=1,024 and D=512 on a CPU the first takes 0.86 of the time of torch's linear and cross-entropy, and the
+second 1.17. Both take a tenth of the memory (docs/performance.md).
 
 The weight is handed in as the parameter itself and saved as nothing else (see `kernels/linear.py`).
 
@@ -14,15 +17,13 @@ Shape suffixes: T tokens, D model width, V vocabulary rows of this rank, with pa
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_gemini.kernels.autograd import Gradients, NodeContext
+from megatron_gemini.kernels.losses.gradients import scale_gradients
 from megatron_gemini.kernels.losses.head_chunks import GradientSums, HeadChunks, Place, check_head, join
 from megatron_gemini.kernels.losses.softmax_chunk import Normalizer
-
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # whether this backward may come a second time
 
 
 def linear_cross_entropy(
@@ -47,12 +48,11 @@ def linear_cross_entropy(
     weight_VD: rows first, first + 1, ... of a vocabulary of `size` ids, in h's dtype; rows from `size` on are padding,
         outside the softmax, with a gradient of zero. It is the parameter itself, not a view of one.
     target_T: int64 ids; a negative one, as torch's ignore_index -100, is left out: nll 0 and no gradient. An id of
-        `size` or more is an error on a CPU; on a GPU, where looking for it would stall the device, its nll is infinite.
+        `size` or more is an error on a CPU. On a GPU, where looking for it would stall the device, its nll is infinite.
     weight_T: float, of every token. group: ranks that hold the vocabulary's other rows, None if this one has them all.
     deferred: see the head of this file. Only then may weight_T ask for a gradient.
-    reduce_input_gradient: False leaves h's gradient as this rank's partial gradient; otherwise it is summed over
-    `group`.
-    backend: "torch" or "triton" in place of the one that `softmax_chunk.loss_backend` names.
+    reduce_input_gradient: sum h's gradient over `group`; False leaves it this rank's partial gradient.
+    backend: "torch" or "triton" in place of the one that `dispatch.loss_backend` names.
 
     Raises ValueError for shapes, dtypes, devices, sizes or ids that do not fit together.
     """
@@ -66,6 +66,7 @@ def linear_cross_entropy(
     if not deferred and weight_T.requires_grad:
         raise ValueError("weight_T requires a gradient, which deferred=False does not compute; detach it or defer")
     if not deferred:
+        # Within a node's forward torch has gradients off, so the node cannot ask for itself whether to make them.
         return _LossNow.apply(h_TD, weight_VD, target_T, weight_T, z_loss, torch.is_grad_enabled(), place)
     log_probability_T, lse_T = _LogProbabilities.apply(h_TD, weight_VD, target_T, place)
     weight_T = weight_T.to(lse_T.dtype)
@@ -96,12 +97,16 @@ def token_log_probabilities(
     return _LogProbabilities.apply(h_TD, weight_VD, target_T, place)[0]
 
 
+class _LogProbabilityContext(NodeContext):
+    place: Place
+
+
 class _LossNow(torch.autograd.Function):
     """Both gradients are made in the forward; the backward only scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: NodeContext,
         h: torch.Tensor,
         weight: torch.Tensor,
         target: torch.Tensor,
@@ -123,6 +128,7 @@ class _LossNow(torch.autograd.Function):
             nll = log_sum - (of_target - normalizer.largest_C)
             of_softmax, term = factor, nll
             if z_loss:
+                # The gradient of lse is the softmax: z lse^2 adds 2 z lse to its factor, and nothing to the target's.
                 lse = log_sum + normalizer.largest_C
                 of_softmax, term = factor * (1 + 2 * z_loss * lse), nll + z_loss * lse.square()
             nlls.append(nll)
@@ -130,18 +136,17 @@ class _LossNow(torch.autograd.Function):
             if gradients is not None:
                 gradients.add(rows, chunks.gradient(rows, logits, kept, normalizer, of_softmax, factor))
         if gradients is not None:
-            ctx.save_for_backward(*gradients.finish())
+            ctx.save_for_backward(*gradients.finish())  # type: ignore[arg-type]  # torch takes None as well
+        # The sum over tokens is one dot product at the end: another length of chunks does not change its order.
         nll = chunks.without_padding(join(nlls))
         ctx.mark_non_differentiable(nll)
         return torch.dot(token_weight, chunks.without_padding(join(terms)) if z_loss else nll), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale, again = grads[0], _keeps_graph()
-        # In place, so that a gradient of the weight's size exists once; a copy only if the graph is to be used again.
-        scaled = (x if x is None else x * scale if again else x.mul_(scale) for x in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None
+    def backward(ctx: NodeContext, *grads: torch.Tensor) -> Gradients:
+        h_grad, weight_grad = scale_gradients(ctx.saved_tensors, grads[0])
+        return h_grad, weight_grad, None, None, None, None, None
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -149,7 +154,7 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, place: Place
+        ctx: _LogProbabilityContext, h: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, place: Place
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chunks = HeadChunks(h, weight, target, place)
         found = [chunks.statistics(rows, chunks.logits(rows))[:2] for rows in chunks.rows]
@@ -162,7 +167,7 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _LogProbabilityContext, *grads: torch.Tensor) -> Gradients:
         h, weight, target, largest, total = ctx.saved_tensors
         chunks = HeadChunks(h, weight, target, ctx.place)
         of_probability, of_lse = map(chunks.without_padding, grads)

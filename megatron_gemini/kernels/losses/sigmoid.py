@@ -1,22 +1,25 @@
 """Sigmoid loss of image-text pairs (Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training", section 3).
 
-A pair of the batch is right or wrong by itself, without a softmax over the batch, so the loss is a sum over tiles of
-the similarity matrix and no rank ever needs more than one tile. Texts travel round the ring of ranks while each rank
-computes with those that it has; their gradients follow them and arrive at home after one full turn.
+A pair of the batch is right or wrong by itself, without a softmax over the batch. The loss is therefore a sum over
+tiles of the similarity matrix, and no rank ever needs more than one tile. Texts travel round the ring of ranks while
+each rank computes with those that it has. Their gradients follow them and are at home after one round.
+
+Of 4,096 pairs with D=512 on a CPU it takes 0.6 of the dense matrix's time and 0.065 of its memory
+(docs/performance.md).
 
 Shape suffixes: B pairs of this rank, D embedding width, C texts that are with this rank, I and J sides of a tile.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # whether this backward may come a second time
+from megatron_gemini.kernels.autograd import Gradients, NodeContext
+from megatron_gemini.kernels.losses.gradients import scale_gradients
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -41,7 +44,7 @@ def sigmoid_contrastive_loss(
     chunk: the sides of a tile; memory beyond the embeddings is a few tiles of chunk x chunk numbers.
 
     The gradients are made in the forward. Those of image_BD and text_BD are of the sum of all ranks' losses, which all
-    ranks must therefore scale by the same factor; those of log_temperature and bias are this rank's partial gradients
+    ranks must therefore scale by the same factor. Those of log_temperature and bias are this rank's partial gradients
     of it, to be summed like all gradients of a data-parallel group.
 
     Raises ValueError for shapes, dtypes and devices that do not fit together, on one rank or between ranks.
@@ -89,7 +92,7 @@ def _pairs_of_ranks(text: torch.Tensor, wanted: bool, group: ProcessGroup) -> li
 class _SigmoidLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: NodeContext,
         image: torch.Tensor,
         text: torch.Tensor,
         log_temperature: torch.Tensor,
@@ -106,7 +109,9 @@ class _SigmoidLoss(torch.autograd.Function):
         else:
             text_grad = _around_the_ring(tiles, text, group, counts)
         if wanted:
-            grads = (tiles.image_grad, text_grad, tiles.log_temperature_grad(), tiles.bias_grad)
+            # A tile's d loss / d z_ij times t x_i . y_j, summed, is every image times its gradient.
+            log_temperature_grad = (tiles.image * tiles.image_grad).sum(dtype=torch.float64)
+            grads = (tiles.image_grad, text_grad, log_temperature_grad, tiles.bias_grad)
             inputs = (image, text, log_temperature, bias)
             kept = [g.to(x.dtype).view(x.shape) for g, x in zip(grads, inputs, strict=True)]
             ctx.save_for_backward(*kept)
@@ -114,10 +119,9 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        scale, again = grads[0], _keeps_graph()
-        scaled = (x * scale if again else x.mul_(scale) for x in ctx.saved_tensors)
-        needed = (x if need else None for x, need in zip(scaled, ctx.needs_input_grad, strict=False))
+    def backward(ctx: NodeContext, *grads: torch.Tensor) -> Gradients:
+        made = scale_gradients(ctx.saved_tensors, grads[0])
+        needed = (x if need else None for x, need in zip(made, ctx.needs_input_grad, strict=False))
         return *needed, None, None, None, None
 
 
@@ -144,6 +148,7 @@ class _Tiles:
                 diagonal = tile_IJ.diagonal() if paired and i == j else None
                 if diagonal is not None:
                     diagonal.neg_()  # -z (t x.y + b) everywhere
+                # torch's own threshold of 20 would drop 2e-9, which float64 shows. The sum has up to B^2 terms.
                 self.loss += F.softplus(tile_IJ, threshold=40).sum(dtype=torch.float64)
                 if not self.wanted:
                     continue
@@ -155,10 +160,6 @@ class _Tiles:
                 text_grad[columns].addmm_(tile_IJ.t(), image)
         return text_grad.mul_(self.temperature)
 
-    def log_temperature_grad(self) -> torch.Tensor:
-        """The sum of t x.y times its derivative, which is that of the images times their gradient."""
-        return (self.image * self.image_grad).sum(dtype=torch.float64)
-
 
 class _Passing:
     """A tensor on its way to the next rank of the ring, and another one of `count` rows from the rank before."""
@@ -166,6 +167,8 @@ class _Passing:
     def __init__(self, tensor: torch.Tensor, count: int, group: ProcessGroup, tag: int) -> None:
         ranks, rank = group.size(), group.rank()
         self.sent, self.arriving = tensor, tensor.new_empty(count, tensor.shape[1])
+        # Sent and received as one batch: ranks that all sent first would wait for each other. Texts and gradients are
+        # under way at the same time and have tags of their own.
         ways = ((dist.isend, self.sent, (rank + 1) % ranks), (dist.irecv, self.arriving, (rank - 1) % ranks))
         passes = [dist.P2POp(way, x, group=group, group_peer=peer, tag=tag) for way, x, peer in ways if len(x)]
         self.works = dist.batch_isend_irecv(passes) if passes else []
@@ -183,6 +186,7 @@ def _around_the_ring(tiles: _Tiles, text_BD: torch.Tensor, group: ProcessGroup, 
     gradient of those texts, which comes from the rank before, and sends it on, in the last step to the texts' own rank.
     """
     ranks, rank = group.size(), group.rank()
+    # Texts travel in their own dtype, gradients in that of the sums: half the bytes for texts in bfloat16.
     text, grads = text_BD.contiguous(), None
     for step in range(ranks):
         next_count, last = counts[(rank - step - 1) % ranks], step == ranks - 1

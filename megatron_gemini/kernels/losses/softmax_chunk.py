@@ -1,18 +1,13 @@
 """What the loss does to one chunk of logits, in place: first the softmax's statistics, then the loss's gradient.
 
-The two are apart because tensor-parallel ranks exchange the statistics in between. Two backends do the same:
-
-torch    everywhere. It keeps the exponentials of the first half for the second, so that each is taken once.
-triton   on CUDA: each half is one kernel that reads a logit once and computes in float32 whatever the logits are, where
-         torch takes five passes and, for bfloat16, a float32 copy. `tools/bench/loss.py` compares them.
+The two are apart because tensor-parallel ranks exchange the statistics in between. Here are what every backend takes
+and gives, and torch's backend; Triton's is `softmax_chunk_triton`, and `dispatch` chooses.
 
 Shape suffixes: C tokens of the chunk, V vocabulary rows of this rank that are not padding.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -72,7 +67,7 @@ def _statistics(logits_CV: torch.Tensor, labels: Labels) -> Statistics:
     target_C = values.gather(1, labels.column_C.unsqueeze(1)).squeeze(1)
     if labels.held_C is not None:
         target_C = target_C.masked_fill_(~labels.held_C, -torch.inf)
-    exponential = values.sub_(largest_C1).exp_()
+    exponential = values.sub_(largest_C1).exp_()  # float32 logits are overwritten: a chunk exists once
     largest_C = largest_C1.squeeze(1)
     return Normalizer(largest_C, exponential.sum(-1)), target_C, KeptExponentials(exponential, largest_C)
 
@@ -90,42 +85,12 @@ def _gradient(
         exponential = _wide(logits_CV).sub_(normalizer.largest_C.unsqueeze(1)).exp_()
     else:
         exponential = kept.exponential_CV
-        if kept.largest_C is not normalizer.largest_C:
+        if kept.largest_C is not normalizer.largest_C:  # another rank may have the largest logit
             factor_C *= (kept.largest_C - normalizer.largest_C).exp_()
     if labels.held_C is not None:
-        of_target_C = of_target_C * labels.held_C
+        of_target_C = of_target_C * labels.held_C  # elsewhere the label's column is 0, which is not the target
     exponential.mul_(factor_C.unsqueeze(1)).scatter_add_(1, labels.column_C.unsqueeze(1), -of_target_C.unsqueeze(1))
     return exponential if exponential.dtype == logits_CV.dtype else logits_CV.copy_(exponential)
 
 
 TORCH = LossBackend("torch", _statistics, _gradient)
-
-
-@functools.cache
-def _triton() -> LossBackend:
-    from megatron_gemini.kernels.losses import (
-        softmax_chunk_triton as triton,  # imports Triton, which CPUs need not have
-    )
-
-    return LossBackend("triton", triton.statistics, triton.gradient)
-
-
-def loss_backend(device: torch.device) -> tuple[str, str]:
-    """(the backend that the loss takes on `device`, why), for the run's first log lines."""
-    if device.type != "cuda":
-        return "torch", f"in place, chunk by chunk, on {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "torch", "in place, chunk by chunk; Triton is not installed"
-    return "triton", "one kernel for a chunk's statistics, one for its gradient"
-
-
-@functools.cache
-def choose_backend(device: torch.device, dtype: torch.dtype, forced: str | None = None) -> LossBackend:
-    """That of `loss_backend`, or `forced`; float64, which is there for tests, is torch's.
-
-    Raises ValueError for a name that is not a backend's.
-    """
-    name = forced or ("torch" if dtype == torch.float64 else loss_backend(device)[0])
-    if name not in ("torch", "triton"):
-        raise ValueError(f"the loss has no backend {name!r}; take 'torch' or 'triton'")
-    return TORCH if name == "torch" else _triton()

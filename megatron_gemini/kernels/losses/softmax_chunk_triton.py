@@ -1,22 +1,28 @@
 """The loss's work on a chunk of logits as two Triton kernels; see `softmax_chunk.LossBackend` for what they compute.
 
 Each reads a logit once, in whatever dtype it has, and computes in float32: no copy of the chunk, one pass a kernel.
-Row offsets are 64-bit: a chunk may have more than 2^31 logits.
 
 Shape suffixes: C tokens of the chunk, V vocabulary rows of this rank that are not padding.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from megatron_gemini.kernels.losses.softmax_chunk import KeptExponentials, Labels, Normalizer, Statistics
+from megatron_gemini.kernels.losses.softmax_chunk import (
+    KeptExponentials,
+    Labels,
+    LossBackend,
+    Normalizer,
+    Statistics,
+)
+from megatron_gemini.kernels.triton_kernel import Kernel, on_device
 
-BLOCK = 4096  # columns that a program holds at once: 16 a thread of 8 warps, two 16-byte loads of bfloat16
+# Columns that a program holds at once: 16 a thread of 8 warps, two 16-byte loads of bfloat16. Compiled for compute
+# capability 8.0 and 9.0, the kernels take 48 registers and spill none (docs/performance.md).
+BLOCK = 4096
 WARPS = 8
 
 
@@ -33,7 +39,7 @@ def statistics_kernel(
     block: tl.constexpr,
 ):
     """One program a token. The sum has `block` lanes, so a step over the columns has one reduction, the maximum."""
-    token = tl.program_id(0)
+    token = tl.program_id(0)  # 64-bit below: a chunk may have more than 2^31 logits
     row = logits + token.to(tl.int64) * stride
     largest = float("-inf")
     sums = tl.zeros([block], dtype=tl.float32)
@@ -124,7 +130,10 @@ def gradient(
     return logits_CV
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], logits_CV: torch.Tensor, *arguments: Any) -> None:
-    if len(logits_CV):
-        with torch.cuda.device_of(logits_CV):  # type: ignore[no-untyped-call]
+def _launch(kernel: Kernel, grid: tuple[int, ...], logits_CV: torch.Tensor, *arguments: torch.Tensor | int) -> None:
+    if len(logits_CV):  # a grid of no programs is an error of CUDA
+        with on_device(logits_CV.device):
             kernel[grid](logits_CV, *arguments, block=BLOCK, num_warps=WARPS)
+
+
+TRITON = LossBackend("triton", statistics, gradient)

@@ -1,5 +1,7 @@
-"""Our Triton attention under Triton's interpreter, on CPU tensors. `test_attention_triton.py` starts it with
-TRITON_INTERPRET=1, which has to be set before Triton is imported."""
+"""Our Triton attention under Triton's interpreter, on CPU tensors.
+
+`test_attention_triton.py` starts it with TRITON_INTERPRET=1, which has to be set before Triton is imported.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from megatron_gemini.kernels.attention.api import attention, attention_with_lse, plan_attention
+from megatron_gemini.kernels.attention.api import attention, attention_with_lse, plan_attention, plan_cross_attention
 from megatron_gemini.kernels.attention.reference import attend_densely
-from megatron_gemini.kernels.attention.triton import tiling as attention_tiling
+from megatron_gemini.kernels.attention.triton import tiling
 from megatron_gemini.kernels.attention.triton.operators import flash_attention, flash_attention_backward
 from megatron_gemini.kernels.attention.triton.tiling import Tiling, Tilings
-from tests.attention_rows import heads, only_backend, row, rows_and_queries
+from tests.attention_rows import heads, only_backend, row, rows_and_memory, rows_and_queries
 from tools.bench import attention as bench
 
 SMALL = Tilings(Tiling(32, 16, 4, 1), Tiling(16, 32, 4, 1), Tiling(32, 16, 4, 1))
@@ -33,7 +35,7 @@ def poison():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks so small that short rows have empty, full and partial ones."""
-    monkeypatch.setattr(attention_tiling, "TILINGS", {table: {64: SMALL} for table in attention_tiling.TILINGS})
+    monkeypatch.setattr(tiling, "TILINGS", {table: {64: SMALL} for table in tiling.TILINGS})
 
 
 def gradients(attend, inputs, plan, seeing, seed=1):
@@ -51,7 +53,7 @@ def by_triton(*inputs):
 
 
 def assert_equals_reference(plan, query, key, width, dtype=torch.float32, seed=0):
-    inputs = [x.detach().requires_grad_() for x in heads(plan.tokens, query, key, width, seed, plan.queries, dtype)]
+    inputs = [x.detach().requires_grad_() for x in heads(plan.keys, query, key, width, seed, plan.queries, dtype)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     seeing = attend_densely(*exact, plan)[1].isfinite()
     wanted, wanted_lse, wanted_grads = gradients(attend_densely, exact, plan, seeing)
@@ -69,6 +71,23 @@ def assert_equals_reference(plan, query, key, width, dtype=torch.float32, seed=0
 @given(rows_and_queries(longest=20, documents=3), st.sampled_from([(4, 1), (6, 2), (2, 2)]), st.integers(0, 1000))
 def test_any_row_and_any_part_of_its_queries_equals_the_reference(given_row, counts, seed):
     assert_equals_reference(plan_attention(*given_row), *counts, 16, seed=seed)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows_and_memory(longest=20, documents=3), st.sampled_from([(4, 1), (4, 2), (3, 3)]), st.integers(0, 1000))
+def test_any_row_and_memory_equal_the_reference(arguments, counts, seed):
+    assert_equals_reference(plan_cross_attention(*arguments), *counts, 16, seed=seed)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("query", [None, torch.cat((torch.arange(10, 40), torch.arange(85, 93)))])
+def test_more_memory_than_a_block_and_more_queries_than_a_tile_equal_the_reference(query):
+    """Documents of which one has no memory, one sees all of it, and one sees more of it thrice."""
+    segment, _ = row([50, 8, 35], [], 3)
+    segment_m = torch.tensor([1] * 70 + [3] * 41 + [0] * 5)
+    after = torch.tensor([0] * 70 + [60] * 10 + [75] * 20 + [93] * 11 + [0] * 5)
+    assert_equals_reference(plan_cross_attention(segment, segment_m, after, query), 8, 2, 16)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -97,7 +116,7 @@ def test_every_head_width_with_the_blocks_of_the_table(width, dtype, query, key)
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("descriptors", [False, True])
 def test_blocks_by_pointer_and_by_descriptor_equal_the_reference(monkeypatch, descriptors):
-    monkeypatch.setattr(attention_tiling, "takes_descriptors", lambda *_: descriptors)
+    monkeypatch.setattr(tiling, "takes_descriptors", lambda *_: descriptors)
     assert_equals_reference(plan_attention(*row([40, 13], [(5, 30)], 2)), 8, 1, 16)
 
 
@@ -110,8 +129,8 @@ def test_heads_split_into_groups_sum_to_the_reference(monkeypatch, splits):
 
 
 def test_heads_are_split_until_the_chip_is_full_and_no_further(monkeypatch):
-    monkeypatch.setattr(attention_tiling, "multiprocessors", lambda _: 132)
-    split = attention_tiling.split_heads
+    monkeypatch.setattr(tiling, "multiprocessors", lambda _: 132)
+    split = tiling.split_heads
     assert [split(p, 16, torch.device("cpu")) for p in (200, 132, 64, 8, 1)] == [1, 1, 4, 8, 8]
     assert split(8, 1, torch.device("cpu")) == 1 and split(8, 6, torch.device("cpu")) == 2
 
@@ -196,8 +215,7 @@ def test_what_the_benchmark_runs_on_a_card_runs_here_and_counts_the_pairs_that_a
         ("mixed", "SDPA, dense mask"),
     }
     assert "unable" in capsys.readouterr().out
-    tiling = Tiling(32, 32, 4, 2)
-    tuned = list(bench.tune(*size, heads=2, choices=[tiling]))
+    tuned = list(bench.tune(*size, heads=2, choices=[Tiling(32, 32, 4, 2)]))
     assert [r["kernel"] for r in tuned] == ["forward", "query_gradient", "key_gradient"]
-    assert bench.pairs_seen(bench.RowLayout((4, 2)).plan("cpu")) == 10 + 3
-    assert int(bench.dense_mask(bench.RowLayout((8,), 2, 4).plan("cpu")).sum()) == 36 + 2
+    assert bench.pairs_seen(bench.Row((4, 2)).plan("cpu")) == 10 + 3
+    assert int(bench.dense_mask(bench.Row((8,), 2, 4).plan("cpu")).sum()) == 36 + 2

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels.attention import documents as attention_documents
+from megatron_gemini.kernels.attention import documents
 from megatron_gemini.kernels.attention.api import (
     attention,
     attention_backend,
@@ -16,7 +16,7 @@ from megatron_gemini.kernels.attention.api import (
     merge_attention,
     plan_attention,
 )
-from megatron_gemini.kernels.attention.cpu import calls as attention_cpu_calls
+from megatron_gemini.kernels.attention.cpu import calls
 from megatron_gemini.kernels.attention.documents import MAX_WASTE
 from megatron_gemini.kernels.attention.reference import attend_densely
 from megatron_gemini.kernels.attention.sdpa import attend_by_sdpa
@@ -28,15 +28,15 @@ from tests.attention_rows import heads, row, rows, rows_and_queries
 def short_or_long(request, monkeypatch):
     """With calls that cost nothing, short documents are cut into runs and blocks as long ones are."""
     if request.param:
-        monkeypatch.setattr(attention_documents, "CALL_PAIRS", 0)
-        monkeypatch.setattr(attention_cpu_calls, "CALL_PAIRS", 0)
-        monkeypatch.setattr(attention_cpu_calls, "BLOCK", 3)
+        monkeypatch.setattr(documents, "CALL_PAIRS", 0)
+        monkeypatch.setattr(calls, "CALL_PAIRS", 0)
+        monkeypatch.setattr(calls, "BLOCK", 3)
 
 
-def sdpa(q, k, v, plan, scale=None):
+def sdpa(q, k, v, plan, scale=None, cos_sin=None):
     if plan.empty:
-        return attention(q, k, v, plan, scale)
-    return attend_by_sdpa(q, k, v, plan, scale, None)
+        return attention(q, k, v, plan, scale, cos_sin)
+    return attend_by_sdpa(q, k, v, plan, scale, cos_sin)[0]
 
 
 def assert_equals_reference(segment, span, query=4, key=1, scale=None, attend=attention, query_Q=None):
@@ -173,7 +173,7 @@ def test_another_scale_is_used():
     assert_equals_reference(*row([6, 3], [], 0), scale=0.7)
 
 
-@pytest.mark.parametrize("attend", [attention, attend_by_sdpa])
+@pytest.mark.parametrize("attend", [attention, sdpa])
 @pytest.mark.parametrize("query", [None, torch.tensor([2, 3, 4, 9, 10])])
 def test_rotation_within_attention_equals_rotation_before_it(attend, query):
     segment, span = row([6, 4], [(1, 3)], 2)

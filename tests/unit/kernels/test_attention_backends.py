@@ -7,8 +7,7 @@ import types
 import pytest
 import torch
 
-from megatron_gemini.kernels.attention import dispatch as attention_backends
-from megatron_gemini.kernels.attention import flash as attention_flash
+from megatron_gemini.kernels.attention import dispatch, flash
 from megatron_gemini.kernels.attention.api import attention, attention_backend, attention_with_lse, plan_attention
 from megatron_gemini.kernels.attention.dispatch import AttentionRequest, choose_backend
 from megatron_gemini.kernels.attention.reference import attend_densely
@@ -74,9 +73,9 @@ def test_the_log_sum_exp_goes_to_a_backend_that_has_it():
 )
 def test_a_card_takes_the_first_backend_that_is_able(monkeypatch, version, dtype, width, sequences, with_lse, wanted):
     found = None if version is None else (version, None)
-    monkeypatch.setattr(attention_backends, "installed_flash_attention", lambda: found)
-    monkeypatch.setattr(attention_backends, "card_runs_triton", lambda _: "")
-    monkeypatch.setattr(attention_backends.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(dispatch, "installed_flash_attention", lambda: found)
+    monkeypatch.setattr(dispatch, "card_runs_triton", lambda _: "")
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: True)
     assert choose_backend(AttentionRequest(torch.device("cuda"), dtype, width, sequences, with_lse)).name == wanted
 
 
@@ -132,13 +131,13 @@ def test_every_version_of_flash_attn_is_called_as_it_declares_itself(
             raise ImportError(name)
         return fake
 
-    monkeypatch.setattr(attention_flash.importlib, "import_module", find)
-    uncached = attention_flash.installed_flash_attention.__wrapped__
-    monkeypatch.setattr(attention_flash, "installed_flash_attention", uncached)
+    monkeypatch.setattr(flash.importlib, "import_module", find)
+    uncached = flash.installed_flash_attention.__wrapped__
+    monkeypatch.setattr(flash, "installed_flash_attention", uncached)
     plan = plan_attention(*row([6, 4], spans, 2))
     cos_sin = rope_cos_sin(torch.arange(12), 8, 10000.0, torch.float32)
     inputs = heads(12, 4, 1)
-    out = attention_flash.attend_by_flash_attention(*inputs, plan, 0.3, cos_sin)
+    out, _ = flash.attend_by_flash_attention(*inputs, plan, 0.3, cos_sin)
     torch.testing.assert_close(out, attention(*inputs, plan, 0.3, cos_sin), rtol=1e-5, atol=1e-5)
     assert calls == [([0, 6, 10], causal, options)]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.kernels.losses import head_chunks, softmax_chunk
+from megatron_gemini.kernels.losses import dispatch, head_chunks, softmax_chunk
 from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
 from tools.bench.loss import peak_bytes
 
@@ -257,9 +257,9 @@ def test_a_forced_backend_is_the_one_that_runs(name, monkeypatch):
 
         return softmax_chunk.LossBackend(backend, note(torch_backend.statistics), note(torch_backend.gradient))
 
-    monkeypatch.setattr(softmax_chunk, "TORCH", spy("torch"))
-    monkeypatch.setattr(softmax_chunk, "_triton", lambda: spy("triton"))
-    softmax_chunk.choose_backend.cache_clear()
+    monkeypatch.setattr(dispatch, "TORCH", spy("torch"))
+    monkeypatch.setattr(dispatch, "_triton", lambda: spy("triton"))
+    dispatch.choose_backend.cache_clear()
     try:
         h, weight, target, token_weight = draw(5, 9, 9)
         for deferred in (False, True):
@@ -267,12 +267,12 @@ def test_a_forced_backend_is_the_one_that_runs(name, monkeypatch):
             linear_cross_entropy(h, weight, target, token_weight, **options)[0].backward()
         token_log_probabilities(h, weight, target, backend=name, **place(9))
     finally:
-        softmax_chunk.choose_backend.cache_clear()
+        dispatch.choose_backend.cache_clear()
     assert ran == [name] * 5
 
 
 def test_the_backend_is_named_with_its_reason():
-    assert softmax_chunk.loss_backend(torch.device("cpu"))[0] == "torch"
-    assert softmax_chunk.loss_backend(torch.device("cuda"))[0] == "triton"
-    assert softmax_chunk.choose_backend(torch.device("cpu"), torch.float32).name == "torch"
-    assert softmax_chunk.choose_backend(torch.device("cuda"), torch.float64).name == "torch"
+    assert dispatch.loss_backend(torch.device("cpu"))[0] == "torch"
+    assert dispatch.loss_backend(torch.device("cuda"))[0] == "triton"
+    assert dispatch.choose_backend(torch.device("cpu"), torch.float32).name == "torch"
+    assert dispatch.choose_backend(torch.device("cuda"), torch.float64).name == "torch"

@@ -154,7 +154,7 @@ def test_both_are_rotated_as_each_is_and_back_again(large, monkeypatch):
         torch.testing.assert_close(apply_rope(both, cos_sin, -1), single)
 
 
-def test_large_and_small_tensors_turn_alike_to_the_bit(monkeypatch):
+def test_large_and_small_tensors_are_rotated_alike_to_the_bit(monkeypatch):
     cos_sin = rope_cos_sin(torch.arange(5), 8, 100.0, torch.bfloat16)
     x = tensors((5, 3, 8))[0].detach().bfloat16()
     at_once = apply_rope(x, cos_sin)
@@ -162,6 +162,6 @@ def test_large_and_small_tensors_turn_alike_to_the_bit(monkeypatch):
     assert torch.equal(apply_rope(x, cos_sin), at_once)
 
 
-def test_a_rotation_keeps_nothing_of_what_it_turned():
+def test_a_rotation_keeps_nothing_of_what_it_rotated():
     x = tensors((5, 3, 8))[0]
     assert apply_rope(x, rope_cos_sin(torch.arange(5), 8, 100.0, torch.float32)).grad_fn.saved_tensors == ()

@@ -1,9 +1,9 @@
 """Attention on CPU: RoPE, documents and torch's CPU flash attention as one autograd node.
 
-Against `attention_sdpa` this saves two dozen autograd nodes a layer and the slow backward of every view and gather.
+Against `sdpa` this saves two dozen autograd nodes a layer and the slow backward of every view and gather.
 
-Shape suffixes: T packed tokens, Q queries (T, or this rank's), S slots (see `attention_slots`), N query heads, K
-key/value heads, H head width.
+Shape suffixes: T packed tokens, or in the cross form M memory embeddings; Q queries (T, or this rank's), S slots (see
+`slot_mapping`), N query heads, K key/value heads, H head width.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from megatron_gemini.kernels.attention.cpu.calls import attend_slots, attend_slots_backward, lse_gradients, saved_lse
 from megatron_gemini.kernels.attention.plan import AttentionPlan
 from megatron_gemini.kernels.attention.slot_mapping import to_rows, to_slots, without_repeats
+from megatron_gemini.kernels.autograd import Gradients, NodeContext
 from megatron_gemini.kernels.discarded_output import discarded_output, output_is_discarded
 from megatron_gemini.kernels.rope import CosSin
 
@@ -29,9 +30,10 @@ def attend_on_cpu(
     cos_sin: CosSin | None,
     *,
     with_lse: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """(out_QNH, and if asked for its log-sum-exp [Q, N]): see `attention.attention`. Some query must see a key."""
-    return _Attention.apply(q_QNH, k_TKH, v_TKH, plan, scale, cos_sin, with_lse)
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out_QNH, and if asked for its log-sum-exp [Q, N]): see `api.attention`. Some query must see a key."""
+    out, *lse = _Attention.apply(q_QNH, k_TKH, v_TKH, plan, scale, cos_sin, with_lse)
+    return out, lse[0] if lse else None
 
 
 def attend_and_project_on_cpu(
@@ -43,14 +45,20 @@ def attend_and_project_on_cpu(
     weight: torch.Tensor,
     residual_QD: torch.Tensor,
 ) -> torch.Tensor:
-    """See `attention.attention_output`; some query must see a key."""
+    """See `api.attention_output`; some query must see a key."""
     return _AttentionOutput.apply(q_QNH, k_TKH, v_TKH, weight, residual_QD, plan, cos_sin)
+
+
+class _AttentionContext(NodeContext):
+    plan: AttentionPlan
+    scale: float | None
+    cos_sin: CosSin | None
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _AttentionContext,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -59,21 +67,21 @@ class _Attention(torch.autograd.Function):
         cos_sin: CosSin | None,
         with_lse: bool,
     ) -> tuple[torch.Tensor, ...]:
-        out_QNH, saved = _forward(q, k, v, plan, scale, cos_sin)
-        documents = plan.documents
+        out_QNH, saved = attend_forward(q, k, v, plan, scale, cos_sin)
         ctx.save_for_backward(*saved)
         ctx.plan, ctx.scale, ctx.cos_sin = plan, scale, cos_sin
+        # An output whose gradient is not asked for then has None: zeros would cost a whole backward of their own.
         ctx.set_materialize_grads(False)
         if not with_lse:
             return (out_QNH,)
-        return out_QNH, to_rows(
-            saved_lse(saved, plan.cpu_calls, documents.query_slots), documents.queries, float("-inf")
-        )
+        documents = plan.documents
+        lse_SN = saved_lse(saved, plan.cpu_calls, documents.query_slots)
+        return out_QNH, to_rows(lse_SN, documents.queries, float("-inf"))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: _AttentionContext, *grads: torch.Tensor | None) -> Gradients:
         lse_grad = grads[1] if len(grads) > 1 else None
-        return *_backward(grads[0], lse_grad, ctx.saved_tensors, ctx.plan, ctx.scale, ctx.cos_sin), *[None] * 4
+        return *attend_backward(grads[0], lse_grad, ctx.saved_tensors, ctx.plan, ctx.scale, ctx.cos_sin), *[None] * 4
 
 
 class _AttentionOutput(torch.autograd.Function):
@@ -88,7 +96,7 @@ class _AttentionOutput(torch.autograd.Function):
         plan: AttentionPlan,
         cos_sin: CosSin,
     ) -> torch.Tensor:
-        out_QNH, saved = _forward(q, k, v, plan, None, cos_sin)
+        out_QNH, saved = attend_forward(q, k, v, plan, None, cos_sin)
         out = out_QNH.flatten(1)
         ctx.save_for_backward(weight, out, *saved)
         ctx.plan, ctx.cos_sin, ctx.shape = plan, cos_sin, out_QNH.shape
@@ -102,10 +110,10 @@ class _AttentionOutput(torch.autograd.Function):
         weight, out, *saved = ctx.saved_tensors
         weight_grad = torch.mm(grad.t(), out) if ctx.needs_input_grad[3] else None
         out_grad = torch.mm(grad, weight).view(ctx.shape)
-        return *_backward(out_grad, None, saved, ctx.plan, None, ctx.cos_sin), weight_grad, grad, None, None
+        return *attend_backward(out_grad, None, saved, ctx.plan, None, ctx.cos_sin), weight_grad, grad, None, None
 
 
-def _forward(
+def attend_forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -122,15 +130,15 @@ def _forward(
     return to_rows(out_SNH, documents.queries), saved
 
 
-def _backward(
+def attend_backward(
     out_grad: torch.Tensor | None,
     lse_grad: torch.Tensor | None,
     saved: Sequence[torch.Tensor],
     plan: AttentionPlan,
     scale: float | None,
     cos_sin: CosSin | None,
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of q, k and v, given those of out_QNH and of its log-sum-exp."""
+) -> Gradients:
+    """The gradients of q, k and v, given those of out_QNH and of its log-sum-exp; None where neither gives one."""
     documents = plan.documents
     grads: list[torch.Tensor | None] = [None, None, None]
     if out_grad is not None:

@@ -2,11 +2,15 @@
 
 Each gradient has one program that sums it, in a fixed order and without atomics, so that the result is the same bit for
 bit every time. The price is that scores are computed twice: seven matrix products instead of five. The gradients of
-keys and values are sums over all query heads that share them, and these heads are rows of the blocks, so the sum takes
-place in the accumulator.
+keys and values are sums over all query heads that share them. These heads are rows of the blocks, so the sum takes
+place in the accumulator, without a buffer a head.
 
-See `attention_triton_forward` for rows and blocks. Shape suffixes: T packed tokens, Q queries, N query heads, K
-key/value heads, G = N / K, H head width.
+With p = exp(scale q k - lse) and delta = sum(out * grad), the gradient of the scores is ds = p * (grad v - delta). Then
+dv is the sum of p grad, dk of scale ds q and dq of scale ds k. A log-sum-exp's gradient g adds p g to ds, which is
+delta - g in the place of delta.
+
+See `forward` for rows and blocks. Shape suffixes: T packed tokens, or in the cross form M memory embeddings; Q queries,
+N query heads, K key/value heads, G = N / K, H head width.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def prepare_kernel(
     grad = tl.load(grad_ptr + place, mask=held, other=0.0).to(tl.float32)
     lse = tl.load(lse_ptr + row, mask=live, other=0.0)
     delta = tl.sum(out * grad, 1) - tl.load(lse_grad_ptr + row, mask=live, other=0.0)
-    empty = lse == float("-inf")
+    empty = lse == float("-inf")  # exp2(score - inf) is 0: a query that sees nothing gives and gets no gradient
     tl.store(lse2_ptr + row, tl.where(empty, float("inf"), lse * 1.4426950408889634), mask=live)
     tl.store(delta_ptr + row, tl.where(empty, 0.0, delta), mask=live)
 
@@ -96,8 +100,10 @@ def key_gradient_kernel(
         live = key < tokens
         first = tl.load(first_ptr + key, mask=live, other=queries)
         last = tl.load(last_ptr + key, mask=live, other=0)
+        # Once a tile, so by pointer: descriptors are for what the loop below reads.
         k = load_heads(k_ptr, n, kv, k_token, k_head, tokens, H, WIDTH, 1, BLOCK_N, False, True)
         v = load_heads(v_ptr, n, kv, v_token, v_head, tokens, H, WIDTH, 1, BLOCK_N, False, True)
+        # As in the forward: every key of the block is seen by all the rows of [full, full_end).
         low, high = to_block(tl.min(first) * GROUP, BLOCK_M), tl.max(last) * GROUP
         full = tl.minimum(up_to_block(tl.max(tl.where(live, first, 0)) * GROUP, BLOCK_M), high)
         full_end = tl.maximum(to_block(tl.min(tl.where(live, last, queries)) * GROUP, BLOCK_M), full)

@@ -67,6 +67,7 @@ def load_heads(
     0 beyond H and, if CHECKED, beyond the last token.
     """
     if TMA:
+        # It fills what lies outside the tensor with zeros itself, so that nothing is left to check.
         block = source.load([first // GROUP, first_head + first % GROUP, 0])
         return block.reshape([BLOCK, WIDTH])
     else:
@@ -87,8 +88,8 @@ def load_heads(
 def product(a, b, acc=None, PRECISION: tl.constexpr = "tf32"):
     """a b + acc in float32.
 
-    "tf32x3": float32 inputs, each product as three of tensor cores, right to about 1e-6. "ieee": for the interpreter,
-    whose own product of bfloat16 is wrong; 16-bit inputs keep their rounding. "tf32": 16-bit inputs.
+    "tf32x3": float32 inputs, each product as three of tensor cores, right to about 1e-6. "tf32": 16-bit inputs.
+    "ieee": for the interpreter, whose own product of bfloat16 is wrong; 16-bit inputs keep their rounding.
     """
     if PRECISION == "ieee":
         a, b = a.to(tl.float32), b.to(tl.float32)

@@ -1,11 +1,14 @@
 """Flash attention's forward in Triton, for packed rows (Dao et al. 2022; Dao 2023; multi-query: Shazeer 2019).
 
-One program takes BLOCK_M rows. A row is a query head of a token, token by token, with all G heads that share a
-key/value head side by side: they read a block of keys and values once, and a block of rows is so few tokens long that a
-mask is needed at the edges of documents and on the diagonal only. A query sees the keys [start, reach) of its own, two
-numbers a token, so causal order, spans and documents need no other metadata; blocks that no row sees are not touched.
+One program takes BLOCK_M rows. A row is a query head of a token. Token by token, all G heads that share a key/value
+head lie side by side, and read a block of keys and values once. A block of rows is so few tokens long that a mask is
+needed at the edges of documents and on the diagonal only.
 
-Shape suffixes: T packed tokens, Q queries, N query heads, K key/value heads, G = N / K, H head width.
+A query sees the keys [start, reach) of its own, two numbers a token. Causal order, spans, documents and memory need no
+other metadata, and blocks that no row sees are not touched.
+
+Shape suffixes: T packed tokens, or in the cross form M memory embeddings; Q queries, N query heads, K key/value heads,
+G = N / K, H head width.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def forward_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    # Programs are as many as fit the card and take tile after tile, so that descriptors are made once a program.
     column = tl.arange(0, WIDTH)
     keys = head_source(k_ptr, tokens, k_token, K, k_head, H, WIDTH, 1, BLOCK_N, TMA)
     values = head_source(v_ptr, tokens, v_token, K, v_head, H, WIDTH, 1, BLOCK_N, TMA)
@@ -110,6 +114,9 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """The blocks of keys from `first` on, below `last`: online softmax (Milakov and Gimelshein 2018) in base 2."""
+    # exp2 is what the hardware has, 16 a cycle and multiprocessor of an H100. For heads of 128 the exponentials alone
+    # take half the time of the products (docs/performance.md), so the two must overlap.
+    # Triton 3.9 ignores warp_specialize=True here: the same registers, shared memory and instructions for Hopper.
     for n in tl.range(first, last, BLOCK_N):
         k = load_heads(keys, n, kv, k_token, k_head, tokens, H, WIDTH, 1, BLOCK_N, TMA, MASKED)
         score = product(q, k.T, PRECISION=PRECISION)

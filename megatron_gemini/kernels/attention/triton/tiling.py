@@ -1,20 +1,20 @@
 """Block sizes of the attention kernels, and how many programs run them.
 
-They come from a table and not from a search when a run begins: another block size rounds otherwise, and a run that is
-resumed, or that finds another card busy, has to give the same bits. `tools/bench/attention.py --tune` times others.
+They come from a table and not from a search when a run begins: another block size rounds otherwise. A run that is
+resumed, or that finds the card busy, has to give the same bits. `tools/bench/attention.py --tune` times others.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
 
-MAX_SPLITS = 8
+from megatron_gemini.kernels.triton_kernel import Kernel, on_device
+
+MAX_SPLITS = 8  # groups of heads; each takes memory for its own gradients of keys and values, in float32
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,9 @@ class Tilings:
     key_gradient: Tiling
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 # By head width, rounded up to a power of two. All compile for their card; on Hopper none spills registers but the key
-# gradient of 256 (96 bytes). A block of 64 rows or more is what Hopper's matrix instruction takes.
+# gradient of 256 (96 bytes). Its two accumulators fill half the register file: with 16 warps a thread has at most 128
+# registers and spills 352 bytes. Blocks of 32 keys spill nothing, but Hopper's matrix instruction takes 64 or more.
 TILINGS = {
     "hopper": {
         64: Tilings(Tiling(128, 128, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)),
@@ -77,8 +73,11 @@ def padded_width(head_width: int) -> int:
     return max(16, triton.next_power_of_2(head_width))
 
 
-def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, int | str]:
     """What the three attention kernels are compiled for."""
+    # Of float32, "tf32x3" is right to 1e-6. "ieee" on a card took two minutes to compile a small kernel, which spilled
+    # 592 bytes a thread; the interpreter needs it, as it multiplies bfloat16 as the integers that it is stored as.
+    precision = "ieee" if triton.knobs.runtime.interpret else "tf32x3" if q.dtype == torch.float32 else "tf32"
     kv_heads, width = k.shape[1:]
     return {
         "K": kv_heads,
@@ -87,7 +86,7 @@ def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
         "WIDTH": padded_width(width),
         "BLOCK_M": tiling.block_m,
         "BLOCK_N": tiling.block_n,
-        "PRECISION": "ieee" if interpreted() else "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": precision,
         "TMA": takes_descriptors(q, k, v),
     }
 
@@ -95,7 +94,7 @@ def constants(tiling: Tiling, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
 def takes_descriptors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether blocks come by the tensor memory accelerator, which wants everything at multiples of 16 bytes."""
     group = q.shape[1] // k.shape[1]
-    if group & (group - 1) or not is_hopper(q.device):
+    if group & (group - 1) or not is_hopper(q.device):  # a descriptor's block has sides that are powers of two
         return False
     places = [place for x in (q, k, v) for place in (x.data_ptr(), *(s * x.element_size() for s in x.stride()[:2]))]
     return all(place % 16 == 0 for place in places) and q.shape[2] * q.element_size() % 16 == 0
@@ -111,24 +110,26 @@ def split_heads(programs: int, group: int, device: torch.device) -> int:
 
 @lru_cache(maxsize=64)
 def multiprocessors(device: torch.device) -> int:
+    # Few for the interpreter, so that in tests a program takes several tiles and heads are split.
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(kernel: Any, tiling: Tiling, works: int, *arguments: Any, **constant: Any) -> None:
-    """Run `works` tiles on as many programs as fit the chip at once; each takes every so-manieth tile."""
+def launch(
+    kernel: Kernel,
+    tiling: Tiling,
+    works: int,
+    q: torch.Tensor,
+    *arguments: torch.Tensor | int | float,
+    **constant: int | str,
+) -> None:
+    """Run `works` tiles on as many programs as fit the chip at once; of n programs each takes every n-th tile."""
     if works == 0:
         return
     if constant["TMA"]:
         triton.set_allocator(_descriptor_memory)
-    device = arguments[0].device
-    grid = (min(works, multiprocessors(device) * tiling.resident),)
-    with on_device(device):
-        kernel[grid](*arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current card, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    grid = (min(works, multiprocessors(q.device) * tiling.resident),)
+    with on_device(q.device):
+        kernel[grid](q, *arguments, **constant, num_warps=tiling.warps, num_stages=tiling.stages)
 
 
 def _descriptor_memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
