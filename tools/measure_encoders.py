@@ -25,7 +25,7 @@ import yaml
 from megatron_gemini.config.encoders import CostConfig
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import VISION, Media
+from megatron_gemini.contracts import Media
 from megatron_gemini.modalities.audio.preprocess import HOP, SAMPLE_RATE
 from megatron_gemini.models.encoders import build_encoder, enabled, input_width, is_frozen, output_counts
 from megatron_gemini.models.presets import preset

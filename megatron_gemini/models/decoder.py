@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.kernels.attention.api import AttentionPlan
+from megatron_gemini.kernels.attention.api import AttentionPlan, CrossAttentionPlan
 from megatron_gemini.kernels.rope import CosSin, rope_cos_sin
 from megatron_gemini.parallel.parameters import declare_tied
 from megatron_gemini.parallel.recompute import PLAIN, Recompute, RecomputeContext
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
         position_T: torch.Tensor,
         plan: AttentionPlan,
         cache: AttentionCache | None = None,
-        memories: Mapping[str, tuple[torch.Tensor, AttentionPlan]] | None = None,
+        memories: Mapping[str, tuple[torch.Tensor, CrossAttentionPlan]] | None = None,
     ) -> torch.Tensor:
         """Embedded tokens or the hidden states of the stage before -> hidden states; the last stage's are normed.
 

@@ -16,7 +16,12 @@ from torch import nn
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
-from megatron_gemini.kernels.attention.plan import AttentionPlan, plan_attention
+from megatron_gemini.kernels.attention.plan import (
+    AttentionPlan,
+    CrossAttentionPlan,
+    plan_attention,
+    plan_cross_attention,
+)
 from megatron_gemini.models.decoder import AttentionCache, Decoder, Part
 from megatron_gemini.models.encoders import connector_of
 from megatron_gemini.models.placement import Embeddings, Memory, place
@@ -55,15 +60,14 @@ class StageInput:
         return plan_attention(self.batch.segment_T, self.batch.span_T, self.own_C)
 
     @functools.cached_property
-    def read_memories(self) -> dict[str, tuple[torch.Tensor, AttentionPlan]]:
+    def read_memories(self) -> dict[str, tuple[torch.Tensor, CrossAttentionPlan]]:
         """By name, the memory [M, D] and how the row's tokens see it: those of its document, behind its placeholder."""
         segment_T, found = self.batch.segment_T, {}
         for name, memory in self.memories.items():
-            from megatron_gemini.kernels.attention.plan import plan_cross_attention  # type: ignore[attr-defined]
-
             # A row without a memory has one embedding that nothing sees: its token is -1, its segment that of padding.
-            segment_M = torch.where(memory.token_M < 0, 0, segment_T[memory.token_M.clamp(min=0)])
-            plan = plan_cross_attention(segment_T, segment_M, memory.token_M, self.own_C)
+            after_M = memory.token_M.clamp(min=0)
+            segment_M = torch.where(memory.token_M < 0, 0, segment_T[after_M])
+            plan = plan_cross_attention(segment_T, segment_M, after_M, self.own_C)
             found[name] = (memory.e_MD, plan)
         return found
 

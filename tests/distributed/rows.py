@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.parallel.topology import Topology
+from megatron_gemini.registry import CONNECTORS
+from tests.extension.halving import HALVING, HalvingConfig
+from tests.extension.reading import READING, ReadingConfig
 
 ROWS, T = 8, 96
 LAYOUT = TokenLayout(24, (("image", 9),))  # 49 ids: tensor ranks must pad
@@ -56,12 +59,13 @@ class Letters:
 
 def with_layout(**layout: Any) -> RunConfig:
     """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (encoders), frozen_connectors,
-    encoder_engines_zero."""
+    toy_connectors (see `with_toys`), encoder_engines_zero."""
     given = dict(layout)
     tied, frozen = given.pop("tied", True), given.pop("frozen", "")
     sizes = {"mlp_width": given.pop("mlp_width", CONFIG.model.mlp_width)}
     encoder_engines = dataclasses.replace(CONFIG.encoder_engines, zero_stage=given.pop("encoder_engines_zero", -1))
     encoders = with_frozen(frozen.split(), given.pop("frozen_connectors", "").split())
+    encoders = with_toys(encoders) if given.pop("toy_connectors", False) else encoders
     parallel = {f.name for f in dataclasses.fields(ParallelConfig)}
     return dataclasses.replace(
         CONFIG,
@@ -82,15 +86,24 @@ def with_frozen(encoders: Sequence[str], connectors: Sequence[str]) -> dict[str,
     return found
 
 
+def with_toys(encoders: Mapping[str, EncoderConfig]) -> dict[str, EncoderConfig]:
+    """Layers read what the vision encoder gives as a memory, and the audio encoder's embeddings are halved."""
+    for name, spec in {"reading": READING, "halving": HALVING}.items():
+        if name not in CONNECTORS:
+            CONNECTORS.register(name, spec)
+    chosen = {"vision": ReadingConfig(), "audio": HalvingConfig()}
+    return {name: dataclasses.replace(section, connector=chosen[name]) for name, section in encoders.items()}
+
+
 def loss_of(config: RunConfig) -> NextTokenLoss:
     """The loss of the last stage, as the pretraining objective makes it."""
     return NextTokenLoss(len(LAYOUT.targets), z_loss=1e-3, deferred=config.parallel.schedule == "breadth_first")
 
 
-def rows(step: int) -> list[Batch]:
+def rows(step: int, encoders: Mapping[str, EncoderConfig] = CONFIG.encoders) -> list[Batch]:
     """The ROWS rows of a global step. Row 1 has text only, and every row another number of targets."""
     random = np.random.default_rng(step)
-    return [pack(_documents(random, row), T, FORM) for row in range(ROWS)]
+    return [pack(_documents(random, row, encoders), T, FORM) for row in range(ROWS)]
 
 
 def step_rows(everything: list[Batch], topology: Topology) -> StepRows:
@@ -100,7 +113,7 @@ def step_rows(everything: list[Batch], topology: Topology) -> StepRows:
     return BatchExchange(topology, torch.device("cpu")).share(read, len(everything))
 
 
-def _documents(random: np.random.Generator, row: int) -> list[Document]:
+def _documents(random: np.random.Generator, row: int, encoders: Mapping[str, EncoderConfig]) -> list[Document]:
     words = "".join(random.choice(list("abcdefgh"), size=3 + row))
     documents = [([Text(words)], [Text(words[::-1])])]
     if row != 1:
@@ -116,7 +129,7 @@ def _documents(random: np.random.Generator, row: int) -> list[Document]:
             answer,
             layout=LAYOUT,
             text_tokenizer=Letters(),
-            encoders=CONFIG.encoders,
+            encoders=encoders,
             key=f"{row}/{number}",
         )
         for number, (prompt, answer) in enumerate(documents)

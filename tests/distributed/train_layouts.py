@@ -62,7 +62,7 @@ def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = N
     topology, curve = engine.topology, []
     true_norm = engine_module.global_norm
     for step in range(first, last):
-        everything = rows(step)
+        everything = rows(step, engine.config.encoders)
         mine = step_rows(everything, topology)
         losses: list[float] = []
         weight = total_weight(everything)
@@ -95,7 +95,9 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     again = build()
     training_state.load(again, path)
     result = {"curve": curve, "onward": onward, "resumed": train(again, STEPS, STEPS + MORE), "checkpoint": str(path)}
-    if elsewhere is not None and not {"tied", "frozen", "frozen_connectors"} & set(layout):  # it is of the plain model
+    if elsewhere is not None and not {"tied", "frozen", "frozen_connectors", "toy_connectors"} & set(
+        layout
+    ):  # it is of the plain model
         other = build()
         training_state.load(other, elsewhere)
         result["moved"] = train(other, STEPS, STEPS + MORE)

@@ -1,7 +1,7 @@
 """The modules of the toy connectors.
 
-Shape suffixes: X embeddings of an encoder, E its width, S runs of them; D model width, C tokens, M embeddings of a memory,
-N heads of this rank, H head width.
+Shape suffixes: X embeddings of an encoder, E its width, S runs of them; D model width, C tokens, M embeddings of a
+memory, N heads of this rank, H head width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron_gemini.kernels.attention.api import attention
-from megatron_gemini.kernels.attention.plan import AttentionPlan
+from megatron_gemini.kernels.attention.plan import CrossAttentionPlan
 from megatron_gemini.modalities.transformer import linear
 from megatron_gemini.parallel.collectives import TensorRanks, gather_stream
 from megatron_gemini.parallel.parameters import Placement, new_parameter, normal
@@ -58,7 +58,7 @@ class Reader(nn.Module):
         self.query, self.output = weight(whole, width), weight(width, whole)
         self.key_value = weight(2, whole, width)
 
-    def forward(self, h_SD: torch.Tensor, memory_MD: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    def forward(self, h_SD: torch.Tensor, memory_MD: torch.Tensor, plan: CrossAttentionPlan) -> torch.Tensor:
         h_CD = h_SD if self.ranks is None else gather_stream(h_SD, self.ranks)
         q_CNH = (h_CD @ self.query[self.mine].t()).unflatten(1, (self.heads, self.head_width))
         k_MNH, v_MNH = (

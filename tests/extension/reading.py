@@ -1,4 +1,5 @@
-"""A toy connector that gives a memory, which some layers of the decoder read by cross-attention with one head a rank."""
+"""A toy connector that gives a memory, which some layers of the decoder read by cross-attention with one head a
+rank."""
 
 from __future__ import annotations
 

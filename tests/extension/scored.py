@@ -1,4 +1,5 @@
-"""A toy objective with columns of its own: each document has a score, each target an emphasis, and both weigh its loss."""
+"""A toy objective with columns of its own: each document has a score, each target an emphasis, and both weigh its
+loss."""
 
 from __future__ import annotations
 

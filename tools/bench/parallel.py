@@ -32,9 +32,9 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import ModelConfig
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout

@@ -19,10 +19,9 @@ from collections.abc import Callable
 import torch
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
+from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize

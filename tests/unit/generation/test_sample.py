@@ -66,9 +66,7 @@ def model() -> Gemini:
 
 def document(*items: Item) -> Document:
     config = tiny_config()
-    return build_document(
-        items, [], layout=LAYOUT, text_tokenizer=Letters(), encoders=config.encoders, key="test"
-    )
+    return build_document(items, [], layout=LAYOUT, text_tokenizer=Letters(), encoders=config.encoders, key="test")
 
 
 def prompts() -> list[Document]:
