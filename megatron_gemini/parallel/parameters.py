@@ -10,11 +10,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
+from megatron_gemini.parallel.collectives import TensorRanks
 from megatron_gemini.parallel.random_numbers import normal_at
 
 
@@ -64,18 +65,26 @@ def zeros() -> Init:
     return Init()
 
 
+class _DeclaredParameter(nn.Parameter):
+    """The type of a declared parameter, for the checker: it is a plain nn.Parameter with two attributes."""
+
+    init: Init
+    placement: Placement
+
+
 def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = None) -> nn.Parameter:
     """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it."""
-    tagged = cast(Any, parameter)
-    tagged.init = init
+    declared = cast(_DeclaredParameter, parameter)
+    declared.init = init
     # Under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty until gathered.
-    tagged.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+    declared.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
     return parameter
 
 
 def declare_tied(parameter: nn.Parameter, *, copy: bool) -> None:
     """Say that another pipeline stage holds this weight too; copy: that one is the original."""
-    cast(Any, parameter).placement = dataclasses.replace(placement_of(parameter), tied=True, copy=copy)
+    declared = cast(_DeclaredParameter, parameter)
+    declared.placement = dataclasses.replace(declared.placement, tied=True, copy=copy)
 
 
 def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -> nn.Parameter:
@@ -83,8 +92,18 @@ def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -
     return declare(nn.Parameter(torch.empty(*shape)), init, placement)
 
 
+def new_sharded_parameter(ranks: TensorRanks, dim: int, *shape: int, init: Init) -> nn.Parameter:
+    """`new_parameter` with this rank's share of dimension `dim` of the global `shape`; one rank has the whole.
+
+    Where the ranks do not divide it, the shares are padded to the same size.
+    """
+    share = -(-shape[dim] // ranks.size)
+    placement = Placement(dim, shape, ranks.rank * share) if ranks.size > 1 else None
+    return new_parameter(*shape[:dim], share, *shape[dim + 1 :], init=init, placement=placement)
+
+
 def placement_of(parameter: nn.Parameter) -> Placement:
-    return cast(Any, parameter).placement
+    return cast(_DeclaredParameter, parameter).placement
 
 
 @torch.no_grad()

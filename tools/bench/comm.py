@@ -37,8 +37,8 @@ from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
 from megatron_gemini.kernels.rope import CosSin, rope_cos_sin
 from megatron_gemini.models.decoder import Attention, DecoderLayer
 from megatron_gemini.parallel.parameters import initialize, placement_of
+from megatron_gemini.parallel.tensor.heads import HeadShard
 from megatron_gemini.parallel.tensor.layers import LayerFactory
-from megatron_gemini.parallel.tensor.shards import HeadShard
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 

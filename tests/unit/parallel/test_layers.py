@@ -8,12 +8,12 @@ import sys
 import pytest
 
 from megatron_gemini.config.engine import ParallelConfig
-from megatron_gemini.parallel.tensor.layers import LayerFactory
+from megatron_gemini.parallel.tensor.heads import HeadShard
 from megatron_gemini.parallel.topology import Topology, build_topology
 
 
 def shards(ranks, query, key):
-    return [LayerFactory(Topology(ranks, rank, ranks, rank)).heads(query, key) for rank in range(ranks)]
+    return [HeadShard.of(query, key, ranks, rank) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
