@@ -28,6 +28,7 @@ class Work(Protocol):
 
 def all_gather(whole: torch.Tensor, mine: torch.Tensor, group: ProcessGroup) -> Work:
     """Begin to gather every rank's `mine` into `whole`, rank after rank along the first dimension; returns the work."""
+    # torch's collectives read memory in the order in which it lies, so a strided tensor has to become a plain one.
     return _all_gather(whole, mine.contiguous(), group=group, async_op=True)
 
 
@@ -128,7 +129,7 @@ class TensorRanks:
 
 
 def gather_stream(x_SD: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
-    """Differentiable `TensorRanks.gather`: [C, D]. Its gradient is a partial gradient on each rank, and reduced here."""
+    """Differentiable `TensorRanks.gather`: [C, D]. The gradient is a partial one on each rank, and reduced here."""
     return _GatherStream.apply(x_SD, ranks) if ranks.size > 1 else x_SD
 
 

@@ -76,7 +76,8 @@ def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = N
     """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it."""
     declared = cast(_DeclaredParameter, parameter)
     declared.init = init
-    # Under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty until gathered.
+    # Not `parameter.shape`: under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty
+    # until gathered.
     declared.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
     return parameter
 
@@ -125,11 +126,18 @@ def initialize_parameter(name: str, parameter: nn.Parameter, seed: int) -> None:
     if init.std == 0:
         parameter.fill_(init.value)
         return
+    # sha256, since Python's own hash of a string differs from process to process.
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
     flat = parameter.data.view(-1)
     for begin, index in _global_indices(parameter):
+        # In float64 up to the last step: a model in bf16 then begins as the rounded model in fp32.
         flat[begin : begin + len(index)] = (normal_at(key, index) * init.std).to(parameter.dtype)
-    _zero_padding(parameter)
+    placement = placement_of(parameter)
+    if placement.sharded_dim is not None:
+        # Rows that pad the vocabulary. Zeros add nothing to a product, and stay zeros without a gradient.
+        local = parameter.shape[placement.sharded_dim]
+        kept = placement.kept(local)
+        parameter.narrow(placement.sharded_dim, kept, local - kept).zero_()
 
 
 _CHUNK = 1 << 18  # values made at a time: the float64 work space stays in cache and far below the parameter's size
@@ -146,14 +154,6 @@ def _global_indices(parameter: nn.Parameter) -> Iterator[tuple[int, torch.Tensor
     local, whole = parameter.shape[dim] * inner, shape[dim] * inner
     for begin in range(0, parameter.numel(), _CHUNK):
         index = torch.arange(begin, min(begin + _CHUNK, parameter.numel()), device=device)
-        if placement.sharded_dim is not None:
+        if placement.sharded_dim is not None:  # in front of the divided dimension rows are `whole` apart, not `local`
             index = index // local * whole + placement.start * inner + index % local
         yield begin, index
-
-
-def _zero_padding(parameter: nn.Parameter) -> None:
-    placement = placement_of(parameter)
-    if placement.sharded_dim is not None:
-        kept = placement.kept(parameter.shape[placement.sharded_dim])
-        padding = parameter.shape[placement.sharded_dim] - kept
-        parameter.narrow(placement.sharded_dim, kept, padding).zero_()

@@ -27,9 +27,9 @@ def norm_query_key_value(
     """RMSNorm, then the queries of this rank's heads and the keys and values that they read, of all C tokens.
 
     query: [N H, D]. key_value: [2, heads held * H, D]. -> [C, N, H], [C, K, H], [C, K, H].
-    Key/value heads that every one of several ranks holds are computed once among the ranks under sequence parallelism
-    (every rank its tokens, then an all-gather of the small result), and by each rank for itself otherwise. The
-    gradients of `key_value` where every rank holds it, and of the norm under sequence parallelism, are partial ones.
+    Where every one of several ranks holds all key/value heads, each rank computes those that it reads for itself. Under
+    sequence parallelism they are computed once among the ranks: each its tokens, then an all-gather of the small
+    result. The gradients of `key_value` in both cases, and of the norm under sequence parallelism, are partial ones.
     """
     return _NormQueryKeyValue.apply(h_SD, norm_D, eps, query, key_value, shard, ranks)
 
@@ -56,6 +56,8 @@ class _NormQueryKeyValue(torch.autograd.Function):
         by_tokens = shard.whole and ranks.sequence
         width = query.shape[0] // shard.query
         if by_tokens:
+            # 1/p of the arithmetic, behind the larger gather that the queries wait for. It saves more time than its
+            # bytes cost from a width of about 1,500 on an H100 (docs/design.md, "Sequence parallelism").
             pending_kv = ranks.gather(torch.mm(normed, key_value.flatten(0, 1).t()))
             whole = pending.wait()
             queries = torch.mm(whole, query.t())
@@ -74,10 +76,12 @@ class _NormQueryKeyValue(torch.autograd.Function):
         h, inverse, scale, normed, query, key_value = ctx.saved_tensors
         ranks, shard, needs = ctx.ranks, ctx.shard, ctx.needs_input_grad
         width = query.shape[0] // shard.query
+        # Keys and values as one tensor again: one product a weight, as in the forward.
         query_grad, heads_grad = grads[0].flatten(1), torch.stack(grads[1:], 1)
         pending_whole = ranks.gather(normed)
         if ctx.by_tokens:
             heads_grad = _among_all(heads_grad, shard, 2, key_value.shape[1] // width)
+            # Each rank's queries read some heads of all tokens; summed, a rank has all heads of its own tokens.
             pending_kv = ranks.reduce(heads_grad.flatten(1))
         normed_grad = torch.mm(query_grad, query)
         if not ctx.by_tokens:
@@ -88,6 +92,7 @@ class _NormQueryKeyValue(torch.autograd.Function):
         query_weight_grad = torch.mm(query_grad.t(), whole) if needs[3] else None
         if ctx.by_tokens:
             of_tokens = pending_kv.wait()
+            # Already summed over the ranks, so it joins the stream's gradient behind the sum of the queries' part.
             kv_weight_grad = torch.mm(of_tokens.t(), normed).view(key_value.shape) if needs[4] else None
             normed_grad = pending.wait().addmm_(of_tokens, key_value.flatten(0, 1))
         else:
@@ -101,7 +106,7 @@ class _NormQueryKeyValue(torch.autograd.Function):
 
 def _rows_read(key_value: torch.Tensor, shard: HeadShard, width: int) -> torch.Tensor:
     """[2, heads held * H, D] -> [2 K H, D] of the heads that this rank's queries read."""
-    if shard.key * width < key_value.shape[1]:
+    if shard.key * width < key_value.shape[1]:  # a view that nothing needs costs a call in every layer
         key_value = key_value.narrow(1, shard.first * width, shard.key * width)
     return key_value.flatten(0, 1)
 

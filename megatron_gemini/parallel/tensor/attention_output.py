@@ -30,6 +30,7 @@ def attention_output(
 
     Raises what `attention` raises.
     """
+    # A row of padding has no call of the CPU's kernel, and its gradients are zeros all the same.
     if q_CNH.device.type == "cpu" and not plan.empty:
         check_attention(q_CNH, k_TKH, v_TKH, plan, None, cos_sin)
         return _AttentionOutput.apply(q_CNH, k_TKH, v_TKH, weight, residual_SD, plan, cos_sin, ranks)

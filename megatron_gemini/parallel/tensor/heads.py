@@ -28,6 +28,7 @@ class HeadShard:
         assert query % ranks == 0, f"{query} query heads on {ranks} ranks"
         if key % ranks == 0:
             return HeadShard(query // ranks, key // ranks)
+        # Query head n reads key/value head n // (query // key), as on one rank: these are the first and the last.
         first = rank * (query // ranks) // (query // key)
         last = ((rank + 1) * (query // ranks) - 1) // (query // key)
         return HeadShard(query // ranks, last - first + 1, first, whole=True)

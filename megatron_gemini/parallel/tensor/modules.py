@@ -3,9 +3,8 @@
 Widths and numbers of heads are those of the whole model; what a module holds and computes is this rank's share. One
 rank holds everything. `std` is the deviation of the initial weights.
 
-Shape suffixes: T tokens of the row, C tokens of this context rank, S tokens of this rank's stream (C without sequence
-parallelism), D model width, N query heads of this rank, K key/value heads that they read, H head width, F this rank's
-share of the MLP's inner width.
+Shape suffixes: T tokens of the row, C tokens of this context rank, S tokens of this rank's stream. D model width.
+N query heads of this rank, K key/value heads that they read, H head width. F this rank's share of the inner width.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from megatron_gemini.kernels.attention.api import AttentionPlan
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import CosSin, apply_rope
 from megatron_gemini.parallel.collectives import TensorRanks
-from megatron_gemini.parallel.parameters import Placement, new_parameter, new_sharded_parameter, normal, zeros
+from megatron_gemini.parallel.parameters import Placement, new_parameter, new_sharded_parameter, normal
 from megatron_gemini.parallel.tensor.attention_input import norm_query_key_value
 from megatron_gemini.parallel.tensor.attention_output import attention_output
 from megatron_gemini.parallel.tensor.heads import HeadShard
@@ -31,9 +30,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionPlan], tor
 
 def _replicated(*shape: int, std: float, partial: bool) -> nn.Parameter:
     """A parameter that every rank holds whole; partial: and of whose gradient it computes a part."""
-    return new_parameter(
-        *shape, init=normal(std) if std else zeros(), placement=Placement(None, shape, partial=partial)
-    )
+    return new_parameter(*shape, init=normal(std), placement=Placement(None, shape, partial=partial))
 
 
 class AttentionInput(nn.Module):
@@ -80,7 +77,7 @@ class AttentionOutput(nn.Module):
         attend: Attend | None = None,
     ) -> torch.Tensor:
         """attend: takes the place of the row's own attention, as generation from a cache does."""
-        if attend is None:
+        if attend is None:  # training: attention may be part of the product's node
             return attention_output(q_CNH, k_TKH, v_TKH, plan, cos_sin, self.weight, h_SD, self.ranks)
         out_CNH = attend(apply_rope(q_CNH, cos_sin), apply_rope(k_TKH, cos_sin), v_TKH, plan)
         return project_add(out_CNH, self.weight, h_SD, self.ranks)
@@ -100,6 +97,7 @@ class MLP(nn.Module):
         self.activation = activation
         self.eps = eps
         self.norm = _replicated(width, std=0.0, partial=ranks.sequence)
+        # Gate and up along a dimension of their own: one [2 F, D] divided by rows would give a rank rows of one alone.
         self.gate_up = new_sharded_parameter(ranks, 1, 2, mlp_width, width, init=normal(std))
         self.down = new_sharded_parameter(ranks, 1, width, mlp_width, init=normal(last_std))
 

@@ -1,9 +1,9 @@
 """The autograd nodes of a decoder layer, with the collectives of its tensor-parallel ranks inside.
 
 One node a residual half-branch. On small rows a step is mostly dispatch, and one node instead of three or four is most
-of this model's advantage there (tools/bench/step.py). Collectives inside a node can also overlap with its products:
-with sequence parallelism a node saves its rank's stream only, and gathers it once more in the backward while the first
-product runs; the input's gradient is reduced while the weights' gradients are computed. One rank gathers and reduces
+of this model's advantage there (tools/bench/step.py). Collectives inside a node can also overlap with its products: the
+input's gradient is reduced while the weights' gradients are computed. With sequence parallelism a node saves its rank's
+stream only, and gathers it once more in the backward while the first product runs. One rank gathers and reduces
 nothing, and its sum with the residual is part of the product.
 
 The parameter itself is saved and no view of it. torch's own linear saves the transposed view, which would hold the full
@@ -54,7 +54,7 @@ def add_product(
     """residual + the sum over ranks of x W^T, or a stand-in for it where nobody reads the values."""
     if output_is_discarded():
         return discarded_output(residual_SD)
-    if ranks.size == 1:
+    if ranks.size == 1:  # one call and one new tensor instead of two
         return torch.addmm(residual_SD, x_CF, weight_DF.t())
     # Added behind the sum: before it the residual would count once for each rank.
     return ranks.reduce(torch.mm(x_CF, weight_DF.t())).wait().add_(residual_SD)
@@ -99,6 +99,7 @@ class _GatedMLP(torch.autograd.Function):
     ) -> torch.Tensor:
         normed, inverse, scale = norm_forward(h, norm, eps)
         inner, saved = gated_forward(ranks.gather(normed).wait(), gate_up, activation)
+        # The rank's own `normed` and not the gathered one: 1/p of the memory for one more all-gather in the backward.
         ctx.save_for_backward(h, inverse, scale, normed, gate_up, inner, down, *saved)
         ctx.activation, ctx.ranks = activation, ranks
         return add_product(h, inner, down, ranks)
@@ -107,12 +108,13 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: _GatedMLPContext, *grads: torch.Tensor) -> Gradients:
         h, inverse, scale, normed, gate_up, inner, down, *saved = ctx.saved_tensors
         ranks, needs = ctx.ranks, ctx.needs_input_grad
+        # Begun together: the second runs during the product that needs the first alone.
         pending_grad, pending_whole = ranks.gather(grads[0]), ranks.gather(normed)
         grad = pending_grad.wait()
         inner_grad = torch.mm(grad, down)
         down_grad = torch.mm(grad.t(), inner) if needs[4] else None
         normed_grad, halves = gated_backward(inner_grad, gate_up, saved, ctx.activation)
-        pending = ranks.reduce(normed_grad)
+        pending = ranks.reduce(normed_grad)  # during the products for the weights' gradient
         whole = pending_whole.wait()
         gate_up_grad = gated_weight_gradient(halves, whole, gate_up) if needs[3] else None
         h_grad, norm_grad = norm_backward(pending.wait(), h, inverse, scale)

@@ -82,6 +82,7 @@ class Vocabulary(nn.Module):
         """Logits of this rank's rows -> logits of the whole vocabulary, without padding and without a gradient."""
         if self.ranks.size == 1:
             return logits
+        # Padded rows are all on the last ranks, so every piece has one shape, and cutting the end off is enough.
         pieces = [torch.empty_like(logits) for _ in range(self.ranks.size)]
         dist.all_gather(pieces, logits.contiguous(), group=self.ranks.group)
         return torch.cat(pieces, -1)[..., : self.size]
@@ -123,4 +124,5 @@ class _EmbedStream(torch.autograd.Function):
         grad = ctx.ranks.gather(grads[0]).wait()
         if elsewhere:  # ids of other ranks were looked up in row 0, which must not learn from them
             grad = grad.masked_fill(elsewhere[0].unsqueeze(-1), 0)
+        # What F.embedding's own backward calls, so one rank has the same bits as with torch's node.
         return None, torch.ops.aten.embedding_dense_backward(grad, row, ctx.rows, -1, False), None, None
