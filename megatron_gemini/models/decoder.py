@@ -1,8 +1,8 @@
 """The decoder: pre-norm transformer layers with multi-query attention and a gated MLP, on one packed row.
 
 Shape suffixes: T packed tokens, D model width, N query heads, K key/value heads, H head width, F MLP width,
-V vocabulary. N, K, F, V and the T of h_TD are this rank's where `LayerFactory` divides them; nothing here depends on
-it.
+V vocabulary. N, K, F, V and the T of h_TD are this rank's share of them; nothing here depends on how many ranks there
+are.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.kernels.attention.api import AttentionPlan, CrossAttentionPlan
 from megatron_gemini.kernels.rope import CosSin, rope_cos_sin
 from megatron_gemini.parallel.parameters import declare_tied
-from megatron_gemini.parallel.recompute import PLAIN, Recompute, RecomputeContext
+from megatron_gemini.parallel.recompute import NO_RECOMPUTE, Recompute, RecomputeContext
 from megatron_gemini.parallel.tensor.layers import LayerFactory
+from megatron_gemini.parallel.tensor.vocabulary import Vocabulary
 
 
 def branch_std(config: ModelConfig) -> float:
@@ -90,9 +91,9 @@ class DecoderLayer(nn.Module):
         cos_sin: CosSin,
         plan: AttentionPlan,
         cache: AttentionCache | None,
-        run: RecomputeContext = PLAIN,
+        recompute: RecomputeContext = NO_RECOMPUTE,
     ) -> torch.Tensor:
-        return run.mlp(self.mlp, run.attention(self.attention, h_TD, cos_sin, plan, cache))
+        return recompute.mlp(self.mlp, recompute.attention(self.attention, h_TD, cos_sin, plan, cache))
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,12 @@ class Decoder(nn.Module):
         self.recompute = recompute or Recompute()
         self.config = config
         self.part = part
-        self.embedding: Any = None
+        self.embedding: Vocabulary | None = None
         self.norm: nn.Module | None = None
-        self.head: nn.Module | None = None
+        self.head: Vocabulary | None = None
         if part.first or (part.last and config.tie_embeddings):
             self.embedding = layers.embedding(vocabulary, config.width, std=config.init_std)
-        if config.tie_embeddings and part.first != part.last:
+        if self.embedding is not None and config.tie_embeddings and part.first != part.last:
             declare_tied(self.embedding.weight, copy=part.last)
         self.layers = nn.ModuleDict({str(index): DecoderLayer(config, layers, index) for index in part.layers})
         self.readers = nn.ModuleDict(
@@ -153,6 +154,7 @@ class Decoder(nn.Module):
 
     def embed(self, token_T: torch.Tensor) -> torch.Tensor:
         """int64 ids -> h_TD, on the first stage."""
+        assert self.embedding is not None, "a stage behind the first has no embedding"
         return self.embedding(token_T) * self.config.width**0.5
 
     def forward(
@@ -169,19 +171,21 @@ class Decoder(nn.Module):
         the names that they have: the row's memory [M, D] and its cross plan.
         """
         cos_sin = rope_cos_sin(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
-        run = self.recompute.begin()
+        recompute = self.recompute.begin()
         for index, layer in self.layers.items():
             if index in self.readers:
                 for name, reader in cast("nn.ModuleDict", self.readers[index]).items():
                     h_TD = reader(h_TD, *(memories or {})[name])
-            h_TD = run.layer(layer, h_TD, cos_sin, plan, cache)
+            h_TD = recompute.layer(layer, h_TD, cos_sin, plan, cache)
         return h_TD if self.norm is None else self.norm(h_TD)
 
     @property
-    def output_embedding(self) -> Any:
-        """The last stage's head, a `parallel.layers.Vocabulary` or its divided form."""
-        return self.embedding if self.head is None else self.head
+    def output_embedding(self) -> Vocabulary:
+        """The last stage's head."""
+        head = self.embedding if self.head is None else self.head
+        assert head is not None, "a stage before the last has no head"
+        return head
 
     def logits(self, h_TD: torch.Tensor) -> torch.Tensor:
-        """Hidden states [..., D] -> logits [..., V] of the ids that this rank holds (see `Vocabulary.shard`)."""
+        """Hidden states [..., D] -> logits [..., V] of the ids that this rank holds (`Vocabulary.first` and on)."""
         return self.output_embedding(h_TD, as_head=True)

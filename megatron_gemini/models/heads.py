@@ -12,7 +12,7 @@ import torch
 
 from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy
 from megatron_gemini.models.stage import LossOutput, StageInput
-from megatron_gemini.parallel.tensor.layers import Vocabulary
+from megatron_gemini.parallel.tensor.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from megatron_gemini.models.encoders import connector_of
 from megatron_gemini.models.placement import Embeddings, Memory, place
 from megatron_gemini.parallel.recompute import Recompute
 from megatron_gemini.parallel.stages import stage_layers
-from megatron_gemini.parallel.tensor.layers import LayerFactory, Vocabulary
+from megatron_gemini.parallel.tensor.layers import LayerFactory
+from megatron_gemini.parallel.tensor.vocabulary import Vocabulary
 
 
 class LossOutput(NamedTuple):

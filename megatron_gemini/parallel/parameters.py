@@ -10,11 +10,12 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
+from megatron_gemini.parallel.collectives import TensorRanks
 from megatron_gemini.parallel.random_numbers import normal_at
 
 
@@ -64,18 +65,27 @@ def zeros() -> Init:
     return Init()
 
 
+class _DeclaredParameter(nn.Parameter):
+    """The type of a declared parameter, for the checker: it is a plain nn.Parameter with two attributes."""
+
+    init: Init
+    placement: Placement
+
+
 def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = None) -> nn.Parameter:
     """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it."""
-    tagged = cast(Any, parameter)
-    tagged.init = init
-    # Under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty until gathered.
-    tagged.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+    declared = cast(_DeclaredParameter, parameter)
+    declared.init = init
+    # Not `parameter.shape`: under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty
+    # until gathered.
+    declared.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
     return parameter
 
 
 def declare_tied(parameter: nn.Parameter, *, copy: bool) -> None:
     """Say that another pipeline stage holds this weight too; copy: that one is the original."""
-    cast(Any, parameter).placement = dataclasses.replace(placement_of(parameter), tied=True, copy=copy)
+    declared = cast(_DeclaredParameter, parameter)
+    declared.placement = dataclasses.replace(declared.placement, tied=True, copy=copy)
 
 
 def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -> nn.Parameter:
@@ -83,8 +93,18 @@ def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -
     return declare(nn.Parameter(torch.empty(*shape)), init, placement)
 
 
+def new_sharded_parameter(ranks: TensorRanks, dim: int, *shape: int, init: Init) -> nn.Parameter:
+    """`new_parameter` with this rank's share of dimension `dim` of the global `shape`; one rank has the whole.
+
+    Where the ranks do not divide it, the shares are padded to the same size.
+    """
+    share = -(-shape[dim] // ranks.size)
+    placement = Placement(dim, shape, ranks.rank * share) if ranks.size > 1 else None
+    return new_parameter(*shape[:dim], share, *shape[dim + 1 :], init=init, placement=placement)
+
+
 def placement_of(parameter: nn.Parameter) -> Placement:
-    return cast(Any, parameter).placement
+    return cast(_DeclaredParameter, parameter).placement
 
 
 @torch.no_grad()
@@ -106,11 +126,18 @@ def initialize_parameter(name: str, parameter: nn.Parameter, seed: int) -> None:
     if init.std == 0:
         parameter.fill_(init.value)
         return
+    # sha256, since Python's own hash of a string differs from process to process.
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little", signed=True)
     flat = parameter.data.view(-1)
     for begin, index in _global_indices(parameter):
+        # In float64 up to the last step: a model in bf16 then begins as the rounded model in fp32.
         flat[begin : begin + len(index)] = (normal_at(key, index) * init.std).to(parameter.dtype)
-    _zero_padding(parameter)
+    placement = placement_of(parameter)
+    if placement.sharded_dim is not None:
+        # Rows that pad the vocabulary. Zeros add nothing to a product, and stay zeros without a gradient.
+        local = parameter.shape[placement.sharded_dim]
+        kept = placement.kept(local)
+        parameter.narrow(placement.sharded_dim, kept, local - kept).zero_()
 
 
 _CHUNK = 1 << 18  # values made at a time: the float64 work space stays in cache and far below the parameter's size
@@ -127,14 +154,6 @@ def _global_indices(parameter: nn.Parameter) -> Iterator[tuple[int, torch.Tensor
     local, whole = parameter.shape[dim] * inner, shape[dim] * inner
     for begin in range(0, parameter.numel(), _CHUNK):
         index = torch.arange(begin, min(begin + _CHUNK, parameter.numel()), device=device)
-        if placement.sharded_dim is not None:
+        if placement.sharded_dim is not None:  # in front of the divided dimension rows are `whole` apart, not `local`
             index = index // local * whole + placement.start * inner + index % local
         yield begin, index
-
-
-def _zero_padding(parameter: nn.Parameter) -> None:
-    placement = placement_of(parameter)
-    if placement.sharded_dim is not None:
-        kept = placement.kept(parameter.shape[placement.sharded_dim])
-        padding = parameter.shape[placement.sharded_dim] - kept
-        parameter.narrow(placement.sharded_dim, kept, padding).zero_()

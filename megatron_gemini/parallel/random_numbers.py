@@ -1,7 +1,7 @@
 """Normal numbers addressed by an index, the same bit for bit on every device and however they are cut into pieces.
 
-Only operations that IEEE 754 or integer arithmetic define exactly are used (no log, cos or erfinv of a maths library,
-whose last bit differs between devices and between a vector loop and its remainder).
+Only operations that IEEE 754 or integer arithmetic define exactly are used. The last bit of a maths library's log, cos
+or erfinv differs between devices, and between a vector loop and its remainder.
 """
 
 from __future__ import annotations

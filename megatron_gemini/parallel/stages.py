@@ -20,6 +20,8 @@ def split_layers(layers: int, stages: int, layer_cost: float, head_cost: float) 
     def most_expensive(last: int) -> float:
         return max(-(-(layers - last) // (stages - 1)) * layer_cost, last * layer_cost + head_cost)
 
+    # Only the last stage is different, so its number of layers decides. Of equally good ones the most: fewer layers on
+    # the others are fewer activations of the microbatches that they keep in flight.
     last = min(range(1, layers - stages + 2), key=lambda count: (most_expensive(count), -count))
     even, rest = divmod(layers - last, stages - 1)
     counts = [even + (stage >= stages - 1 - rest) for stage in range(stages - 1)] + [last]

@@ -74,6 +74,7 @@ def build_topology(parallel: ParallelConfig, backend: str) -> Topology:
             f"parallel.tensor x context x pipeline is {layout}, which does not divide the {world} ranks of this job; "
             f"start a multiple of {layout} ranks or lower one of them"
         )
+    # torch.distributed may be running all the same, for an engine: its groups of one rank are of no use to a layer.
     if world == 1:
         return Topology.serial()
     if not dist.is_initialized():
@@ -86,20 +87,30 @@ def build_topology(parallel: ParallelConfig, backend: str) -> Topology:
             tensor_model_parallel_size=parallel.tensor,
             context_parallel_size=parallel.context,
             pipeline_model_parallel_size=parallel.pipeline,
-            create_gloo_process_groups=False,
+            create_gloo_process_groups=False,  # a second set for the CPU, which nothing here uses
         )
+    place = _place_in_groups(parallel)
+    found = (place.tensor_size, place.context_size, place.pipeline_size)
+    asked = (parallel.tensor, parallel.context, parallel.pipeline)
+    if found != asked:
+        raise ValueError(
+            f"this process already runs with tensor x context x pipeline {found}, not {asked}; "
+            "one process can hold one layout"
+        )
+    return place
+
+
+def _place_in_groups(parallel: ParallelConfig) -> Topology:
+    """This rank's place in the groups that megatron-core has made."""
+    from megatron.core import parallel_state as groups
+
     tensor, context = groups.get_tensor_model_parallel_group(), groups.get_context_parallel_group()
     pipeline, data = groups.get_pipeline_model_parallel_group(), groups.get_data_parallel_group()
     shard = groups.get_data_parallel_group(with_context_parallel=True)
-    here = (tensor.size(), context.size(), pipeline.size())
-    if here != (parallel.tensor, parallel.context, parallel.pipeline):
-        raise ValueError(
-            f"this process already runs with tensor x context x pipeline {here}, not "
-            f"{(parallel.tensor, parallel.context, parallel.pipeline)}; one process can hold one layout"
-        )
+    # Asking for megatron-core's embedding group, of the stages that hold a tied embedding, is an error on the others.
     ends = pipeline.size() > 1 and pipeline.rank() in (0, pipeline.size() - 1)
     return Topology(
-        world=world,
+        world=dist.get_world_size(),
         rank=dist.get_rank(),
         tensor_size=tensor.size(),
         tensor_rank=tensor.rank(),

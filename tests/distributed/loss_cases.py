@@ -22,8 +22,9 @@ from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.losses import head_chunks
 from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
 from megatron_gemini.kernels.losses.sigmoid import sigmoid_contrastive_loss
+from megatron_gemini.parallel.collectives import TensorRanks
 from megatron_gemini.parallel.parameters import zeros
-from megatron_gemini.parallel.tensor.layers import Vocabulary
+from megatron_gemini.parallel.tensor.vocabulary import Vocabulary
 
 TOKENS, WIDTH, Z_LOSS = 7, 6, 0.1
 SIZES = (9, 10, 48)  # on 4 ranks: a rank of padding only, one with some, none
@@ -94,7 +95,7 @@ class Head(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vocabulary = Vocabulary(ZERO_SIZE, WIDTH, init=zeros())
+        self.vocabulary = Vocabulary(TensorRanks(), ZERO_SIZE, WIDTH, init=zeros())
 
     def forward(self, h: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         return self.vocabulary(h, fused=partial(linear_cross_entropy, **options))[0]

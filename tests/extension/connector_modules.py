@@ -45,28 +45,27 @@ class Reader(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int, layers: LayerFactory) -> None:
         super().__init__()
-        topology = layers.topology
-        self.heads, self.head_width = heads // topology.tensor_size, head_width
-        self.mine = slice(*(self.heads * head_width * (topology.tensor_rank + end) for end in (0, 1)))
-        self.ranks = TensorRanks.of(topology) if topology.tensor_size > 1 else None
+        self.ranks = ranks = layers.ranks
+        self.heads, self.head_width = heads // ranks.size, head_width
+        self.mine = slice(*(self.heads * head_width * (ranks.rank + end) for end in (0, 1)))
         whole = heads * head_width
 
         def weight(*shape: int) -> nn.Parameter:
-            placement = Placement(None, shape, partial=topology.tensor_size > 1)
+            placement = Placement(None, shape, partial=ranks.size > 1)
             return new_parameter(*shape, init=normal(1 / math.sqrt(width)), placement=placement)
 
         self.query, self.output = weight(whole, width), weight(width, whole)
         self.key_value = weight(2, whole, width)
 
     def forward(self, h_SD: torch.Tensor, memory_MD: torch.Tensor, plan: CrossAttentionPlan) -> torch.Tensor:
-        h_CD = h_SD if self.ranks is None else gather_stream(h_SD, self.ranks)
+        h_CD = gather_stream(h_SD, self.ranks)
         q_CNH = (h_CD @ self.query[self.mine].t()).unflatten(1, (self.heads, self.head_width))
         k_MNH, v_MNH = (
             (memory_MD.to(h_CD.dtype) @ weight[self.mine].t()).unflatten(1, (self.heads, self.head_width))
             for weight in self.key_value
         )
         out_CD = attention(q_CNH, k_MNH, v_MNH, plan).flatten(1) @ self.output[:, self.mine].t()
-        return h_SD + (out_CD if self.ranks is None else _ReduceStream.apply(out_CD, self.ranks))
+        return h_SD + _ReduceStream.apply(out_CD, self.ranks)
 
 
 class _ReduceStream(torch.autograd.Function):

@@ -10,7 +10,7 @@ from megatron_gemini.contracts import Batch, StepRows
 from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.models.stage import LossOutput, StageInput, StageLoss
 from megatron_gemini.objectives.packed import PackedObjective
-from megatron_gemini.parallel.tensor.layers import Vocabulary
+from megatron_gemini.parallel.tensor.vocabulary import Vocabulary
 from tests.extension.scored import ScoredConfig
 
 

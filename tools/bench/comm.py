@@ -37,8 +37,8 @@ from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
 from megatron_gemini.kernels.rope import CosSin, rope_cos_sin
 from megatron_gemini.models.decoder import Attention, DecoderLayer
 from megatron_gemini.parallel.parameters import initialize, placement_of
+from megatron_gemini.parallel.tensor.heads import HeadShard
 from megatron_gemini.parallel.tensor.layers import LayerFactory
-from megatron_gemini.parallel.tensor.shards import HeadShard
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 
@@ -253,17 +253,17 @@ def kept(case: Case) -> int:
 def layouts(plain: Case) -> dict[str, Case]:
     """The same ranks in each."""
     here = plain.topology
-    divided = dataclasses.replace(here, sequence=True)
+    sequence = dataclasses.replace(here, sequence=True)
     context = Topology(
         here.world, here.rank, context_size=here.world, context_rank=here.rank, context_group=here.tensor_group
     )
-    topologies = {"tensor": here, "sequence": divided, "context": context}
+    topologies = {"tensor": here, "sequence": sequence, "context": context}
     return {name: dataclasses.replace(plain, topology=topology) for name, topology in topologies.items()}
 
 
 def measure(plain: Case) -> list[tuple[str, str, int, int, int]]:
     """(what, layout, collectives, bytes counted, bytes by formula), the same on every rank."""
-    plain, divided, context = layouts(plain).values()
+    plain, sequence, context = layouts(plain).values()
     model, ranks = plain.model, plain.topology.world
     row, keys = plain.row, plain.keys * plain.whole_keys
     mixed = plain.once((model.heads + 2 * model.kv_heads) * model.head_width) * (model.kv_heads < ranks)
@@ -271,14 +271,14 @@ def measure(plain: Case) -> list[tuple[str, str, int, int, int]]:
         ("attention", "tensor", attention(plain), 4 * row),
         ("attention", "tensor, dK/dV summed in the layer", attention(plain, sum_gradient=True), 4 * row + 2 * keys),
         ("attention", "tensor, megatron-core", megatron_attention(plain), 4 * row + 2 * mixed),
-        ("attention", "sequence", attention(divided), 5 * row + 2 * keys),
-        ("attention", "sequence, megatron-core", megatron_attention(divided), 5 * row + 2 * mixed),
+        ("attention", "sequence", attention(sequence), 5 * row + 2 * keys),
+        ("attention", "sequence, megatron-core", megatron_attention(sequence), 5 * row + 2 * mixed),
         ("attention", "context", attention(context), 2 * plain.keys),
         ("MLP", "tensor", mlp(plain), 4 * row),
-        ("MLP", "sequence", mlp(divided), 5 * row),
+        ("MLP", "sequence", mlp(sequence), 5 * row),
         ("MLP", "context", mlp(context), 0),
         ("embedding and head", "tensor", ends(plain), 4 * row),
-        ("embedding and head", "sequence", ends(divided), 4 * row),
+        ("embedding and head", "sequence", ends(sequence), 4 * row),
     ]
     if not plain.whole_keys:
         del wanted[1]  # nothing was summed there
@@ -286,7 +286,7 @@ def measure(plain: Case) -> list[tuple[str, str, int, int, int]]:
     for what, layout, forward, formula in wanted:
         sent, calls = count(forward, ranks)
         rows.append((what, layout, calls, sent, formula))
-    for case, layout in ((plain, "tensor"), (divided, "sequence")):
+    for case, layout in ((plain, "tensor"), (sequence, "sequence")):
         sent, calls, formula = count_step(case, DecoderLayer(case.model, case.layers, 0))
         rows.append(("once a step, a layer", layout, calls, sent, formula))
     return rows
@@ -324,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     case = Case(options.tokens, ModelConfig(layers=1, **sizes), topology)
     rows = measure(case)
     right = show(rows) if topology.rank == 0 else True
-    for layout, divided in layouts(case).items():
-        size = kept(divided)
+    for layout, placed in layouts(case).items():
+        size = kept(placed)
         if topology.rank == 0:
             print(f"{'a layer keeps':<22}{layout:<36}{'':>11}{size:>14,}")
     leave()

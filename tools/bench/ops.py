@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from megatron_gemini.kernels.linear import gated_mlp
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import CosSin, apply_rope_to_both, rope_cos_sin
 from megatron_gemini.models.placement import Embeddings, place
+from megatron_gemini.parallel.collectives import TensorRanks
+from megatron_gemini.parallel.tensor.products import gated_mlp
 
 EPS = 1e-6
 Operation = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
@@ -73,6 +74,7 @@ def cases(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> 
 
     stream, norm = draw(tokens, width), draw(width, scale=0.1)
     inner = draw(2, 4 * width, width, scale=width**-0.5), draw(width, 4 * width, scale=(4 * width) ** -0.5)
+    alone = TensorRanks()
     return {
         "RMSNorm": Case(plain_norm, lambda x, w: rms_norm(x, w, EPS), [stream, norm]),
         "sum and RMSNorm": Case(
@@ -85,7 +87,9 @@ def cases(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> 
             lambda q, k: apply_rope_to_both(q, k, cos_sin),
             [draw(tokens, heads, head_width), draw(tokens, 1, head_width)],
         ),
-        "gated MLP": Case(plain_mlp, lambda h, n, g, d: gated_mlp(h, n, EPS, g, d, "gelu"), [stream, norm, *inner]),
+        "gated MLP": Case(
+            plain_mlp, lambda h, n, g, d: gated_mlp(h, n, EPS, g, d, "gelu", alone), [stream, norm, *inner]
+        ),
         "placement": Case(
             scatter, lambda h, e: place(h, Embeddings(position_O, e)), [stream, draw(len(position_O), width)]
         ),

@@ -127,9 +127,9 @@ def tensor(pairs: int) -> list[dict[str, Any]]:
     layout = layout_of(8192)
     config = configuration(8, 512, 8, 1024, 8192, tensor=2)
     topology, batch = build_topology(config.parallel, "gloo"), row(1024, layout)
-    divided = Gemini(config, layout, LayerFactory(topology))
-    initialize(divided, 0)
-    alone, both = forward_backward(serial_model(config, layout), batch), forward_backward(divided, batch)
+    tensor_parallel = Gemini(config, layout, LayerFactory(topology))
+    initialize(tensor_parallel, 0)
+    alone, both = forward_backward(serial_model(config, layout), batch), forward_backward(tensor_parallel, batch)
     seconds: list[list[float]] = []
     for _ in range(pairs + 1):
         single = cpu_seconds(alone, 1) if topology.rank == 0 else 0.0

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 
-from megatron_gemini.kernels.attention.cpu.node import attend_and_project_on_cpu
 from megatron_gemini.kernels.attention.dispatch import AttentionRequest, choose_backend
 from megatron_gemini.kernels.attention.merge import merge_attention
 from megatron_gemini.kernels.attention.plan import (
@@ -20,15 +19,14 @@ from megatron_gemini.kernels.attention.plan import (
     plan_attention,
     plan_cross_attention,
 )
-from megatron_gemini.kernels.linear import linear_add
 from megatron_gemini.kernels.rope import CosSin
 
 __all__ = [
     "AttentionPlan",
     "attention",
     "attention_backend",
-    "attention_output",
     "attention_with_lse",
+    "check_attention",
     "merge_attention",
     "plan_attention",
     "plan_cross_attention",
@@ -79,22 +77,6 @@ def attention_with_lse(
     return out, lse
 
 
-def attention_output(
-    q_QNH: torch.Tensor,
-    k_TKH: torch.Tensor,
-    v_TKH: torch.Tensor,
-    plan: AttentionPlan,
-    cos_sin: CosSin,
-    weight: torch.Tensor,
-    residual_QD: torch.Tensor,
-) -> torch.Tensor:
-    """residual + attention(q, k, v) W^T with W [D, N H]: the end of a residual branch, one autograd node on CPU."""
-    if q_QNH.device.type == "cpu" and not plan.empty:
-        _check(q_QNH, k_TKH, v_TKH, plan, None, cos_sin)
-        return attend_and_project_on_cpu(q_QNH, k_TKH, v_TKH, plan, cos_sin, weight, residual_QD)
-    return linear_add(attention(q_QNH, k_TKH, v_TKH, plan, cos_sin=cos_sin), weight, residual_QD)
-
-
 def attention_backend(
     device: torch.device, dtype: torch.dtype = torch.bfloat16, head_width: int = 128
 ) -> tuple[str, str]:
@@ -116,7 +98,7 @@ def _attend(
     name: str | None,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    _check(q, k, v, plan, scale, cos_sin)
+    check_attention(q, k, v, plan, scale, cos_sin)
     request = AttentionRequest(
         q.device, q.dtype, q.shape[2], plan.sequences is not None, with_lse, isinstance(plan, CrossAttentionPlan)
     )
@@ -129,7 +111,7 @@ def _attend(
     return backend.attend(q, k, v, plan, scale, cos_sin, with_lse=with_lse)
 
 
-def _check(
+def check_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

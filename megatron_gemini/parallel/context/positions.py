@@ -23,6 +23,8 @@ def context_positions(tokens: int, topology: Topology, device: torch.device | st
         raise ValueError(
             f"a row of {tokens} tokens does not divide into 2 x {ranks} chunks for parallel.context {ranks}"
         )
+    # A chunk from the front and its mirror image from the back: what a causal query of one attends to more, one of the
+    # other attends to less.
     chunks = torch.arange(tokens, device=device).view(2 * ranks, -1)
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank]))
 

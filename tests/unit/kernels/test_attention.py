@@ -11,7 +11,6 @@ from megatron_gemini.kernels.attention import documents
 from megatron_gemini.kernels.attention.api import (
     attention,
     attention_backend,
-    attention_output,
     attention_with_lse,
     merge_attention,
     plan_attention,
@@ -189,23 +188,6 @@ def test_rotation_within_attention_equals_rotation_before_it(attend, query):
         torch.autograd.grad(out, inputs, grad), torch.autograd.grad(wanted, twins, grad), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("lengths", [[12], [5, 4], []])
-def test_attention_output_equals_attention_then_product_then_sum(lengths):
-    segment, span = row(lengths, [], 12 - sum(lengths))
-    cos_sin = rope_cos_sin(torch.arange(12), 8, 10000.0, torch.float32)
-    plan = plan_attention(segment, span)
-    weight, residual = torch.randn(16, 32, requires_grad=True), torch.randn(12, 16, requires_grad=True)
-    inputs = [*heads(12, 4, 1), weight, residual]
-    out = attention_output(*inputs[:3], plan, cos_sin, weight, residual)
-    wanted = residual + attention(*inputs[:3], plan, cos_sin=cos_sin).flatten(1) @ weight.T
-    grad = torch.randn(out.shape)
-    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(
-        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("short_or_long")

@@ -7,18 +7,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megatron_gemini.kernels.attention.api import attention_output, plan_attention
+from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.kernels.discarded_output import discard_output, discarded_output, output_is_discarded
-from megatron_gemini.kernels.linear import gated_mlp, linear_add
 from megatron_gemini.kernels.rope import rope_cos_sin
-from megatron_gemini.parallel.tensor.products import gated_mlp as divided_mlp
-from megatron_gemini.parallel.tensor.products import norm_query_key_value, project_add
-from megatron_gemini.parallel.tensor.shards import HeadShard
+from megatron_gemini.parallel.collectives import TensorRanks
+from megatron_gemini.parallel.tensor.attention_input import norm_query_key_value
+from megatron_gemini.parallel.tensor.attention_output import attention_output
+from megatron_gemini.parallel.tensor.heads import HeadShard
+from megatron_gemini.parallel.tensor.products import gated_mlp, project_add
 from tests.unit.parallel.test_tensor_products import Ranks
 
 T, D, F, N, H = 6, 8, 12, 2, 4
 Branch = Callable[..., torch.Tensor]
-SEQUENCE = Ranks(2, sequence=True)
+ONE, TENSOR, SEQUENCE = TensorRanks(), Ranks(1, sequence=False), Ranks(2, sequence=True)
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -26,25 +27,35 @@ def tensors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    plan = plan_attention(torch.tensor([1, 1, 1, 2, 2, 0]), torch.zeros(T, dtype=torch.int32))
-    return attention_output(q, k, v, plan, rope_cos_sin(torch.arange(T), H, 1e4, torch.float32), weight, h)
+def attend(segment: list[int], ranks: Ranks | TensorRanks) -> Branch:
+    """The end of the attention of a row of these documents, of all its tokens."""
+    plan = plan_attention(torch.tensor(segment), torch.zeros(len(segment), dtype=torch.int32))
+    cos_sin = rope_cos_sin(torch.arange(len(segment)), H, 1e4, torch.float32)
+    return lambda q, k, v, weight, h: attention_output(q, k, v, plan, cos_sin, weight, h, ranks)
 
 
-def padding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    plan = plan_attention(torch.zeros(T, dtype=torch.int32), torch.zeros(T, dtype=torch.int32))
-    return attention_output(q, k, v, plan, rope_cos_sin(torch.arange(T), H, 1e4, torch.float32), weight, h)
+def mlp(activation: str, ranks: Ranks | TensorRanks) -> Branch:
+    return lambda h, norm, w, down: gated_mlp(h, norm, 1e-6, w, down, activation, ranks)
 
 
+def product(ranks: Ranks | TensorRanks) -> Branch:
+    return lambda x, w, h: project_add(x, w, h, ranks)
+
+
+ROW, PADDING = [1, 1, 1, 2, 2, 0], [0, 0, 0, 0, 0, 0]
 MLP = [(T, D), (D,), (2, F, D), (D, F)]
 HEADS = [(T, N, H), (T, 1, H), (T, 1, H), (D, N * H), (T, D)]
+WHOLE_HEADS = [(2 * T, N, H), (2 * T, 1, H), (2 * T, 1, H), (D, N * H), (T, D)]
 BRANCHES: dict[str, tuple[Branch, list[tuple[int, ...]]]] = {
-    "mlp": (lambda h, norm, w, down: gated_mlp(h, norm, 1e-6, w, down, "gelu"), MLP),
-    "product": (linear_add, [(T, N, H), (D, N * H), (T, D)]),
-    "attention": (attend, HEADS),
-    "attention of padding": (padding, HEADS),
-    "divided mlp": (lambda h, norm, w, down: divided_mlp(h, norm, 1e-6, w, down, "silu", SEQUENCE), MLP),
-    "divided product": (lambda x, w, h: project_add(x, w, h, SEQUENCE), [(2 * T, N, H), (D, N * H), (T, D)]),
+    "mlp": (mlp("gelu", ONE), MLP),
+    "product": (product(ONE), [(T, N, H), (D, N * H), (T, D)]),
+    "attention": (attend(ROW, ONE), HEADS),
+    "attention of padding": (attend(PADDING, ONE), HEADS),
+    "mlp of tensor ranks": (mlp("gelu", TENSOR), MLP),
+    "attention of tensor ranks": (attend(ROW, TENSOR), HEADS),
+    "mlp of sequence ranks": (mlp("silu", SEQUENCE), MLP),
+    "product of sequence ranks": (product(SEQUENCE), [(2 * T, N, H), (D, N * H), (T, D)]),
+    "attention of sequence ranks": (attend([*ROW[:5], *[3] * 6, 0], SEQUENCE), WHOLE_HEADS),
 }
 
 
@@ -61,17 +72,17 @@ def test_gradients_are_the_same_bits_and_no_values_are_computed(branch: Branch, 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("branch", ["divided mlp", "divided product"])
+@pytest.mark.parametrize("branch", [name for name in BRANCHES if name.endswith("ranks")])
 def test_what_is_unread_is_not_summed_over_ranks(branch: str) -> None:
     function, shapes = BRANCHES[branch]
-    inputs = tensors(*shapes)
-    SEQUENCE.sent.clear()
+    inputs, ranks = tensors(*shapes), TENSOR if "tensor" in branch else SEQUENCE
+    ranks.sent.clear()
     function(*inputs)
-    assert "reduce" in dict(SEQUENCE.sent)
-    SEQUENCE.sent.clear()
+    assert "reduce" in dict(ranks.sent)
+    ranks.sent.clear()
     with discard_output():
         function(*inputs)
-    assert "reduce" not in dict(SEQUENCE.sent)
+    assert "reduce" not in dict(ranks.sent)
 
 
 def test_what_begins_a_branch_is_computed_all_the_same() -> None:

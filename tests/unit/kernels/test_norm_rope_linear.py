@@ -1,4 +1,4 @@
-"""The fused products, norms and rotations equal float64 compositions of torch's own operations, gradients included."""
+"""The product, norms and rotations equal float64 compositions of torch's own operations, gradients included."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_gemini.kernels import rope
-from megatron_gemini.kernels.linear import gated_mlp, linear, linear_add, norm_linear
+from megatron_gemini.kernels.linear import linear
 from megatron_gemini.kernels.norm import rms_norm
 from megatron_gemini.kernels.rope import apply_rope, apply_rope_to_both, rope_cos_sin
 
@@ -65,67 +65,9 @@ def test_linear_equals_torch(shape):
     assert_same(linear, F.linear, tensors(shape, (5, 8)))
 
 
-def test_linear_stacks_the_parts_of_its_weight():
-    assert_same(linear, lambda x, w: torch.cat((x @ w[0].T, x @ w[1].T), -1), tensors((6, 8), (2, 5, 8)))
-
-
-@pytest.mark.parametrize("shape", [(6, 8), (6, 2, 4)])
-def test_linear_add_equals_torch(shape):
-    assert_same(linear_add, lambda x, w, r: r + F.linear(x.flatten(1), w), tensors(shape, (5, 8), (6, 5)))
-
-
-def test_norm_linear_equals_norm_then_products_cut_into_heads():
-    def ours(x, norm, query, key_value):
-        return norm_linear(x, norm, EPS, 4, (query, key_value))
-
-    def theirs(x, norm, query, key_value):
-        n = norm64(x, norm)
-        return tuple((n @ w.T).unflatten(1, (-1, 4)) for w in (query, key_value[0], key_value[1]))
-
-    assert_same(ours, theirs, tensors((6, 8), (8,), (12, 8), (2, 4, 8)))
-
-
-ACTIVATIONS = {"gelu": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gated_mlp_equals_torch(activation):
-    act = ACTIVATIONS[activation]
-
-    def theirs(h, norm, gate_up, down):
-        n = norm64(h, norm)
-        return h + (act(n @ gate_up[0].T) * (n @ gate_up[1].T)) @ down.T
-
-    assert_same(
-        lambda h, norm, gate_up, down: gated_mlp(h, norm, EPS, gate_up, down, activation),
-        theirs,
-        tensors((6, 8), (8,), (2, 10, 8), (8, 10)),
-        atol=3e-5,
-    )
-
-
-@pytest.mark.parametrize("frozen", range(4))
-def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(frozen):
-    inputs = tensors((6, 8), (8,), (2, 10, 8), (8, 10))
-    gated_mlp(*inputs[:2], EPS, *inputs[2:], "gelu").sum().backward()
-    wanted = [x.grad for x in inputs]
-    copies = [x.detach().requires_grad_(i != frozen) for i, x in enumerate(inputs)]
-    gated_mlp(*copies[:2], EPS, *copies[2:], "gelu").sum().backward()
-    for i, (x, grad) in enumerate(zip(copies, wanted, strict=True)):
-        assert x.grad is None if i == frozen else torch.equal(x.grad, grad)
-
-
-def test_weights_are_saved_as_themselves_so_that_zero_3_can_take_their_memory():
-    query, key_value = (torch.nn.Parameter(t.detach()) for t in tensors((12, 8), (2, 4, 8)))
-    x, norm = tensors((6, 8), (8,))
-    outs = norm_linear(x, norm, EPS, 4, (query, key_value))
-    saved = outs[0].grad_fn.saved_tensors
-    assert any(t is query for t in saved) and any(t is key_value for t in saved)
-    weight = torch.nn.Parameter(torch.randn(2, 5, 8))
+def test_the_weight_is_saved_as_itself_so_that_zero_3_can_take_its_memory():
+    x, weight = torch.randn(6, 8), torch.nn.Parameter(torch.randn(5, 8))
     assert any(t is weight for t in linear(x, weight).grad_fn.saved_tensors)
-    down = torch.nn.Parameter(torch.randn(8, 5))
-    saved = gated_mlp(x, norm, EPS, weight, down, "gelu").grad_fn.saved_tensors
-    assert any(t is weight for t in saved) and any(t is down for t in saved)
 
 
 def rotated64(x, position, theta):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_gemini.config.engine import ParallelConfig
-from megatron_gemini.parallel.tensor.layers import LayerFactory
+from megatron_gemini.parallel.tensor.heads import HeadShard
 from megatron_gemini.parallel.topology import Topology, build_topology
+
+ROOT = Path(__file__).parents[3]
 
 
 def shards(ranks, query, key):
-    return [LayerFactory(Topology(ranks, rank, ranks, rank)).heads(query, key) for rank in range(ranks)]
+    return [HeadShard.of(query, key, ranks, rank) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +37,11 @@ def test_key_heads_are_whole_on_every_rank_only_where_there_are_too_few_to_divid
     assert not any(shard.whole for shard in shards(2, 4, 2) + shards(2, 8, 4) + shards(1, 4, 1))
 
 
-def test_one_process_is_serial(monkeypatch):
+@pytest.mark.parametrize("world", [None, "1"], ids=["no launcher", "a launcher's world of one"])
+def test_one_process_is_serial(monkeypatch, world):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
     assert build_topology(ParallelConfig(), "gloo") == Topology.serial()
 
 
@@ -44,15 +51,24 @@ def test_more_tensor_ranks_than_processes_is_an_error(monkeypatch):
         build_topology(ParallelConfig(tensor=2), "gloo")
 
 
-def test_a_serial_model_imports_neither_megatron_nor_deepspeed():
+def test_one_rank_builds_a_model_and_runs_it_both_ways_without_megatron_core_and_deepspeed():
+    """Both take seconds to import. The model has encoders, and its layers are recomputed."""
     code = (
-        "import sys\n"
+        "import dataclasses, sys\n"
         "from megatron_gemini.models.gemini import Gemini\n"
-        "from megatron_gemini.config.run import RunConfig\n"
-        "from megatron_gemini.contracts import TokenLayout\n"
+        "from megatron_gemini.parallel.parameters import initialize\n"
         "from megatron_gemini.parallel.tensor.layers import LayerFactory\n"
-        "from megatron_gemini.parallel.topology import Topology\n"
-        "Gemini(RunConfig(), TokenLayout(20, (('image', 4),)), LayerFactory(Topology.serial()))\n"
-        "sys.exit(any(name.split('.')[0] in ('megatron', 'deepspeed') for name in sys.modules))"
+        "from megatron_gemini.parallel.topology import build_topology\n"
+        "from tests.distributed.rows import CONFIG, LAYOUT, loss_of, rows\n"
+        "config = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, recompute='full'))\n"
+        "model = Gemini(config, LAYOUT, LayerFactory(build_topology(config.parallel, 'gloo')), loss_of(config))\n"
+        "initialize(model, seed=1)\n"
+        "model(rows(0)[0]).loss.backward()\n"
+        "assert all(parameter.grad.isfinite().all() for parameter in model.parameters())\n"
+        "print(sorted({'megatron', 'megatron.core', 'deepspeed'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "PYTHONPATH": str(ROOT)}  # as a launcher says it
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | alone, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stdout + done.stderr

@@ -15,7 +15,7 @@ from megatron_gemini.kernels.discarded_output import output_is_discarded
 from megatron_gemini.models.decoder import Decoder
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
-from megatron_gemini.parallel.recompute import PLAIN, Recompute, RecomputeContext
+from megatron_gemini.parallel.recompute import NO_RECOMPUTE, Recompute, RecomputeContext
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows
@@ -83,7 +83,7 @@ def counted(model: Decoder) -> Counter[str]:
     [("none", 1, 1), ("selective", 2, 1), ("full", 2, 2)],
     ids=["none", "selective", "full"],
 )
-def test_the_backward_runs_again_what_the_mode_says(mode: str, attention: int, mlp: int) -> None:
+def test_the_backward_recomputes_what_the_mode_says(mode: str, attention: int, mlp: int) -> None:
     model, rest = decoder(mode)
     counts = counted(model)
     out = model(hidden(), *rest)
@@ -148,18 +148,18 @@ def test_without_gradients_nothing_is_kept_and_the_cache_is_used() -> None:
     assert asked == list(range(CONFIG.model.layers))
 
 
-def test_only_the_second_run_of_a_region_leaves_out_its_last_product() -> None:
+def test_only_the_recomputation_of_a_region_skips_its_last_product() -> None:
     """Of a whole layer that is the MLP's, and not the attention's, which the MLP reads."""
-    run, seen = Recompute("full").begin(), []
+    seen: list[bool] = []
 
     def half(h_TD: torch.Tensor) -> torch.Tensor:
         seen.append(output_is_discarded())
         return h_TD * 2
 
-    def layer(h_TD: torch.Tensor, run: RecomputeContext = PLAIN) -> torch.Tensor:
-        return run.mlp(half, run.attention(half, h_TD))
+    def layer(h_TD: torch.Tensor, recompute: RecomputeContext = NO_RECOMPUTE) -> torch.Tensor:
+        return recompute.mlp(half, recompute.attention(half, h_TD))
 
-    out = run.layer(layer, torch.ones(2, 3, requires_grad=True))
+    out = Recompute("full").begin().layer(layer, torch.ones(2, 3, requires_grad=True))
     assert seen == [False, False]
     out.sum().backward()
     assert seen == [False, False, False, True]

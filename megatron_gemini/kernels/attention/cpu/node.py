@@ -9,7 +9,6 @@ Shape suffixes: T packed tokens, or in the cross form M memory embeddings; Q que
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -17,7 +16,6 @@ from megatron_gemini.kernels.attention.cpu.calls import attend_slots, attend_slo
 from megatron_gemini.kernels.attention.plan import AttentionPlan
 from megatron_gemini.kernels.attention.slot_mapping import to_rows, to_slots, without_repeats
 from megatron_gemini.kernels.autograd import Gradients, NodeContext
-from megatron_gemini.kernels.discarded_output import discarded_output, output_is_discarded
 from megatron_gemini.kernels.rope import CosSin
 
 
@@ -34,19 +32,6 @@ def attend_on_cpu(
     """(out_QNH, and if asked for its log-sum-exp [Q, N]): see `api.attention`. Some query must see a key."""
     out, *lse = _Attention.apply(q_QNH, k_TKH, v_TKH, plan, scale, cos_sin, with_lse)
     return out, lse[0] if lse else None
-
-
-def attend_and_project_on_cpu(
-    q_QNH: torch.Tensor,
-    k_TKH: torch.Tensor,
-    v_TKH: torch.Tensor,
-    plan: AttentionPlan,
-    cos_sin: CosSin,
-    weight: torch.Tensor,
-    residual_QD: torch.Tensor,
-) -> torch.Tensor:
-    """See `api.attention_output`; some query must see a key."""
-    return _AttentionOutput.apply(q_QNH, k_TKH, v_TKH, weight, residual_QD, plan, cos_sin)
 
 
 class _AttentionContext(NodeContext):
@@ -82,35 +67,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: _AttentionContext, *grads: torch.Tensor | None) -> Gradients:
         lse_grad = grads[1] if len(grads) > 1 else None
         return *attend_backward(grads[0], lse_grad, ctx.saved_tensors, ctx.plan, ctx.scale, ctx.cos_sin), *[None] * 4
-
-
-class _AttentionOutput(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        weight: torch.Tensor,
-        residual: torch.Tensor,
-        plan: AttentionPlan,
-        cos_sin: CosSin,
-    ) -> torch.Tensor:
-        out_QNH, saved = attend_forward(q, k, v, plan, None, cos_sin)
-        out = out_QNH.flatten(1)
-        ctx.save_for_backward(weight, out, *saved)
-        ctx.plan, ctx.cos_sin, ctx.shape = plan, cos_sin, out_QNH.shape
-        if output_is_discarded():
-            return discarded_output(residual)
-        return torch.addmm(residual, out, weight.t())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grad,) = grads
-        weight, out, *saved = ctx.saved_tensors
-        weight_grad = torch.mm(grad.t(), out) if ctx.needs_input_grad[3] else None
-        out_grad = torch.mm(grad, weight).view(ctx.shape)
-        return *attend_backward(out_grad, None, saved, ctx.plan, None, ctx.cos_sin), weight_grad, grad, None, None
 
 
 def attend_forward(
