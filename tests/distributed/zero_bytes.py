@@ -27,7 +27,7 @@ from megatron_gemini.models.stage import DecoderStage, StageInput
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import LAYOUT, rows
+from tests.distributed.rows import LAYOUT, loss_of, rows
 from tests.distributed.zero_case import case
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
@@ -56,7 +56,7 @@ def held(engine: dict[str, Any], topology: Topology, folder: Path) -> list[int]:
     settings = deepspeed_config(config, 2, topology.shard_size)
     before = storages()  # kept, so that no address of theirs is used again
     zero = ZeroEngine(
-        lambda: DecoderStage(config, LAYOUT, LayerFactory(topology)),
+        lambda: DecoderStage(config, LAYOUT, LayerFactory(topology), loss=loss_of(config)),
         config,
         EngineGroups.of_decoder(topology),
         settings,

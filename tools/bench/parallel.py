@@ -43,6 +43,7 @@ from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.engine.optimizer import parameter_groups
 from megatron_gemini.models.decoder import DecoderLayer
 from megatron_gemini.models.gemini import Gemini
+from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.parallel import collectives
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
@@ -57,6 +58,9 @@ MICROBATCHES = 8
 Step = Callable[[], Any]
 
 
+Z_LOSS = 1e-4
+
+
 def configuration(layers: int, width: int, heads: int, tokens: int, vocabulary: int, **more: Any) -> RunConfig:
     """A text-only model. more: fields of `engine` and `parallel`."""
     parallel = {key: more.pop(key) for key in ("tensor", "pipeline") if key in more}
@@ -64,8 +68,7 @@ def configuration(layers: int, width: int, heads: int, tokens: int, vocabulary: 
     model = ModelConfig(width=width, layers=layers, heads=heads, head_width=width // heads, mlp_width=4 * width)
     return RunConfig(
         model=model,
-        vision=VisionConfig(enabled=False),
-        audio=AudioConfig(enabled=False),
+        encoders={"vision": VisionConfig(enabled=False), "audio": AudioConfig(enabled=False)},
         data=DataConfig(row_tokens=tokens),
         parallel=ParallelConfig(**parallel),
         engine=EngineConfig(offload_optimizer="none", **more),
@@ -116,7 +119,7 @@ def forward_backward(model: nn.Module, batch: Batch) -> Step:
 
 
 def serial_model(config: RunConfig, layout: TokenLayout) -> Gemini:
-    model = Gemini(config, layout, LayerFactory(Topology.serial()))
+    model = Gemini(config, layout, LayerFactory(Topology.serial()), NextTokenLoss(len(layout.targets), Z_LOSS))
     initialize(model, 0)
     return model
 
@@ -127,7 +130,7 @@ def tensor(pairs: int) -> list[dict[str, Any]]:
     layout = layout_of(8192)
     config = configuration(8, 512, 8, 1024, 8192, tensor=2)
     topology, batch = build_topology(config.parallel, "gloo"), row(1024, layout)
-    tensor_parallel = Gemini(config, layout, LayerFactory(topology))
+    tensor_parallel = Gemini(config, layout, LayerFactory(topology), NextTokenLoss(len(layout.targets), Z_LOSS))
     initialize(tensor_parallel, 0)
     alone, both = forward_backward(serial_model(config, layout), batch), forward_backward(tensor_parallel, batch)
     seconds: list[list[float]] = []

@@ -24,6 +24,7 @@ from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, TokenLayout
 from megatron_gemini.models.gemini import Gemini
+from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
@@ -41,12 +42,10 @@ def our_step(layers: int, width: int, tokens: int) -> Callable[[], torch.Tensor]
         model=ModelConfig(
             width=width, layers=layers, heads=4, kv_heads=1, head_width=width // 4, mlp_width=4 * width, qk_norm=False
         ),
-        vision=VisionConfig(enabled=False),
-        audio=AudioConfig(enabled=False),
-        loss=LossConfig(z_loss=0.0),
+        encoders={"vision": VisionConfig(enabled=False), "audio": AudioConfig(enabled=False)},
     )
     layout = TokenLayout(VOCABULARY - TokenLayout(1).size + 1)
-    model = Gemini(config, layout, LayerFactory(Topology.serial()))
+    model = Gemini(config, layout, LayerFactory(Topology.serial()), NextTokenLoss(len(layout.targets)))
     initialize(model, seed=0)
     token = torch.randint(layout.text_size, (tokens + 1,))
     ones = torch.ones(tokens, dtype=torch.int32)

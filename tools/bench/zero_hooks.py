@@ -25,12 +25,13 @@ from megatron_gemini.engine.deepspeed_config import deepspeed_config
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.zero import ZeroEngine
+from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.models.stage import DecoderStage, StageInput
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
 
-TOKENS, LAYOUT = 16, TokenLayout(64, (("image", 0),))
+TOKENS, LAYOUT = 16, TokenLayout(64)
 MODEL = ModelConfig(width=64, layers=32, heads=4, kv_heads=1, head_width=16, mlp_width=128)
 
 
@@ -43,7 +44,7 @@ def engine_of(stage: int) -> ZeroEngine:
         engine=EngineConfig(**{"zero_stage": stage, "offload_optimizer": "none", "adam": "torch", **offload}),
     )
     return ZeroEngine(
-        lambda: DecoderStage(config, LAYOUT, LayerFactory(Topology.serial())),
+        lambda: DecoderStage(config, LAYOUT, LayerFactory(Topology.serial()), loss=NextTokenLoss(len(LAYOUT.targets))),
         config,
         EngineGroups(),
         deepspeed_config(config, microbatches=2, ranks=1),

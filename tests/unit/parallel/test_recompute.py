@@ -18,7 +18,7 @@ from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.recompute import NO_RECOMPUTE, Recompute, RecomputeContext
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
-from tests.distributed.rows import CONFIG, LAYOUT, rows
+from tests.distributed.rows import CONFIG, LAYOUT, loss_of, rows
 
 MODES = [(mode, offload) for mode in ("selective", "full") for offload in (False, True)]
 ROWS = rows(0)[:3]  # of which the second has text only
@@ -26,7 +26,7 @@ ROWS = rows(0)[:3]  # of which the second has text only
 
 def build(mode: str = "none", offload: bool = False) -> Gemini:
     engine = dataclasses.replace(CONFIG.engine, recompute=mode, offload_activations=offload)
-    model = Gemini(dataclasses.replace(CONFIG, engine=engine), LAYOUT, LayerFactory(Topology.serial()))
+    model = Gemini(dataclasses.replace(CONFIG, engine=engine), LAYOUT, LayerFactory(Topology.serial()), loss_of(CONFIG))
     initialize(model, seed=1)
     return model
 
