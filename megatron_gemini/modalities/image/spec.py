@@ -36,7 +36,7 @@ def saved_bytes(vision: VisionConfig, patches: int, element: int) -> float:
     """Bytes that the vision encoder keeps of `patches` in one forward with a graph."""
     width = vision.width
     block = 8 * width + 2 * vision.mlp_width
-    ends = vision.patch**2 * CHANNELS + 3 * width
+    ends = vision.patch**2 * CHANNELS + 2 * width
     statistics = vision.layers * (4 + vision.heads) + 2
     return patches * ((vision.layers * block + ends) * element + statistics * FP32)
 
