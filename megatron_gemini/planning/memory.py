@@ -14,7 +14,7 @@ from megatron_gemini.planning.activations import (
 from megatron_gemini.planning.footprint import Bytes, Footprint
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.parameters import Stage, vocabulary_parameters
-from megatron_gemini.planning.zero_state import update_buffers, zero_buffers, zero_state
+from megatron_gemini.planning.zero_state import BUCKET, update_buffers, zero_buffers, zero_state
 from megatron_gemini.registry import ENCODERS
 
 LIBRARIES = 2.0e9
@@ -119,7 +119,9 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
     breadth_first = job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
     held = max(stage.parameters for stage in stages) if zero.gathers and breadth_first else None
     decoder = [zero_buffers(stage.parameters, stage.largest, zero, held) for stage in stages]
-    encoders = sum(zero_buffers(parameters, 0, job.encoder_engines_zero) for parameters in job.trained)
+    # Engines of encoders and connectors get buckets that are no larger than they are.
+    beside = [(count, min(BUCKET, count)) for count in job.trained]
+    encoders = sum(zero_buffers(count, 0, job.encoder_engines_zero, bucket=bucket) for count, bucket in beside)
     if zero.stage < 3:
         return max(decoder) + encoders
     if held is not None:  # one stage is gathered at a time; every engine has its own bucket
