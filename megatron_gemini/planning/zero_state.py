@@ -77,9 +77,7 @@ def _partitioned(share: float, plan: ZeroPlan) -> Footprint:
     return Footprint(here + optimizer + Bytes(gradients=share * FP32), there)
 
 
-def zero_buffers(
-    parameters: int, largest: int, plan: ZeroPlan, held: int | None = None, bucket: int = BUCKET
-) -> float:
+def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None = None, bucket: int = BUCKET) -> float:
     """Bytes on the GPU while forwards and backwards run: buckets of gradients, and weights that ZeRO-3 has gathered.
 
     held: elements that a schedule keeps gathered at once, instead of ZeRO-3's own choice. bucket: elements of a bucket;
