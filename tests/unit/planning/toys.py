@@ -47,7 +47,11 @@ class Halve(nn.Module):
         self.up, self.down = linear(2 * width, section.inner), linear(section.inner, model_width)
 
     def forward(self, e_XE: torch.Tensor, length_S: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(e_XE.view(len(e_XE) // 2, -1))))
+        even_S = length_S + length_S % 2  # a run of odd length ends with zeros
+        shift_S = (even_S - length_S).cumsum(0) - (even_S - length_S)
+        slot_X = torch.arange(len(e_XE)) + shift_S.repeat_interleave(length_S)
+        padded = e_XE.new_zeros(int(even_S.sum()), e_XE.shape[1]).index_copy(0, slot_X, e_XE)
+        return self.down(F.gelu(self.up(padded.view(len(padded) // 2, -1))))
 
 
 HALVE = ConnectorSpec(
@@ -186,17 +190,22 @@ def register() -> None:
     OBJECTIVES.register("quiet", QUIET)
 
 
+def unregister() -> None:
+    """Gone again, so that no other test sees them."""
+    for registry, name in (
+        (ENCODERS, "series"),
+        (CONNECTORS, "halve"),
+        (CONNECTORS, "recall"),
+        (OBJECTIVES, "quiet"),
+    ):
+        registry.unregister(name)
+
+
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """There, and gone again afterwards."""
+    """There while the block runs."""
     register()
     try:
         yield
     finally:
-        for registry, name in (
-            (ENCODERS, "series"),
-            (CONNECTORS, "halve"),
-            (CONNECTORS, "recall"),
-            (OBJECTIVES, "quiet"),
-        ):
-            registry.unregister(name)
+        unregister()
