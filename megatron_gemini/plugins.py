@@ -101,7 +101,8 @@ def check(recorded: Sequence[str], origin: str) -> None:
     missing = [name for name in recorded if name not in _loaded]
     if not missing:
         return
-    named = [name for name in dict.fromkeys(missing) if isinstance(name, str) and _NAME.fullmatch(name)][:SHOWN]
+    missing = list({str(name): name for name in missing}.values())
+    named = [name for name in missing if isinstance(name, str) and _NAME.fullmatch(name)][:SHOWN]
     if not named:
         raise ValueError(f"{origin} was made with plugins, but records no module's name; it cannot be opened")
     more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""

@@ -59,7 +59,7 @@ def split_options(argv: list[str]) -> Options:
         if name == "help":
             options.help = True
         elif name in ("config", "preset"):
-            setattr(options, name, _single(name, values))
+            setattr(options, name, _single(name, [value for value in values if value]))
         else:
             options.given.append((_ALIASES.get(name, name), values))
     return options
@@ -97,7 +97,7 @@ def _split(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _single(name: str, values: list[str]) -> str:
-    if len(values) != 1 or not values[0]:
+    if len(values) != 1:
         raise ValueError(f"--{name} takes one value and got {' '.join(map(repr, values)) or 'none'}")
     return values[0]
 
@@ -117,9 +117,7 @@ def _setting(name: str, values: list[str], root: Kind, source: SettingSource) ->
         return path, cast("Given", values)
     if not isinstance(kind, Scalar):  # `partial` says what is wrong with it
         return path, " ".join(values)
-    if len(values) != 1:
-        raise ValueError(f"--{name} takes one value and got {' '.join(map(repr, values)) or 'none'}")
-    return path, values[0]
+    return path, _single(name, values)
 
 
 def _kind(path: list[str], root: Kind, choices: Choices) -> Kind | None:
