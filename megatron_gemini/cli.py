@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_gemini import __version__
+from megatron_gemini import __version__, plugins
 
 COMMANDS = {
     "plan": "find a layout of ranks for machines that are not there yet",
@@ -77,18 +77,19 @@ def _usage() -> str:
         "usage: megatron-gemini [--help] [--version] COMMAND ...\n\n"
         f"Natively multimodal models: training, generation, evaluation.\n\ncommands:\n{commands}\n\n"
         "megatron-gemini COMMAND --help shows a command's options.\n"
-        "--debug after any command shows the traceback of a mistake."
+        "--debug after any command shows the traceback of a mistake.\n"
+        "--plugin MODULE after any command imports a module that adds encoders, connectors, objectives and the like."
     )
 
 
 def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Run an entry point's `main(argv)` and turn what it raises into an exit status (see the top of this file).
 
-    `--debug` is taken out of argv before `main` sees it.
+    `--debug` and `--plugin MODULE` are taken out of argv before `main` sees it, and the plugins are loaded.
     """
     debug = "--debug" in argv
     try:
-        return main([argument for argument in argv if argument != "--debug"])
+        return main(plugins.start([argument for argument in argv if argument != "--debug"]))
     except KeyboardInterrupt:
         print("megatron-gemini: interrupted", file=sys.stderr)
         return 130

@@ -1,28 +1,45 @@
 """Modules of users that add modalities, encoders, connectors, objectives and the like, by registering them on import.
 
-A plugin is imported because the person who starts the program says so: by `--plugin MODULE` on the command line, by the
-environment variable MEGATRON_GEMINI_PLUGINS (names between commas), or by an installed package's entry point in the
-group `megatron_gemini.plugins`. A YAML file or a checkpoint never causes an import: it may come from a stranger. A
-checkpoint records the names, so that one which lacks them can say what to add.
+A plugin is imported because the person who starts the program says so:
+
+- by `--plugin MODULE` on the command line, which may be repeated;
+- by the environment variable MEGATRON_GEMINI_PLUGINS, names between commas;
+- by an installed package's entry point in the group `megatron_gemini.plugins`.
+
+A YAML file or a checkpoint never causes an import: it may come from a stranger. A checkpoint records the names, so that
+whoever opens it without them is told what to add.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import re
 from collections.abc import Iterable, Sequence
 
 VARIABLE = "MEGATRON_GEMINI_PLUGINS"
 GROUP = "megatron_gemini.plugins"
-_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+SHOWN = 5
+"""Names of a checkpoint that a message repeats at most."""
+# ASCII, and bounded: `check` repeats names that a stranger may have written to a terminal.
+_NAME = re.compile(r"(?=.{1,100}\Z)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _loaded: list[str] = []
 
 
 def loaded() -> tuple[str, ...]:
     """Names of the modules that were loaded, in order."""
     return tuple(_loaded)
+
+
+def start(argv: Sequence[str]) -> list[str]:
+    """Load the plugins of a command line, then those of the environment; the options without `--plugin`.
+
+    Raises a ValueError for a plugin that cannot be loaded.
+    """
+    rest, names = take_options(argv)
+    load(names)
+    load_installed()
+    return rest
 
 
 def load(names: Iterable[str]) -> None:
@@ -42,18 +59,25 @@ def load(names: Iterable[str]) -> None:
             raise ValueError(
                 f"the plugin {name} is not there; install it, or put the folder that holds it into PYTHONPATH"
             ) from error
+        except ImportError as error:
+            raise ValueError(f"the plugin {name} cannot be imported: {error}") from error
         _loaded.append(name)
 
 
 def load_installed() -> None:
     """Import what the environment variable and the entry points of installed packages name."""
+    from importlib.metadata import entry_points  # here, since a data worker has no use for it
+
     load(name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip())
-    load(point.module for point in importlib.metadata.entry_points(group=GROUP))
+    # Sorted: packages are found in the order of folders on the disk, and all ranks must register in the same order.
+    load(sorted(point.module for point in entry_points(group=GROUP)))
 
 
 def take_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the options without `--plugin MODULE` and `--plugin=MODULE`, the modules). Raises a ValueError for a bare
-    one."""
+    """(the options without `--plugin MODULE` and `--plugin=MODULE`, the modules).
+
+    Raises a ValueError for a bare `--plugin`.
+    """
     rest, names = [], []
     words = iter(argv)
     for word in words:
@@ -69,11 +93,21 @@ def take_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check(recorded: Sequence[str], origin: str) -> None:
-    """Raise a ValueError unless all plugins that a checkpoint recorded are loaded."""
+    """Raise a ValueError unless all plugins that a checkpoint recorded are loaded; nothing is imported.
+
+    recorded: may be anything that a stranger wrote. The message repeats no more than `SHOWN` names, and of those only
+    such as a module can have.
+    """
     missing = [name for name in recorded if name not in _loaded]
-    if missing:
-        options = " ".join(f"--plugin {name}" for name in missing)
-        raise ValueError(
-            f"{origin} was made with the plugin{'s' if len(missing) > 1 else ''} {', '.join(missing)}, which "
-            f"{'are' if len(missing) > 1 else 'is'} not loaded; if you trust them, add {options}"
-        )
+    if not missing:
+        return
+    missing = list({str(name): name for name in missing}.values())
+    named = [name for name in missing if isinstance(name, str) and _NAME.fullmatch(name)][:SHOWN]
+    if not named:
+        raise ValueError(f"{origin} was made with plugins, but records no module's name; it cannot be opened")
+    more = f" and {len(missing) - len(named)} more" if len(missing) > len(named) else ""
+    options = " ".join(f"--plugin {name}" for name in named)
+    raise ValueError(
+        f"{origin} was made with the plugins {', '.join(named)}{more}, which are not loaded; if you trust them, add "
+        f"{options}"
+    )

@@ -1,5 +1,4 @@
-"""Every kind of thing that can be added, and the names of those that are here: the one place to register a built-in
-one.
+"""Every kind of thing that can be added, and the names of those that are here: the place to register a built-in one.
 
 A name leads to `module:ATTRIBUTE`, which is imported when somebody first asks for it. So the table lies below all
 packages and imports none of them, and `--help` pays for nothing. What is there must be importable without torch.
@@ -51,7 +50,9 @@ class Registry(Generic[Entry]):
     def nearest(self, name: str) -> str:
         """The way out for an unknown name, as the end of a message."""
         close = difflib.get_close_matches(name, self._order, n=1)
-        return f"did you mean {close[0]}?" if close else f"there are {', '.join(self._order)}"
+        if close:
+            return f"did you mean {close[0]}?"
+        return f"there are {', '.join(self._order)}, and --plugin MODULE adds others"
 
     def get(self, name: str) -> Entry:
         """The entry of a name. Raises a ValueError as `check`."""

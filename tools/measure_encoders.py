@@ -1,17 +1,21 @@
 """Measures what encoding an item costs on this machine, by its size, and prints the constants for a configuration.
 
     python tools/measure_encoders.py --config run.yaml
-    python tools/measure_encoders.py --config run.yaml --vision.max_side 448      # any setting can be changed
+    python tools/measure_encoders.py --config run.yaml --encoders.vision.max_side 448    # any setting can be changed
+    python tools/measure_encoders.py --config run.yaml --plugin my_module                # encoders of a plugin too
 
-An encoder's forward, recomputation and backward (a frozen one's forward) run on full chunks of equal items, of several
-sizes up to the largest that the configuration allows. The cost a n^2 + b n + c of one item is fitted to the time of a
-chunk divided by its items, all errors relative and no constant negative. Prints YAML to paste into the configuration.
+An encoder's and its connector's forward, recomputation and backward (of frozen ones the forward) run on full chunks of
+equal items, of several sizes up to the largest that the configuration allows. The cost a n^2 + b n + c of one item is
+fitted to the time of a chunk divided by its items, all errors relative and no constant negative. Prints YAML; paste
+each `cost` into the section of its encoder.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import itertools
 import statistics
 import sys
@@ -21,15 +25,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
+from megatron_gemini import plugins
 from megatron_gemini.config.encoders import CostConfig
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Media
-from megatron_gemini.modalities.audio.preprocess import HOP, SAMPLE_RATE
-from megatron_gemini.models.encoders import build_encoder, enabled, input_width, is_frozen, output_counts
+from megatron_gemini.modalities.counting import spread
+from megatron_gemini.models.encoders import build_connector, build_encoder, input_width, run_lengths
 from megatron_gemini.models.presets import preset
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.registry import ENCODERS
 
 SIZES = 6  # of items, spread evenly in their side or length
 
@@ -38,68 +45,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="run configuration; its data need not exist")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of every size (default: %(default)s)")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="module that adds encoders")
     options, settings = parser.parse_known_args(argv)
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}; measure every size once or more often")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        plugins.load(options.plugin)
+        plugins.load_installed()
         config = load_config(["--config", options.config, *settings], presets=preset)
     except (ValueError, OSError) as error:
         print(f"measure_encoders: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"# microseconds an item on {_name(device)}, torch {torch.__version__}, {config.engine.precision}")
-    print("encoder_engines:")
-    for encoder in enabled(config):
+    print("encoders:")
+    for encoder in config.enabled_encoders:
         sizes, seconds = measure(config, encoder, device, options.repeats)
         cost, off = fit(sizes, [1e6 * each for each in seconds])
         rounded = {name: float(f"{value:.4g}") for name, value in dataclasses.asdict(cost).items()}
         values = yaml.safe_dump(rounded, default_flow_style=True, sort_keys=False).strip()
-        print(f"  {encoder}_cost: {values}  # n = {sizes[0]} to {sizes[-1]}, off by at most {off:.0%}", flush=True)
+        print(
+            f"  {encoder}:\n    cost: {values}  # n = {sizes[0]} to {sizes[-1]}, off by at most {off:.0%}", flush=True
+        )
     return 0
 
 
-def measure(config: RunConfig, encoder: str, device: torch.device, repeats: int) -> tuple[list[int], list[float]]:
-    """(n, seconds of one item) of several sizes, the smallest first: the median of `repeats` measurements in turn."""
-    module = build_encoder(config, encoder)
-    initialize(module, config.train.seed)
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    module.to(device=device, dtype=dtype)
-    chunks = [_chunk(config, encoder, grid, device) for grid in grids(config, encoder)]
-    trains = not is_frozen(config, encoder)
+def measure(config: RunConfig, name: str, device: torch.device, repeats: int) -> tuple[list[int], list[float]]:
+    """(n, seconds of n inputs that attend to each other) of several sizes, the smallest first.
 
-    def step(media: Media) -> None:
-        if config.encoder_engines.recompute or not trains:
-            with torch.no_grad():
-                module(media)
+    Seconds are the median of `repeats` measurements in turn.
+    """
+    section = config.encoders[name]
+    encoder = _ready(build_encoder(config, name), config, device, section.frozen)
+    connector = _ready(build_connector(config, name), config, device, section.connector.frozen)
+    trains, recompute = not (section.frozen and section.connector.frozen), config.encoder_engines.recompute
+
+    def step(media: Media, length_S: torch.Tensor) -> None:
+        with contextlib.nullcontext() if trains and not recompute else torch.no_grad():
+            e_XE = encoder(media)
+            output = connector(e_XE, length_S)
+        if trains and recompute:
+            output = connector(e_XE if section.frozen else encoder(media), length_S)
         if trains:
-            module(media).float().sum().backward()
+            output.float().sum().backward()
 
+    chunks = [_chunk(config, name, grid, device) for grid in grids(config, name)]
+    lengths = [run_lengths(name, media.grid_I3.cpu().numpy()) for media in chunks]
+    steps = [
+        functools.partial(step, media, torch.from_numpy(length_S).to(device))
+        for media, length_S in zip(chunks, lengths, strict=True)
+    ]
     times: list[list[float]] = [[] for _ in chunks]
     for _ in range(repeats + 1):
-        for media, found in zip(chunks, times, strict=True):
-            found.append(_seconds(lambda media=media: step(media), device) / media.items)  # type: ignore[misc]
-    sizes = [int(output_counts(encoder, media.grid_I3[:1].cpu().numpy())[0]) for media in chunks]
+        for work, length_S, found in zip(steps, lengths, times, strict=True):
+            found.append(_seconds(work, device) / len(length_S))
+    sizes = [int(length_S[0]) for length_S in lengths]
     return sizes, [statistics.median(found[1:]) for found in times]  # the first one warms up
 
 
-def grids(config: RunConfig, encoder: str) -> list[tuple[int, int, int]]:
-    """Items to measure, in the terms of `contracts.Media`: square images, or clips of sound."""
-    if encoder == "vision":
-        largest = config.vision.max_side // config.vision.patch
-        return [(1, side, side) for side in _spread(largest)]
-    return [(frames, 1, 1) for frames in _spread(int(config.audio.max_seconds * SAMPLE_RATE / HOP))]
+def grids(config: RunConfig, name: str) -> list[tuple[int, int, int]]:
+    """Items to measure, in the terms of `contracts.Media`: as the encoder's spec says, or of several lengths."""
+    spec, section = ENCODERS.get(name), config.encoders[name]
+    if spec.grids is not None:
+        return spec.grids(section, SIZES)
+    return [(length, 1, 1) for length in spread(spec.longest_item(section), SIZES)]
 
 
-def _spread(largest: int) -> list[int]:
-    return sorted({max(1, round(largest * step / SIZES)) for step in range(1, SIZES + 1)})
+def _ready(module: nn.Module, config: RunConfig, device: torch.device, frozen: bool) -> nn.Module:
+    initialize(module, config.train.seed)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return module.requires_grad_(not frozen).to(device=device, dtype=dtype)
 
 
-def _chunk(config: RunConfig, encoder: str, grid: tuple[int, int, int], device: torch.device) -> Media:
+def _chunk(config: RunConfig, name: str, grid: tuple[int, int, int], device: torch.device) -> Media:
     """As many equal items as one forward takes."""
     inputs = grid[0] * grid[1] * grid[2]
     items = max(1, config.encoder_engines.chunk_tokens // inputs)
     return Media(
-        values_PC=torch.rand(items * inputs, input_width(config, encoder), device=device) * 2 - 1,
+        values_PC=torch.rand(items * inputs, input_width(config, name), device=device) * 2 - 1,
         grid_I3=torch.tensor([grid] * items, device=device),
         time_I=torch.zeros(items, device=device),
         token_O=torch.empty(0, dtype=torch.int64, device=device),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_gemini.config.schema import SectionValue
 
-def positive(section: object, prefix: str, *names: str) -> None:
+
+def positive(section: SectionValue, prefix: str, *names: str) -> None:
     """Every named field is greater than zero."""
     for name in names:
         value = getattr(section, name)
@@ -13,7 +15,7 @@ def positive(section: object, prefix: str, *names: str) -> None:
             raise ValueError(f"{prefix}.{name} is {value}; it must be greater than 0")
 
 
-def at_least(section: object, prefix: str, bound: float, *names: str) -> None:
+def at_least(section: SectionValue, prefix: str, bound: float, *names: str) -> None:
     """Every named field is `bound` or more."""
     for name in names:
         value = getattr(section, name)
@@ -30,7 +32,7 @@ def divides(divisor: int, value: int, divisor_name: str, name: str) -> None:
         raise ValueError(f"{name} is {value}, which {what} does not divide; the nearest that fit: {nearest}")
 
 
-def one_of(section: object, prefix: str, name: str, choices: Sequence[str]) -> None:
+def one_of(section: SectionValue, prefix: str, name: str, choices: Sequence[str]) -> None:
     """The named field is one of `choices`."""
     value = getattr(section, name)
     if value not in choices:

@@ -3,39 +3,44 @@
 Every source of settings is first checked on its own into a *partial*: a nested dict that has the shape of `RunConfig`,
 holds only what the source sets, and only values of the right type. Partials merge; the sections are built once, from
 the merged whole, so that a check between two settings never sees a half-way state.
+
+The type of a section may hang on its `kind`, which may stand in another source than the rest of it. So `choices` looks
+for those first, in all sources.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, cast
 
 from megatron_gemini.config.schema import (
+    CHOICE,
+    Choices,
     Chosen,
+    Given,
     Items,
     Kind,
     Named,
-    Plain,
     Scalar,
     Section,
+    SectionValue,
+    SettingValue,
     Table,
     Values,
     below,
+    default_of,
     kinds,
     names_below,
+    settled,
 )
 
 Setting: TypeAlias = "bool | int | float | str | tuple[Setting, ...] | list[Partial] | Partial | None"
 Partial: TypeAlias = "dict[str, Setting]"
-Built = TypeVar("Built")
-CHOICE = "kind"
-"""The setting of a `Chosen` section that decides its type."""
-
-
-Given: TypeAlias = "Plain | Mapping[str, Given] | Sequence[Given]"
+Built = TypeVar("Built", bound=SectionValue)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class SettingSource:
     """Put before a setting's name in errors: `run.yaml: ` or `--`."""
     text: bool = False
     """Values are texts of the command line, to be read by the setting's type."""
+    choices: Choices = field(default_factory=dict)
+    """Of all sources together."""
     names: tuple[str, ...] = ()
     """Every valid dotted name, to suggest from."""
 
@@ -53,8 +60,31 @@ class SettingSource:
         return ValueError(f"{self.label}{name} {problem}")
 
 
+def choices(given: Sequence[tuple[Given, SettingSource]], kind: Kind, name: str = "") -> dict[str, str]:
+    """The `kind` of every `Chosen` section below `kind`, by the section's name. Of several sources the last decides.
+
+    given: what each source holds for the setting `name`. Raises a `ValueError` for a kind that is not registered.
+    """
+    sections = [(value, source) for value, source in given if isinstance(value, Mapping)]
+    found: dict[str, str] = {}
+    if isinstance(kind, Chosen):
+        found[name] = kind.default
+        for section, source in sections:
+            chosen = section.get(CHOICE, kind.default)
+            if not isinstance(chosen, str) or chosen not in kind.registry:
+                raise source.error(f"{name}.{CHOICE}", f"is {_shown(chosen)}; {kind.registry.nearest(str(chosen))}")
+            found[name] = chosen if CHOICE in section else found[name]
+    kind = settled(kind, name, found)
+    for key in names_below(kind):
+        inner = below(kind, key)
+        if isinstance(inner, (Section, Named, Chosen)):
+            values = [(section.get(key), source) for section, source in sections]
+            found |= choices(values, inner, f"{name}.{key}" if name else key)
+    return found
+
+
 def partial(mapping: Mapping[str, Given], kind: Kind, source: SettingSource, prefix: str = "") -> Partial:
-    """Check a mapping against a section of `kind`, whose settings are called `prefix` + name.
+    """Check a mapping against a settled section of `kind`, whose settings are called `prefix` + name.
 
     Raises a `ValueError` on an unknown name (with the nearest valid one) or a value of another type.
     """
@@ -63,8 +93,8 @@ def partial(mapping: Mapping[str, Given], kind: Kind, source: SettingSource, pre
         name = f"{prefix}{key}"
         inner = below(kind, str(key))
         if inner is None:
-            raise unknown(name, [prefix + known for known in names_below(kind)], source)
-        values[str(key)] = _value(value, inner, name, source)
+            raise unknown(name, kind, source)
+        values[str(key)] = _value(value, settled(inner, name, source.choices), name, source)
     return values
 
 
@@ -92,61 +122,56 @@ def _no_item(name: str, length: int) -> ValueError:
     return ValueError(f"--{name} does not exist; the list in the file {items}")
 
 
-def build(section: type[Built], values: Partial, name: str = "") -> Built:
-    """An instance of the dataclass `section`; its own checks raise as they are written there."""
-    known = kinds(cast("type", section))
-    for key in values:
-        if key not in known:  # a setting of another `kind` than the chosen one
-            raise ValueError(
-                f"{name}.{key} is no setting of {name}.{CHOICE} {values[CHOICE]}; there are {', '.join(known)}"
-            )
-    arguments = {key: _built(known[key], value, f"{name}.{key}" if name else key) for key, value in values.items()}
-    return section(**arguments)
+def build(section: type[Built], values: Partial, default: Built | None = None, name: str = "") -> Built:
+    """An instance of the dataclass `section`; its own checks raise as they are written there.
+
+    default: what the values are put on top of, the class's own defaults if none is given.
+    """
+    arguments = {}
+    for key, value in values.items():
+        before = default_of(section, key) if default is None else getattr(default, key)
+        arguments[key] = _built(kinds(section)[key], value, before, f"{name}.{key}" if name else key)
+    return section(**arguments) if default is None else dataclasses.replace(default, **arguments)
 
 
-def build_named(kind: Named, values: Partial, name: str) -> dict[str, object]:
-    """The sections of a `Named` kind: every registered name has one, with its defaults where nothing is set."""
-    sections = {each: values.get(each, {}) for each in kind.registry.names}
-    return {each: build(kind.of(each), cast("Partial", given), f"{name}.{each}") for each, given in sections.items()}
-
-
-def _built(kind: Kind, value: Setting, name: str) -> object:
+def _built(kind: Kind, value: Setting, default: SettingValue, name: str) -> SettingValue:
     match kind:
         case Section(section):
-            return build(section, cast("Partial", value), name)
+            return build(section, cast("Partial", value), cast("SectionValue", default), name)
         case Chosen():
-            return build_chosen(kind, cast("Partial", value), name)
+            values, before = cast("Partial", value), cast("SectionValue", default)
+            choice = cast("str", values.get(CHOICE, getattr(before, CHOICE)))
+            same = before if getattr(before, CHOICE) == choice else None
+            return build(kind.of(choice), {CHOICE: choice, **values}, same, name)
         case Named():
-            return build_named(kind, cast("Partial", value), name)
+            values, sections = cast("Partial", value), cast("Mapping[str, SectionValue]", default)
+            given = {each: cast("Partial", values.get(each, {})) for each in kind.registry.names}
+            return {each: build(kind.of(each), given[each], sections.get(each), f"{name}.{each}") for each in given}
         case Items(section):
             if isinstance(value, dict):  # items of the command line without a list to belong to
                 raise _no_item(f"{name}.{next(iter(value))}", 0)
-            return tuple(
-                _built_item(section, item, f"{name}.{i}") for i, item in enumerate(cast("list[Partial]", value))
-            )
+            items = cast("list[Partial]", value)
+            return tuple(_built_item(section, item, f"{name}.{i}") for i, item in enumerate(items))
         case _:
-            return value
+            return cast("SettingValue", value)
 
 
-def build_chosen(kind: Chosen, values: Partial, name: str) -> object:
-    """The section of a `Chosen` kind. Raises a `ValueError` for a `kind` that is not registered."""
-    choice = values.get(CHOICE, kind.registry.names[0])
-    assert isinstance(choice, str)
-    if choice not in kind.registry:
-        raise ValueError(f"{name}.{CHOICE} is {choice!r}; {kind.registry.nearest(choice)}")
-    return build(kind.of(choice), {CHOICE: choice, **values}, name)
-
-
-def _built_item(section: type, values: Partial, name: str) -> object:
+def _built_item(section: type[Built], values: Partial, name: str) -> Built:
     try:
-        return build(section, values, name)
+        return build(section, values, name=name)
     except ValueError as error:  # a list item does not know its place, and the user needs it
         raise ValueError(f"{name}: {error}") from error
 
 
-def unknown(name: str, siblings: Sequence[str], source: SettingSource) -> ValueError:
-    """The error for a name that does not exist, with the same last part in another section or a similar name."""
-    last = name.rpartition(".")[2]
+def unknown(name: str, parent: Kind, source: SettingSource) -> ValueError:
+    """The error for a name that does not exist, with the same last part in another section or a similar name.
+
+    parent: the settled kind of the innermost section that exists, which has no setting of this name.
+    """
+    prefix, _, last = name.rpartition(".")
+    siblings = [f"{prefix}.{known}" if prefix else known for known in names_below(parent)]
+    if isinstance(parent, Named):  # a name that may be a plugin's: what other sections have is no help
+        return source.error(name, f"is no setting; {parent.registry.nearest(last)}")
     elsewhere = [other for other in source.names if other.rpartition(".")[2] == last]
     beside = {other.rpartition(".")[2]: other for other in siblings}
     close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.0)
@@ -154,7 +179,9 @@ def unknown(name: str, siblings: Sequence[str], source: SettingSource) -> ValueE
     close += difflib.get_close_matches(name, source.names, n=1, cutoff=0.8)
     if close:
         return source.error(name, f"is no setting; did you mean {'--' if source.text else ''}{close[0]}?")
-    return source.error(name, f"is no setting; there are {', '.join(siblings)}")
+    chosen = source.choices.get(prefix)
+    of = f" of {prefix}.{CHOICE} {chosen}" if chosen else ""
+    return source.error(name, f"is no setting{of}; there are {', '.join(siblings)}")
 
 
 def _value(value: Given, kind: Kind, name: str, source: SettingSource) -> Setting:
@@ -187,7 +214,7 @@ def _items(value: Given, kind: Items, name: str, source: SettingSource) -> Setti
     return [cast("Partial", _value(v, item, f"{name}.{i}", source)) for i, v in enumerate(value)]
 
 
-_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WANTED: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _scalar(value: Given, kind: Scalar, name: str, source: SettingSource) -> bool | int | float | str:

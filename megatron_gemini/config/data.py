@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_gemini.config.check import at_least, one_of, positive
+from megatron_gemini.registry import ENCODERS
 
 TASKS = ("caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text", "chat")
 FORMATS = ("auto", "webdataset", "jsonl", "parquet")
@@ -120,6 +121,8 @@ class DataConfig:
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")
         for name, limit in self.row_inputs.items():
+            if name not in ENCODERS:  # a bound that bounds nothing
+                raise ValueError(f"data.row_inputs.{name} is of no encoder; {ENCODERS.nearest(name)}")
             if limit < 0:
                 raise ValueError(f"data.row_inputs.{name} is {limit}; it must be 0 or more")
         positive(self, "data", "temperature")

@@ -8,17 +8,19 @@ Nothing is taken from the environment and nothing in a value is expanded, so a s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from megatron_gemini.config.convert import Given, Partial, SettingSource, build, merge, partial
+from megatron_gemini import plugins
+from megatron_gemini.config.convert import Partial, SettingSource, build, choices, merge, partial
 from megatron_gemini.config.help import print_help
-from megatron_gemini.config.options import read_options
+from megatron_gemini.config.options import NO_SETTINGS, option_settings, split_options
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.schema import Plain, Section, setting_names
+from megatron_gemini.config.schema import Choices, Given, Plain, Section, setting_names
 from megatron_gemini.config.yaml_file import read_yaml
 
+ROOT = Section(RunConfig)
 Presets: TypeAlias = Callable[[str], Mapping[str, Given]]
 """Gives a preset's settings by its name, nested as in a file."""
 
@@ -33,21 +35,38 @@ def load_config(argv: list[str], presets: Presets | None = None, prog: str = "me
 
     Raises a `ValueError` that names the setting and the way out. `--help` prints and raises `SystemExit(0)`.
     """
-    options = read_options(argv, RunConfig)
+    options = split_options(argv)
     document = read_yaml(options.config) if options.config else {}
     named = document.pop("preset", None)
     name = options.preset or named
-    values = _preset_values(name, presets) if name is not None else {}
-    values = cast("Partial", merge(values, _checked(document, f"{options.config}: ")))
-    config = build(RunConfig, cast("Partial", merge(values, options.settings)))
+    given: list[tuple[Mapping[str, Given], SettingSource]] = []
+    if name is not None:
+        given.append((_preset_values(name, presets), SettingSource(f"preset {name}: ")))
+    given.append((document, SettingSource(f"{options.config}: ")))
+    line = SettingSource("--", text=True)
+    chosen = choices([*given, (options.kinds(), line)], ROOT)
+    values = _merged(given, chosen)
+    names = (*NO_SETTINGS, *setting_names(ROOT, chosen))
+    settings = option_settings(options, ROOT, dataclasses.replace(line, choices=chosen, names=names))
+    config = build(RunConfig, cast("Partial", merge(values, settings)))
     if options.help:
-        print_help(config, options.config or "", str(name or ""), prog)
+        print_help(config, options.config or "", str(name or ""), " ".join(plugins.loaded()), prog)
     return config
 
 
 def read_config(path: str | Path) -> RunConfig:
-    """The configuration in a file that `dump_config` wrote, such as a checkpoint's config.yaml."""
-    return config_from_dict(read_yaml(path), str(path))
+    """The configuration in a file that `dump_config` wrote, such as a checkpoint's config.yaml.
+
+    An encoder that the file does not name is one of a plugin that was not there. Its section is there, not enabled.
+    """
+    values = read_yaml(path)
+    config = config_from_dict(values, str(path))
+    written = values.get("encoders")
+    if not isinstance(written, Mapping):
+        return config
+    absent = [name for name in config.encoders if name not in written]
+    off = {name: dataclasses.replace(config.encoders[name], enabled=False) for name in absent}
+    return dataclasses.replace(config, encoders={**config.encoders, **off})
 
 
 def config_from_dict(values: Mapping[str, Given], origin: str = "configuration") -> RunConfig:
@@ -55,7 +74,8 @@ def config_from_dict(values: Mapping[str, Given], origin: str = "configuration")
 
     Raises a `ValueError` that begins with `origin` and names the setting.
     """
-    return build(RunConfig, _checked(values, f"{origin}: "))
+    given = [(values, SettingSource(f"{origin}: "))]
+    return build(RunConfig, _merged(given, choices(given, ROOT)))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -66,17 +86,22 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, width=120)
 
 
-def _checked(values: Mapping[str, Given], label: str) -> Partial:
-    root = Section(RunConfig)
-    return partial(values, root, SettingSource(label, names=tuple(setting_names(root))))
+def _merged(given: Sequence[tuple[Mapping[str, Given], SettingSource]], chosen: Choices) -> Partial:
+    """The settings of several files and mappings, each over the one before, checked."""
+    values: Partial = {}
+    names = tuple(setting_names(ROOT, chosen))
+    for mapping, source in given:
+        checked = partial(mapping, ROOT, dataclasses.replace(source, choices=chosen, names=names))
+        values = cast("Partial", merge(values, checked))
+    return values
 
 
-def _preset_values(name: Plain, presets: Presets | None) -> Partial:
+def _preset_values(name: Plain, presets: Presets | None) -> Mapping[str, Given]:
     if not isinstance(name, str):
         raise ValueError(f"preset is {name!r}; it must be the name of a preset")
     if presets is None:
         raise ValueError(f"preset is {name!r}, and this command has no presets; write the sections out")
-    return _checked(presets(name), f"preset {name}: ")
+    return presets(name)
 
 
 def _plain(value: Given) -> Plain:

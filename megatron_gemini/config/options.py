@@ -6,43 +6,75 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
-from megatron_gemini.config.convert import Given, Partial, SettingSource, merge, partial, unknown
-from megatron_gemini.config.schema import Kind, Scalar, Section, Values, below, names_below, setting_names
+from megatron_gemini.config.convert import Partial, SettingSource, merge, partial, unknown
+from megatron_gemini.config.schema import (
+    CHOICE,
+    Choices,
+    Given,
+    Kind,
+    Named,
+    Scalar,
+    Values,
+    below,
+    names_below,
+    settled,
+)
 
 _ALIASES = {"deepspeed_config": "engine.deepspeed_config"}  # the name that DeepSpeed's users know
 _IGNORED = {"local_rank": True, "deepspeed": False, "debug": False}  # and whether a value follows
+NO_SETTINGS = ("config", "preset", "plugin")
+"""Options to suggest beside the settings' names."""
 
 
 @dataclass
 class Options:
-    """A command line, read."""
+    """A command line, split but not yet checked. given: names of settings, and the words after each."""
 
     config: str | None = None
     preset: str | None = None
     help: bool = False
-    settings: Partial = field(default_factory=dict)
-    """A partial of `convert`."""
+    given: list[tuple[str, list[str]]] = field(default_factory=list)
+
+    def kinds(self) -> dict[str, Given]:
+        """What the settings called `kind` are set to, nested as in a file, for `convert.choices`."""
+        tree: dict[str, Given] = {}
+        decided = [(name, values[0]) for name, values in self.given if name.endswith(f".{CHOICE}") and len(values) == 1]
+        for name, choice in decided:
+            node: Given = tree
+            *path, last = name.split(".")
+            for part in path:
+                node = node.setdefault(part, {}) if isinstance(node, dict) else None
+            if isinstance(node, dict):  # and not below another `kind`, which `option_settings` refuses
+                node[last] = choice
+        return tree
 
 
-def read_options(argv: list[str], section: type) -> Options:
-    """Read options against the dataclass `section`. Of a repeated option the last counts, as wrapper scripts expect.
+def split_options(argv: list[str]) -> Options:
+    """The options of a command line. Of a repeated one the last counts, as wrapper scripts expect.
 
     Raises a `ValueError` that names the option.
     """
-    options, root = Options(), Section(section)
-    source = SettingSource("--", text=True, names=("config", "preset", *setting_names(root)))
+    options = Options()
     for name, values in _split(argv):
         if name == "help":
             options.help = True
         elif name in ("config", "preset"):
-            setattr(options, name, _single(name, values))
+            setattr(options, name, _single(name, [value for value in values if value]))
         else:
-            path, value = _setting(_ALIASES.get(name, name), values, root, source)
-            for part in reversed(path):
-                value = {part: value}
-            assert isinstance(value, dict)
-            options.settings = cast("Partial", merge(options.settings, partial(value, root, source)))
+            options.given.append((_ALIASES.get(name, name), values))
     return options
+
+
+def option_settings(options: Options, root: Kind, source: SettingSource) -> Partial:
+    """The settings among the options, a partial of `convert`. Raises a `ValueError` that names the option."""
+    settings: Partial = {}
+    for name, values in options.given:
+        path, value = _setting(name, values, root, source)
+        for part in reversed(path):
+            value = {part: value}
+        assert isinstance(value, dict)
+        settings = cast("Partial", merge(settings, partial(value, root, source)))
+    return settings
 
 
 def _split(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -65,7 +97,7 @@ def _split(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _single(name: str, values: list[str]) -> str:
-    if len(values) != 1 or not values[0]:
+    if len(values) != 1:
         raise ValueError(f"--{name} takes one value and got {' '.join(map(repr, values)) or 'none'}")
     return values[0]
 
@@ -73,35 +105,35 @@ def _single(name: str, values: list[str]) -> str:
 def _setting(name: str, values: list[str], root: Kind, source: SettingSource) -> tuple[list[str], Given]:
     """The path of a setting (with numbers for list items) and its value, still text where it is no switch."""
     path = name.split(".")
-    kind = _kind(path, root)
+    kind = _kind(path, root, source.choices)
     positive = [*path[:-1], path[-1].removeprefix("no_")]
-    if kind is None and not values and _kind(positive, root) == Scalar(bool):
+    if kind is None and not values and _kind(positive, root, source.choices) == Scalar(bool):
         return positive, False
     if kind is None:
-        raise unknown(name, _siblings(path, root), source)
+        raise _unknown(path, root, source)
     if kind == Scalar(bool) and not values:
         return path, True
     if isinstance(kind, Values):
-        return path, values
+        return path, cast("Given", values)
     if not isinstance(kind, Scalar):  # `partial` says what is wrong with it
         return path, " ".join(values)
-    if len(values) != 1:
-        raise ValueError(f"--{name} takes one value and got {' '.join(map(repr, values)) or 'none'}")
-    return path, values[0]
+    return path, _single(name, values)
 
 
-def _kind(path: list[str], root: Kind) -> Kind | None:
-    """The kind of the setting at `path`, or None where there is none."""
+def _kind(path: list[str], root: Kind, choices: Choices) -> Kind | None:
+    """The settled kind of the setting at `path`, or None where there is none."""
     kind: Kind | None = root
-    for part in path:
+    for end, part in enumerate(path, 1):
         kind = None if kind is None else below(kind, part)
+        kind = None if kind is None else settled(kind, ".".join(path[:end]), choices)
     return kind
 
 
-def _siblings(path: list[str], root: Kind) -> list[str]:
-    """What there is in the innermost section of `path` that exists."""
+def _unknown(path: list[str], root: Kind, source: SettingSource) -> ValueError:
+    """The error for a path that leads nowhere, from the innermost section of it that exists."""
     for end in reversed(range(len(path))):
-        kind = _kind(path[:end], root)
-        if kind is not None and names_below(kind):
-            return [".".join([*path[:end], name]) for name in names_below(kind)]
-    return []
+        parent = _kind(path[:end], root, source.choices)
+        if parent is not None and names_below(parent):
+            # Of an encoder that is not there, the encoder's name is the mistake, and not the setting behind it.
+            return unknown(".".join(path[: end + 1] if isinstance(parent, Named) else path), parent, source)
+    raise AssertionError("the root has settings")

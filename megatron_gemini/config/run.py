@@ -22,7 +22,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     encoders: Annotated[Mapping[str, EncoderConfig], Named(ENCODERS)] = field(
-        default_factory=lambda: {spec.name: spec.section() for spec in ENCODERS.entries()}
+        default_factory=lambda: {name: ENCODERS.get(name).section() for name in ENCODERS}
     )
     """Settings of every encoder that is registered, by its name."""
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)

@@ -1,7 +1,7 @@
 """What a setting may hold, read once from the dataclasses' annotations.
 
-Beside the scalars, lists and sections of dataclasses there are two kinds of section that a registry completes, so that
-a plugin's settings are read, checked, shown and saved like built-in ones:
+Beside the scalars, lists and sections of dataclasses there are two kinds of section that a registry completes. So a
+plugin's settings are read, checked, shown and saved like built-in ones:
 
 - `Annotated[Mapping[str, Base], Named(REGISTRY)]`: one section for every registered name, such as `encoders`.
 - `Annotated[Base, Chosen(REGISTRY)]`: one section, whose setting `kind` names the entry that has its type.
@@ -11,19 +11,37 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Annotated, ClassVar, Literal, Protocol, TypeAlias, get_args, get_origin, get_type_hints
 
 Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
 """What YAML and JSON hold."""
+Given: TypeAlias = "Plain | Mapping[str, Given] | Sequence[Given]"
+"""What a source of settings holds: plain data, or read-only views of it."""
+Choices: TypeAlias = Mapping[str, str]
+"""The `kind` of every `Chosen` section, by the dotted name of the section."""
+CHOICE = "kind"
+"""The setting of a `Chosen` section that decides its type."""
+
+
+class SectionValue(Protocol):
+    """An instance of a section: of any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[SettingValue]]]
+
+
+SettingValue: TypeAlias = (
+    "bool | int | float | str | tuple[SettingValue, ...] | Mapping[str, SettingValue] | SectionValue"
+)
+"""What a field of a section holds."""
 
 
 class HasSection(Protocol):
     """An entry of a registry that has settings. section: their dataclass."""
 
     @property
-    def section(self) -> type: ...
+    def section(self) -> type[SectionValue]: ...
 
 
 class Sections(Protocol):
@@ -45,39 +63,40 @@ class Named:
 
     registry: Sections
 
-    def of(self, name: str) -> type:
+    def of(self, name: str) -> type[SectionValue]:
         return self.registry.get(name).section
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """One section, of the type that the registry has for its `kind`."""
+    """One section, of the type that the registry has for its `kind`. default: the kind where none is named."""
 
     registry: Sections
+    default: str = ""
 
-    def of(self, kind: str) -> type:
-        return self.registry.get(kind).section
+    def of(self, choice: str) -> type[SectionValue]:
+        return self.registry.get(choice).section
 
 
 @dataclass(frozen=True)
 class Section:
     """A section of a fixed type."""
 
-    type: type
+    type: type[SectionValue]
 
 
 @dataclass(frozen=True)
 class Items:
     """A list of sections of a type."""
 
-    type: type
+    type: type[SectionValue]
 
 
 @dataclass(frozen=True)
 class Scalar:
     """One value of a type, and of these choices if there are any."""
 
-    type: type
+    type: type[bool] | type[int] | type[float] | type[str]
     choices: tuple[str, ...] = ()
 
 
@@ -99,10 +118,17 @@ Kind: TypeAlias = Section | Items | Scalar | Values | Table | Named | Chosen
 
 
 @functools.cache
-def kinds(section: type) -> dict[str, Kind]:
+def kinds(section: type[SectionValue]) -> dict[str, Kind]:
     """Names and kinds of the settings of a dataclass."""
     hints = get_type_hints(section, include_extras=True)
-    return {each.name: _kind(hints[each.name]) for each in dataclasses.fields(section)}
+    found = {each.name: _kind(hints[each.name]) for each in dataclasses.fields(section)}
+    for name, kind in found.items():
+        if isinstance(kind, Chosen):
+            default = default_of(section, name)  # a plugin's encoder may begin with another connector than others
+            choice = getattr(default, CHOICE)
+            assert type(default) is kind.of(choice), f"{section.__name__}.{name}: the kind {choice} has another section"
+            found[name] = Chosen(kind.registry, choice)
+    return found
 
 
 def _kind(hint: type) -> Kind:
@@ -115,8 +141,7 @@ def _kind(hint: type) -> Kind:
     if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
         return Items(get_args(hint)[0])
     if get_origin(hint) is Mapping:
-        item = _scalar_or_values(get_args(hint)[1])
-        return Table(item)
+        return Table(_scalar_or_values(get_args(hint)[1]))
     return _scalar_or_values(hint)
 
 
@@ -125,14 +150,26 @@ def _scalar_or_values(hint: type) -> Scalar | Values:
         return Values(Scalar(get_args(hint)[0]))
     if get_origin(hint) is Literal:
         return Scalar(str, get_args(hint))
+    assert hint in (bool, int, float, str), f"a setting cannot be {hint}"
     return Scalar(hint)
 
 
-def below(kind: Kind, name: str) -> Kind | None:
-    """The kind of the setting `name` (a number for an item of a list) below one of `kind`; None where there is none.
+def default_of(section: type[SectionValue], name: str) -> SettingValue:
+    """What a field holds where nothing is set. Every setting has a default."""
+    field = section.__dataclass_fields__[name]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    assert field.default is not dataclasses.MISSING, f"{section.__name__}.{name} has no default"
+    return field.default
 
-    Below a `Chosen` section are the settings of all its entries, since its `kind` may stand in another source.
-    """
+
+def settled(kind: Kind, name: str, choices: Choices) -> Kind:
+    """`kind`, and of a `Chosen` one the section that is chosen for the setting `name`."""
+    return Section(kind.of(choices.get(name, kind.default))) if isinstance(kind, Chosen) else kind
+
+
+def below(kind: Kind, name: str) -> Kind | None:
+    """The kind of the setting `name` (a number for an item of a list) below a settled one; None if there is none."""
     match kind:
         case Section(section):
             return kinds(section).get(name)
@@ -140,33 +177,29 @@ def below(kind: Kind, name: str) -> Kind | None:
             return Section(section) if name.isdecimal() else None
         case Named():
             return Section(kind.of(name)) if name in kind.registry else None
-        case Chosen():
-            found = (kinds(kind.of(each)).get(name) for each in kind.registry.names)
-            return next((each for each in found if each is not None), None)
         case Table(item):
-            return item
+            return item if name else None
         case _:
             return None
 
 
 def names_below(kind: Kind) -> list[str]:
-    """Names of the settings directly below one of `kind`, without the numbers of a list and the keys of a table."""
+    """Names of the settings directly below a settled kind, without the numbers of a list and the keys of a table."""
     match kind:
         case Section(section):
             return list(kinds(section))
         case Named():
             return list(kind.registry.names)
-        case Chosen():
-            return list(dict.fromkeys(name for each in kind.registry.names for name in kinds(kind.of(each))))
         case _:
             return []
 
 
-def setting_names(kind: Kind, prefix: str = "") -> list[str]:
-    """Dotted names of every setting below one of `kind`, without the items of lists and tables."""
+def setting_names(kind: Kind, choices: Choices, prefix: str = "") -> list[str]:
+    """Dotted names of every setting below a settled kind, without the items of lists and tables."""
     names = []
     for name in names_below(kind):
         inner = below(kind, name)
         assert inner is not None
-        names += setting_names(inner, f"{prefix}{name}.") if names_below(inner) else [prefix + name]
+        inner = settled(inner, prefix + name, choices)
+        names += setting_names(inner, choices, f"{prefix}{name}.") if names_below(inner) else [prefix + name]
     return names

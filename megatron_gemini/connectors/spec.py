@@ -29,7 +29,8 @@ class MemoryReader(Generic[Settings]):
     """How the decoder reads a connector's memory.
 
     layers: (settings, model) -> indices of the decoder layers before which it is read. parameters: (settings, model,
-        tensor-parallel ranks) -> of one such place, on one rank.
+        tensor-parallel ranks) -> of one such place, on one rank. saved_bytes: (settings, model, tokens of the stream,
+        embeddings of the memory, tensor-parallel ranks, bytes of an element) -> what autograd keeps at one such place.
     build: (settings, model, layers) -> a module, called with the stream [S, D], the memory [M, D] of the row and the
         cross plan of attention (`kernels.attention.plan.plan_cross_attention`); it returns the new stream. Every rank
         that runs it computes a part of the memory's gradient: the parts of all ranks are summed.
@@ -38,6 +39,7 @@ class MemoryReader(Generic[Settings]):
     layers: Callable[[Settings, ModelConfig], tuple[int, ...]]
     parameters: Callable[[Settings, ModelConfig, int], int]
     build: Callable[[Settings, ModelConfig, LayerFactory], nn.Module]
+    saved_bytes: Callable[[Settings, ModelConfig, int, int, int, int], float] = lambda *sizes: 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ConnectorSpec(Generic[Settings]):
     section: the dataclass of its settings, a `config.encoders.ConnectorConfig`.
     length: int64 length_S -> int64, embeddings that each run becomes.
     parameters: (settings, encoder's width, decoder's width). saved_bytes: (settings, encoder's width, decoder's width,
-        embeddings in, bytes of an element) -> what autograd keeps.
+        embeddings in, bytes of an element) -> what autograd keeps, with the embeddings themselves if it keeps those.
     build: (settings, encoder's width, decoder's width) -> a module, values not yet set, called with the encoder's
         embeddings [X, E] of whole runs and their int64 length_S; it returns [sum of length(length_S), D].
     reads: None for embeddings of the stream. Otherwise an item is one placeholder in the stream, and what this says

@@ -25,6 +25,8 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False)
+        what = "module that adds encoders, connectors, objectives and the like; may be given several times"
+        self.add_argument("--plugin", action="append", metavar="MODULE", help=what)  # `cli.run_command` takes it out
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)

@@ -44,6 +44,8 @@ class EncoderSpec(Generic[Settings]):
         autograd keeps of so many inputs in one forward. largest_item, longest_item: inputs of the largest item that is
         common (a whole image), and of the largest that there can be (a clip of as many frames as are read).
     build: the module, values not yet set; see `Built`.
+    grids: (settings, count) -> about so many grids of one item, from small to large, to measure what encoding costs;
+        None for items of one axis, up to `longest_item`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class EncoderSpec(Generic[Settings]):
     largest_item: Callable[[Settings], int]
     longest_item: Callable[[Settings], int]
     build: Callable[[Settings], nn.Module]
+    grids: Callable[[Settings, int], list[tuple[int, int, int]]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

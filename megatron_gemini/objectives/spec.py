@@ -14,6 +14,7 @@ from megatron_gemini.contracts import RowFormat
 if TYPE_CHECKING:
     import torch
 
+    from megatron_gemini.config.model import ModelConfig
     from megatron_gemini.config.run import RunConfig
     from megatron_gemini.objectives.base import Objective
     from megatron_gemini.parallel.topology import Topology
@@ -29,8 +30,8 @@ class ObjectiveSpec(Generic[Settings]):
     rows: settings -> what it wants of packed rows; None for one that does not train on packed rows.
     per_step: (setting's name, its value) of a global step's size, which the data-parallel ranks share.
     data_parallel_only: its model is small, and is whole on every rank.
-    loss_bytes: (settings, tokens of a row, tokens' width in bytes) -> what its loss keeps beside the head's, for the
-        planner.
+    loss_bytes: (settings, model, tokens of a row on a context rank, bytes of an element) -> what autograd keeps of one
+        row for its loss, beside the final norm and a head with the next token's loss; for the planner.
     build: the half above the engine.
     """
 
@@ -40,4 +41,4 @@ class ObjectiveSpec(Generic[Settings]):
     per_step: Callable[[RunConfig], tuple[str, int]]
     build: Callable[[RunConfig, Topology, torch.device], Objective]
     data_parallel_only: bool = False
-    loss_bytes: Callable[[Settings, int, int], float] = lambda section, tokens, element: 0.0
+    loss_bytes: Callable[[Settings, ModelConfig, int, int], float] = lambda section, model, tokens, element: 0.0

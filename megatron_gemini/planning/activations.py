@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.planning.parameters import key_heads_read
+from megatron_gemini.planning.parameters import key_heads_read, reading_layers
 from megatron_gemini.registry import CONNECTORS, ENCODERS
 
 FP32 = 4
@@ -110,13 +110,29 @@ def loss_buffers(model: ModelConfig, rows: int, share: RowShare) -> float:
 
 
 def encoder_saved(config: RunConfig, name: str, inputs: int, element: int) -> float:
-    """Bytes that an encoder and its connector keep of `inputs` in one forward with a graph; 0 if both are frozen.
+    """Bytes that an encoder keeps of `inputs` in one forward with a graph; 0 if it is frozen."""
+    section = config.encoders[name]
+    return 0.0 if section.frozen else ENCODERS.get(name).saved_bytes(section, inputs, element)
 
-    Connectors get about an embedding an input: what convolutions merge is not counted out.
+
+def connector_saved(config: RunConfig, name: str, embeddings: int, element: int) -> float:
+    """Bytes that an encoder's connector keeps of so many of its embeddings, which themselves count.
+
+    A frozen connector of a trained encoder has a graph too: the gradients pass through it.
     """
-    section, encoder = config.encoders[name], ENCODERS.get(name)
-    kept = 0.0 if section.frozen else encoder.saved_bytes(section, inputs, element)
+    section = config.encoders[name]
     if section.frozen and section.connector.frozen:
-        return kept
-    connector, width = CONNECTORS.get(section.connector.kind), encoder.output_width(section)
-    return kept + connector.saved_bytes(section.connector, width, config.model.width, inputs, element)
+        return 0.0
+    spec, width = CONNECTORS.get(section.connector.kind), ENCODERS.get(name).output_width(section)
+    return spec.saved_bytes(section.connector, width, config.model.width, embeddings, element)
+
+
+def reader_saved(config: RunConfig, layers: range, share: RowShare, memory: int) -> float:
+    """Bytes that the readers before these decoder layers keep of one row, each of `memory` embeddings."""
+    kept = 0.0
+    for name, reading in reading_layers(config).items():
+        section, here = config.encoders[name].connector, len(set(layers).intersection(reading))
+        reads = CONNECTORS.get(section.kind).reads
+        if reads is not None:
+            kept += here * reads.saved_bytes(section, config.model, share.stream, memory, share.tensor, share.element)
+    return kept

@@ -93,7 +93,8 @@ def _stages(stages: list[DecoderStage], encoders: list[nn.Module], job: Job, top
         lines.append(f"stage {index}: {what}; {_checked(_count([stage]), plan.parameters, f'stage {index}')}")
     if encoders:
         wanted = sum(job.trained) + sum(job.frozen) + job.frozen_connectors
-        lines.append(f"encoders: {_checked(_count(encoders), wanted, 'the encoders')}, shared by all ranks")
+        checked = _checked(_count(encoders), wanted, "all encoders and connectors together")
+        lines.append(f"encoders and connectors: {checked}, shared by all ranks")
     return lines
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.activations import (
     RowShare,
+    connector_saved,
     encoder_saved,
     layer_recomputed,
     layer_saved,
     loss_buffers,
     loss_saved,
+    reader_saved,
 )
 from megatron_gemini.planning.footprint import Bytes, Footprint
 from megatron_gemini.planning.job import Job
-from megatron_gemini.planning.parameters import Stage, vocabulary_parameters
-from megatron_gemini.planning.zero_state import update_buffers, zero_buffers, zero_state
-from megatron_gemini.registry import ENCODERS
+from megatron_gemini.planning.parameters import Stage, reading_layers, vocabulary_parameters
+from megatron_gemini.planning.zero_state import BUCKET, update_buffers, zero_buffers, zero_state
+from megatron_gemini.registry import ENCODERS, OBJECTIVES
 
 LIBRARIES = 2.0e9
 """Bytes of a GPU that CUDA's context, NCCL's channels and cuBLAS's workspaces take. Assumed, not measured."""
@@ -55,20 +57,26 @@ def rank_footprint(job: Job, pipeline_rank: int) -> Footprint:
 
 
 def _encoder_state(job: Job) -> Footprint:
+    """Of every engine of encoders and connectors, which has all ranks."""
     zero = job.encoder_engines_zero
-    frozen = sum(job.frozen) / (zero.ranks if zero.stage == 3 else 1) + job.frozen_connectors
-    state = Footprint(Bytes(weights=frozen * zero.element))
+    divided = Bytes(weights=sum(job.frozen) * zero.element / (zero.ranks if zero.stage == 3 else 1))
+    state = Footprint(host=divided) if zero.offload_parameters else Footprint(divided)
+    state += Footprint(Bytes(weights=job.frozen_connectors * zero.element))
     for parameters in job.trained:
         state += zero_state(parameters, 0, zero)
     return state
 
 
 def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
-    """What autograd keeps: of the decoder during its passes, of a chunk of the encoders after them."""
+    """What autograd keeps: of the decoder during its passes, of encoders and connectors before and after them."""
     config, share = job.config, RowShare.of(job.config)
     mode, model = config.engine.recompute, config.model
-    layers = sum(len(stage.layers) for stage in stages) * waiting / len(stages)
+    passes = waiting / len(stages)  # of every stage
+    layers = sum(len(stage.layers) for stage in stages) * passes
     kept = layers * layer_saved(model, share, mode) + layer_recomputed(model, share, mode)
+    # Readers stand between the layers: they are not computed again.
+    memory = int(MEDIA * config.data.row_tokens)
+    kept += passes * sum(reader_saved(config, stage.layers, share, memory) for stage in stages)
     host = 0.0
     if config.engine.offload_activations and mode != "none":
         inputs = layer_saved(model, share, "full")
@@ -78,25 +86,44 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
         rows = vocabulary_parameters(model, job.vocabulary, share.tensor) // model.width
         deferred = config.parallel.schedule == "breadth_first"
         alive = job.microbatches if deferred and config.parallel.pipeline > 1 else 1
-        kept += alive * loss_saved(model, rows, share, deferred)
-    encoder, kept_over_the_step = _encoder_activations(job)
-    kept = kept + encoder if kept_over_the_step else max(kept, encoder)
-    if stages[0].first and (job.trained or job.frozen):  # embeddings of the step, and their gradients
-        kept += 2 * MEDIA * job.microbatches * share.stream * model.width * share.element
-    return Footprint(Bytes(activations=kept), Bytes(activations=host))
+        own = OBJECTIVES.get(config.objective.kind).loss_bytes(config.objective, model, share.context, share.element)
+        kept += alive * (loss_saved(model, rows, share, deferred) + own)
+    over_the_step, after = _encoder_activations(job)
+    return Footprint(
+        Bytes(activations=over_the_step + max(kept + _embeddings(job, stages), after)), Bytes(activations=host)
+    )
 
 
-def _encoder_activations(job: Job) -> tuple[float, bool]:
-    """(bytes of the encoders, whether they live as long as the decoder's)."""
+def _embeddings(job: Job, stages: list[Stage]) -> float:
+    """Embeddings of a step's media that a rank's stages place in the stream or read, and their gradients."""
+    config, share = job.config, RowShare.of(job.config)
+    readers, layers = reading_layers(config), {layer for stage in stages for layer in stage.layers}
+    in_stream = stages[0].first and any(not each for each in readers.values())
+    read = any(layers.intersection(each) for each in readers.values())
+    tokens = in_stream * share.stream + read * share.row  # every rank that reads a memory has all of it
+    return 2 * MEDIA * job.microbatches * tokens * config.model.width * share.element
+
+
+def _encoder_activations(job: Job) -> tuple[float, float]:
+    """(bytes of encoders and connectors that live over the step, bytes that their backwards need beside those).
+
+    An encoder works on chunks, connectors on all that a rank has encoded in a step: about an embedding an input, since
+    the data decide what encoders merge. The encoder counts that needs most, as if all media were its own.
+    """
     config, element = job.config, job.zero.element
-    inputs = config.encoder_engines.chunk_tokens
-    if not config.encoder_engines.recompute:
-        inputs = max(inputs, int(MEDIA * config.train.rows_per_step * config.data.row_tokens / job.world))
-    kept = [0.0]
+    chunk, recompute = config.encoder_engines.chunk_tokens, config.encoder_engines.recompute
+    embeddings = int(MEDIA * config.train.rows_per_step * config.data.row_tokens / job.world)
+    over, after = 0.0, 0.0
     for name in config.enabled_encoders:
-        largest = ENCODERS.get(name).largest_item(config.encoders[name])  # an item of more than a chunk is alone
-        kept.append(encoder_saved(config, name, max(inputs, min(largest, config.data.row_tokens)), element))
-    return max(kept), not config.encoder_engines.recompute
+        encoder, section = ENCODERS.get(name), config.encoders[name]
+        largest = min(encoder.largest_item(section), config.data.row_tokens)  # an item of more than a chunk is alone
+        inputs = max(chunk if recompute else max(chunk, embeddings), largest)
+        given = embeddings * encoder.output_width(section) * element  # kept for the connectors, and later its gradient
+        kept = encoder_saved(config, name, inputs, element)
+        connector = max(given, connector_saved(config, name, embeddings, element))
+        over = max(over, given if recompute else kept + connector)
+        after = max(after, max(kept, connector) if recompute else given)
+    return over, after
 
 
 def longest_item(config: RunConfig) -> tuple[str, int, float]:
@@ -119,7 +146,9 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
     breadth_first = job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
     held = max(stage.parameters for stage in stages) if zero.gathers and breadth_first else None
     decoder = [zero_buffers(stage.parameters, stage.largest, zero, held) for stage in stages]
-    encoders = sum(zero_buffers(parameters, 0, job.encoder_engines_zero) for parameters in job.trained)
+    # Engines of encoders and connectors get buckets that are no larger than they are.
+    beside = [(count, min(BUCKET, count)) for count in job.trained]
+    encoders = sum(zero_buffers(count, 0, job.encoder_engines_zero, bucket=bucket) for count, bucket in beside)
     if zero.stage < 3:
         return max(decoder) + encoders
     if held is not None:  # one stage is gathered at a time; every engine has its own bucket

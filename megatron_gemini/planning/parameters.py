@@ -93,13 +93,23 @@ def connector_parameters(config: RunConfig) -> dict[str, int]:
     return found
 
 
-def reader_parameters(config: RunConfig) -> dict[int, int]:
-    """Parameters of what reads connectors' memories, on one tensor-parallel rank, by decoder layer."""
-    found: dict[int, int] = {}
+def reading_layers(config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """By encoder, the decoder layers that read its connector's memory; none where it gives embeddings of the stream."""
+    found: dict[str, tuple[int, ...]] = {}
     for name in config.enabled_encoders:
         section = config.encoders[name].connector
         reads = CONNECTORS.get(section.kind).reads
-        for layer in () if reads is None else reads.layers(section, config.model):
+        found[name] = () if reads is None else reads.layers(section, config.model)
+    return found
+
+
+def reader_parameters(config: RunConfig) -> dict[int, int]:
+    """Parameters of what reads connectors' memories, on one tensor-parallel rank, by decoder layer."""
+    found: dict[int, int] = {}
+    for name, layers in reading_layers(config).items():
+        section = config.encoders[name].connector
+        reads = CONNECTORS.get(section.kind).reads
+        for layer in layers:
             assert reads is not None
             found[layer] = found.get(layer, 0) + reads.parameters(section, config.model, config.parallel.tensor)
     return found

@@ -65,7 +65,7 @@ def _machine(plan: LayoutPlan) -> str:
     job, machine = plan.job, plan.machine
     undivided = dataclasses.replace(job.config, parallel=ParallelConfig())
     decoder = sum(stage.parameters for stage in stages(undivided, job.vocabulary))
-    encoders = sum(job.trained) + sum(job.frozen)
+    encoders = sum(job.trained) + sum(job.frozen) + job.frozen_connectors
     return (
         f"{job.world} {machine.gpu.name} of {show_size(machine.gpu_memory)} ({USABLE:.0%} of it usable), "
         f"{machine.gpus_per_node} a host of {show_size(machine.host_memory)}\n"

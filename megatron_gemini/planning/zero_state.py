@@ -77,18 +77,19 @@ def _partitioned(share: float, plan: ZeroPlan) -> Footprint:
     return Footprint(here + optimizer + Bytes(gradients=share * FP32), there)
 
 
-def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None = None) -> float:
+def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None = None, bucket: int = BUCKET) -> float:
     """Bytes on the GPU while forwards and backwards run: buckets of gradients, and weights that ZeRO-3 has gathered.
 
-    held: elements that a schedule keeps gathered at once, instead of ZeRO-3's own choice.
+    held: elements that a schedule keeps gathered at once, instead of ZeRO-3's own choice. bucket: elements of a bucket;
+    DeepSpeed allocates a whole one, however small the model is.
     """
     if plan.stage < 2:
         return 0.0
     if plan.stage == 2:
-        return min(parameters, max(BUCKET, largest)) * plan.element
-    gathered = min(parameters, max(LIVE, 2 * largest) + BUCKET) if held is None else held
+        return min(parameters, max(bucket, largest)) * plan.element
+    gathered = min(parameters, max(LIVE, 2 * largest) + bucket) if held is None else held
     gathered = gathered if plan.gathers else 0
-    return (max(BUCKET, largest) + gathered) * plan.element
+    return (max(bucket, largest) + gathered) * plan.element
 
 
 def update_buffers(parameters: int, largest: int, plan: ZeroPlan) -> float:

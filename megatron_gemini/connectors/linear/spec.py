@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LinearConnectorConfig(ConnectorConfig):
-    """It has no settings of its own."""
+    """One linear layer, which has no settings of its own."""
 
 
 def build(section: LinearConnectorConfig, width: int, model_width: int) -> nn.Module:

@@ -39,7 +39,7 @@ def saved_bytes(audio: AudioConfig, frames: int, element: int) -> float:
     """Bytes that the audio encoder keeps of `frames` log-mel frames in one forward with a graph."""
     width = audio.width
     block = 20 * width + 4 * audio.mlp_width
-    outputs = audio.layers * block + width
+    outputs = audio.layers * block
     statistics = audio.layers * (12 + audio.heads)
     subsample = 4 * audio.mels + 5 * width
     return frames / 4 * ((outputs + subsample) * element + statistics * FP32)

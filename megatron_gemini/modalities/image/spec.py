@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_gemini.config.encoders import VisionConfig
-from megatron_gemini.modalities.counting import attention, feed_forward, linear
+from megatron_gemini.modalities.counting import attention, feed_forward, linear, spread
 from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec, Picture, Prepared
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def saved_bytes(vision: VisionConfig, patches: int, element: int) -> float:
     """Bytes that the vision encoder keeps of `patches` in one forward with a graph."""
     width = vision.width
     block = 8 * width + 2 * vision.mlp_width
-    ends = vision.patch**2 * CHANNELS + 3 * width
+    ends = vision.patch**2 * CHANNELS + 2 * width
     statistics = vision.layers * (4 + vision.heads) + 2
     return patches * ((vision.layers * block + ends) * element + statistics * FP32)
 
@@ -44,6 +44,11 @@ def saved_bytes(vision: VisionConfig, patches: int, element: int) -> float:
 def image_patches(vision: VisionConfig) -> int:
     """Patches of the largest image."""
     return (vision.max_side // vision.patch) ** 2
+
+
+def grids(vision: VisionConfig, count: int) -> list[tuple[int, int, int]]:
+    """Square images: a clip costs the sum of its frames."""
+    return [(1, side, side) for side in spread(vision.max_side // vision.patch, count)]
 
 
 def build(vision: VisionConfig) -> nn.Module:
@@ -93,6 +98,7 @@ VISION = EncoderSpec(
     largest_item=image_patches,
     longest_item=lambda vision: vision.max_frames * image_patches(vision),
     build=build,
+    grids=grids,
 )
 IMAGE = ModalitySpec(
     name="image",

@@ -19,6 +19,7 @@ from megatron_gemini.config.load import load_config
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
+from megatron_gemini.objectives.image_tokenizer.spec import ImageTokenizerObjectiveConfig
 
 
 def config(zero: int = 1, rows: int = 16, tokens: int = 64, lanes: int = 16, **parallel) -> RunConfig:
@@ -114,12 +115,15 @@ def test_validation_rows_count_where_there_is_a_validation_loss():
 
 
 def test_the_image_tokenizer_is_data_parallel_only():
-    task = RunConfig(train=TrainConfig(task="image_tokenizer", images_per_step=8, rows_per_step=3))
+    objective = ImageTokenizerObjectiveConfig(images_per_step=8)
+    task = RunConfig(objective=objective, train=TrainConfig(rows_per_step=3))
     check_layout(task, 8)
-    with pytest.raises(ValueError, match=r"parallel.tensor is 2; the image tokenizer") as refused:
+    with pytest.raises(
+        ValueError, match=r"parallel.tensor is 2; the model of the objective image_tokenizer"
+    ) as refused:
         check_layout(dataclasses.replace(task, parallel=ParallelConfig(tensor=2)), 8)
     assert "--parallel.tensor 1 (8 data parallel)" in str(refused.value)
-    with pytest.raises(ValueError, match=r"train.images_per_step is 8, which 3 data-parallel ranks"):
+    with pytest.raises(ValueError, match=r"objective.images_per_step is 8, which 3 data-parallel ranks"):
         check_layout(task, 3)
 
 

@@ -8,9 +8,7 @@ import sys
 import pytest
 import torch
 
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
-from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
-from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.load import config_from_dict
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.presets import PRESETS, TEXT_PIECES, preset
@@ -20,13 +18,9 @@ from megatron_gemini.parallel.topology import Topology
 
 def build_on_meta(name: str) -> Gemini:
     values = preset(name)
-    assert set(values) == {"model", "vision", "audio", "image_tokenizer"}
-    config = RunConfig(
-        model=ModelConfig(**values["model"]),
-        vision=VisionConfig(**values["vision"]),
-        audio=AudioConfig(**values["audio"]),
-        image_tokenizer=ImageTokenizerConfig(**values["image_tokenizer"]),
-    )
+    assert set(values) == {"model", "encoders", "image_tokenizer"}
+    assert set(values["encoders"]) == {"vision", "audio"}
+    config = config_from_dict(values)
     layout = TokenLayout(TEXT_PIECES, (("image", config.image_tokenizer.codes),))
     with torch.device("meta"):
         return Gemini(config, layout, LayerFactory(Topology.serial()))

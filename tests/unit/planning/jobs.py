@@ -29,8 +29,7 @@ def job(
     """A job of a small model; engine, encoder_engines and the rest are fields of their sections."""
     config = RunConfig(
         model=MODEL,
-        vision=VisionConfig(enabled=encoders),
-        audio=AudioConfig(enabled=encoders),
+        encoders={"vision": VisionConfig(enabled=encoders), "audio": AudioConfig(enabled=encoders)},
         data=DataConfig(row_tokens=tokens, lanes=rows),
         parallel=ParallelConfig(**parallel),
         engine=EngineConfig(**{"zero_stage": 1, "offload_optimizer": "none", "precision": "bf16", **(engine or {})}),

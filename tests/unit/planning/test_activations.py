@@ -13,20 +13,22 @@ from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.connectors.linear.spec import LINEAR, LinearConnectorConfig
 from megatron_gemini.contracts import Batch, Media, TokenLayout
 from megatron_gemini.modalities.audio.encoder import AudioEncoder
+from megatron_gemini.modalities.audio.spec import AUDIO_ENCODER
 from megatron_gemini.modalities.image.encoder import VisionEncoder
+from megatron_gemini.modalities.image.spec import VISION
+from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.models.stage import DecoderStage, StageInput
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.planning.activations import (
     RowShare,
-    audio_saved,
     layer_recomputed,
     layer_saved,
     loss_saved,
-    vision_saved,
 )
 
 T = 256
@@ -75,7 +77,8 @@ def built(model: ModelConfig, precision: str, recompute: str, schedule: str = "1
         engine=EngineConfig(precision=precision, recompute=recompute),
         parallel=ParallelConfig(schedule=schedule),
     )
-    stage = DecoderStage(config, LAYOUT, LayerFactory(Topology.serial()))
+    loss = NextTokenLoss(len(LAYOUT.targets), z_loss=1e-4, deferred=schedule == "breadth_first")
+    stage = DecoderStage(config, LAYOUT, LayerFactory(Topology.serial()), loss=loss)
     initialize(stage, 0)
     return stage.to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
@@ -108,20 +111,31 @@ def test_recomputing_a_layer_makes_what_was_not_kept(recompute):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_vision_encoder_keeps_what_the_formula_says(dtype):
     vision, patches = VisionConfig(width=64, layers=3, heads=4, mlp_width=160, patch=4), 16 * 16
-    encoder = VisionEncoder(vision, 96)
+    encoder = VisionEncoder(vision)
     initialize(encoder, 0)
     encoder.to(dtype)
     media = Media(torch.ones(patches, 48), torch.tensor([[1, 16, 16]]), torch.zeros(1), torch.arange(patches))
     found = saved_bytes(encoder, lambda: encoder(media))
-    assert vision_saved(vision, patches, dtype.itemsize) == pytest.approx(found, rel=0.05)
+    assert VISION.saved_bytes(vision, patches, dtype.itemsize) == pytest.approx(found, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_audio_encoder_keeps_what_the_formula_says(dtype):
     audio, frames = AudioConfig(width=64, layers=3, heads=4, mlp_width=160, mels=32), 800
-    encoder = AudioEncoder(audio, 96)
+    encoder = AudioEncoder(audio)
     initialize(encoder, 0)
     encoder.to(dtype)
     media = Media(torch.ones(frames, 32), torch.tensor([[frames, 1, 1]]), torch.zeros(1), torch.arange(frames // 4))
     found = saved_bytes(encoder, lambda: encoder(media))
-    assert audio_saved(audio, frames, dtype.itemsize) == pytest.approx(found, rel=0.05)
+    assert AUDIO_ENCODER.saved_bytes(audio, frames, dtype.itemsize) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_linear_connector_keeps_what_the_formula_says(dtype):
+    section, embeddings = LinearConnectorConfig(), 100
+    connector = LINEAR.build(section, 64, 96)
+    initialize(connector, 0)
+    connector.to(dtype)
+    e_XE = torch.ones(embeddings, 64, dtype=dtype, requires_grad=True)
+    found = saved_bytes(connector, lambda: connector(e_XE, torch.tensor([embeddings])))
+    assert LINEAR.saved_bytes(section, 64, 96, embeddings, dtype.itemsize) == found

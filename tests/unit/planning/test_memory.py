@@ -98,8 +98,12 @@ def test_frozen_encoders_have_weights_only():
         trained,
         config=dataclasses.replace(
             config,
-            vision=dataclasses.replace(config.vision, frozen=True),
-            audio=dataclasses.replace(config.audio, frozen=True),
+            encoders={
+                name: dataclasses.replace(
+                    section, frozen=True, connector=dataclasses.replace(section.connector, frozen=True)
+                )
+                for name, section in config.encoders.items()
+            },
         ),
     )
     bare = rank_footprint(job(2, encoders=False), 0).gpu

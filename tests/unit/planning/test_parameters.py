@@ -19,7 +19,7 @@ from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.presets import PRESETS, TEXT_PIECES
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
-from megatron_gemini.planning.parameters import encoder_parameters, stages
+from megatron_gemini.planning.parameters import connector_parameters, encoder_parameters, stages
 
 
 def built(config: RunConfig, layout: TokenLayout) -> Gemini:
@@ -37,6 +37,7 @@ def check(config: RunConfig, layout: TokenLayout) -> None:
     assert stage.parameters == count(model.decoder)
     assert stage.largest == max(parameter.numel() for parameter in model.decoder.parameters())
     assert encoder_parameters(config) == {name: count(encoder) for name, encoder in model.encoders.items()}
+    assert connector_parameters(config) == {name: count(connector) for name, connector in model.connectors.items()}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -61,18 +62,24 @@ def test_any_model_is_counted_exactly(data):
             qk_norm=data.draw(st.booleans()),
             tie_embeddings=data.draw(st.booleans()),
         ),
-        vision=VisionConfig(
-            enabled=data.draw(st.booleans()), width=width, layers=data.draw(small), heads=2, mlp_width=data.draw(small)
-        ),
-        audio=AudioConfig(
-            enabled=data.draw(st.booleans()),
-            width=width,
-            layers=data.draw(small),
-            heads=2,
-            mlp_width=data.draw(small),
-            kernel=data.draw(st.sampled_from([1, 3, 5])),
-            mels=data.draw(small),
-        ),
+        encoders={
+            "vision": VisionConfig(
+                enabled=data.draw(st.booleans()),
+                width=width,
+                layers=data.draw(small),
+                heads=2,
+                mlp_width=data.draw(small),
+            ),
+            "audio": AudioConfig(
+                enabled=data.draw(st.booleans()),
+                width=width,
+                layers=data.draw(small),
+                heads=2,
+                mlp_width=data.draw(small),
+                kernel=data.draw(st.sampled_from([1, 3, 5])),
+                mels=data.draw(small),
+            ),
+        },
     )
     check(config, TokenLayout(data.draw(small), (("image", data.draw(small)),)))
 

@@ -58,8 +58,8 @@ def test_a_clip_that_would_not_fit_is_warned_of(capsys):
     long_rows = ["plan", "--preset", "8b", "--data.row_tokens", "131072", "--train.rows_per_step", "8", "--gpus", "32"]
     arguments = [*long_rows, "--data.lanes", "8", "--engine.precision", "bf16"]
     assert cli.main(arguments) == 0
-    assert "mind: a clip of 131,072 patches" in capsys.readouterr().out
-    assert cli.main([*arguments, "--vision.max_frames", "4"]) == 0
+    assert "mind: an item of 131,072 inputs, which the limits of encoders.vision allow" in capsys.readouterr().out
+    assert cli.main([*arguments, "--encoders.vision.max_frames", "4"]) == 0
     assert "mind:" not in capsys.readouterr().out
 
 
@@ -79,7 +79,7 @@ def test_where_nothing_fits_the_table_says_by_how_much_and_the_status_is_2(capsy
         (["--gpus", "8", "--gpu", "v100"], "invalid choice: 'v100'"),
         (["--gpus", "8", "--modle.width", "3"], "--modle.width is no setting; did you mean --model.width?"),
         (["--gpus", "8", "--out", "plan.json"], "--out is 'plan.json'; name a .yaml file"),
-        (["--gpus", "8", "--train.task", "image_tokenizer"], "train.task is image_tokenizer"),
+        (["--gpus", "8", "--objective.kind", "image_tokenizer"], "objective.kind is image_tokenizer"),
         (["--gpus", "7", "--train.rows_per_step", "3", "--data.lanes", "3"], "no layout of 7 GPUs is legal"),
         (["--dry_run_rank", "3"], "--dry_run_rank and --world belong together"),
         (["--dry_run_rank", "8", "--world", "8"], "--dry_run_rank is 8; a world of 8 has 0 to 7"),

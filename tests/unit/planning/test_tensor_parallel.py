@@ -20,6 +20,7 @@ from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.models.stage import DecoderStage, LossOutput, StageInput
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
@@ -76,7 +77,8 @@ def run_of(model: ModelConfig, parallel: ParallelConfig, recompute: str = "none"
 
 
 def built(config: RunConfig, groups: dict[int, dist.ProcessGroup]) -> DecoderStage:
-    stage = DecoderStage(config, LAYOUT, LayerFactory(topology_of(config.parallel, groups)))
+    layers = LayerFactory(topology_of(config.parallel, groups))
+    stage = DecoderStage(config, LAYOUT, layers, loss=NextTokenLoss(len(LAYOUT.targets), z_loss=1e-4))
     initialize(stage, 0)
     return stage
 
