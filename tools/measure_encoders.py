@@ -1,7 +1,7 @@
 """Measures what encoding an item costs on this machine, by its size, and prints the constants for a configuration.
 
     python tools/measure_encoders.py --config run.yaml
-    python tools/measure_encoders.py --config run.yaml --vision.max_side 448      # any setting can be changed
+    python tools/measure_encoders.py --config run.yaml --encoders.vision.max_side 448      # any setting can be changed
 
 An encoder's forward, recomputation and backward (a frozen one's forward) run on full chunks of equal items, of several
 sizes up to the largest that the configuration allows. The cost a n^2 + b n + c of one item is fitted to the time of a
@@ -25,11 +25,12 @@ import yaml
 from megatron_gemini.config.encoders import CostConfig
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import VISION, Media
-from megatron_gemini.modalities.audio.preprocess import HOP, SAMPLE_RATE
-from megatron_gemini.models.encoders import build_encoder, enabled, input_width, is_frozen, output_counts
+from megatron_gemini.contracts import Media
+from megatron_gemini.modalities.spec import Grid
+from megatron_gemini.models.encoders import build_encoder, input_width, is_frozen, run_lengths
 from megatron_gemini.models.presets import preset
 from megatron_gemini.parallel.parameters import initialize
+from megatron_gemini.registry import ENCODERS
 
 SIZES = 6  # of items, spread evenly in their side or length
 
@@ -48,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"measure_encoders: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(f"# microseconds an item on {_name(device)}, torch {torch.__version__}, {config.engine.precision}")
-    print("encoder_engines:")
-    for encoder in enabled(config):
+    print("encoders:")
+    for encoder in config.enabled_encoders:
         sizes, seconds = measure(config, encoder, device, options.repeats)
         cost, off = fit(sizes, [1e6 * each for each in seconds])
         rounded = {name: float(f"{value:.4g}") for name, value in dataclasses.asdict(cost).items()}
         values = yaml.safe_dump(rounded, default_flow_style=True, sort_keys=False).strip()
-        print(f"  {encoder}_cost: {values}  # n = {sizes[0]} to {sizes[-1]}, off by at most {off:.0%}", flush=True)
+        print(f"  {encoder}: {{cost: {values}}}  # n = {sizes[0]} to {sizes[-1]}, off by at most {off:.0%}", flush=True)
     return 0
 
 
@@ -78,23 +79,21 @@ def measure(config: RunConfig, encoder: str, device: torch.device, repeats: int)
     for _ in range(repeats + 1):
         for media, found in zip(chunks, times, strict=True):
             found.append(_seconds(lambda media=media: step(media), device) / media.items)  # type: ignore[misc]
-    sizes = [int(output_counts(encoder, media.grid_I3[:1].cpu().numpy())[0]) for media in chunks]
+    sizes = [int(run_lengths(encoder, media.grid_I3[:1].cpu().numpy())[0]) for media in chunks]
     return sizes, [statistics.median(found[1:]) for found in times]  # the first one warms up
 
 
-def grids(config: RunConfig, encoder: str) -> list[tuple[int, int, int]]:
-    """Items to measure, in the terms of `contracts.Media`: square images, or clips of sound."""
-    if encoder == "vision":
-        largest = config.vision.max_side // config.vision.patch
-        return [(1, side, side) for side in _spread(largest)]
-    return [(frames, 1, 1) for frames in _spread(int(config.audio.max_seconds * SAMPLE_RATE / HOP))]
+def grids(config: RunConfig, encoder: str) -> list[Grid]:
+    """Items to measure, in the terms of `contracts.Media`, the smallest first."""
+    spec, section = ENCODERS.get(encoder), config.encoders[encoder]
+    shares = [step / SIZES for step in range(1, SIZES + 1)]
+    if spec.single_grid is not None:
+        return sorted({spec.single_grid(section, share) for share in shares})
+    longest = spec.longest_item(section)
+    return [(inputs, 1, 1) for inputs in sorted({max(1, round(longest * share)) for share in shares})]
 
 
-def _spread(largest: int) -> list[int]:
-    return sorted({max(1, round(largest * step / SIZES)) for step in range(1, SIZES + 1)})
-
-
-def _chunk(config: RunConfig, encoder: str, grid: tuple[int, int, int], device: torch.device) -> Media:
+def _chunk(config: RunConfig, encoder: str, grid: Grid, device: torch.device) -> Media:
     """As many equal items as one forward takes."""
     inputs = grid[0] * grid[1] * grid[2]
     items = max(1, config.encoder_engines.chunk_tokens // inputs)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 RawItem = TypeVar("RawItem")
+Grid: TypeAlias = tuple[int, int, int]
+"""Sizes of an item, whose product is its number of inputs; see `contracts.Media`."""
 
 
 class Built(Protocol):
@@ -44,6 +46,8 @@ class EncoderSpec(Generic[Settings]):
         autograd keeps of so many inputs in one forward. largest_item, longest_item: inputs of the largest item that is
         common (a whole image), and of the largest that there can be (a clip of as many frames as are read).
     build: the module, values not yet set; see `Built`.
+    single_grid: (settings, share of the largest side or length, above 0 and at most 1) -> the grid of an item of one run,
+        to measure what items cost; None for encoders whose grid is (inputs, 1, 1).
     """
 
     name: str
@@ -56,6 +60,7 @@ class EncoderSpec(Generic[Settings]):
     largest_item: Callable[[Settings], int]
     longest_item: Callable[[Settings], int]
     build: Callable[[Settings], nn.Module]
+    single_grid: Callable[[Settings, float], Grid] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +68,7 @@ class Prepared:
     """An item as its encoder takes it. values_PC: float32; grid, seconds: as in `contracts.Media`, of one item."""
 
     values_PC: torch.Tensor
-    grid: tuple[int, int, int]
+    grid: Grid
     seconds: float = 0.0
 
 

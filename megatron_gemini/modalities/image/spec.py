@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.modalities.counting import attention, feed_forward, linear
-from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec, Picture, Prepared
+from megatron_gemini.modalities.spec import EncoderSpec, Grid, ModalitySpec, Picture, Prepared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,6 +44,12 @@ def saved_bytes(vision: VisionConfig, patches: int, element: int) -> float:
 def image_patches(vision: VisionConfig) -> int:
     """Patches of the largest image."""
     return (vision.max_side // vision.patch) ** 2
+
+
+def single_grid(vision: VisionConfig, share: float) -> Grid:
+    """A square image."""
+    side = max(1, round(vision.max_side // vision.patch * share))
+    return 1, side, side
 
 
 def build(vision: VisionConfig) -> nn.Module:
@@ -93,6 +99,7 @@ VISION = EncoderSpec(
     largest_item=image_patches,
     longest_item=lambda vision: vision.max_frames * image_patches(vision),
     build=build,
+    single_grid=single_grid,
 )
 IMAGE = ModalitySpec(
     name="image",

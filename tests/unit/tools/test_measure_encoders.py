@@ -50,20 +50,19 @@ def test_the_largest_items_are_those_that_the_configuration_allows():
 def test_what_is_printed_is_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = "layers: 1, width: 16, heads: 2, mlp_width: 24"
     config = tmp_path / "run.yaml"
-    config.write_text(
-        f"vision: {{{small}, max_side: 16}}\naudio: {{{small}, mels: 8, max_seconds: 0.5, frozen: true}}\n"
-    )
+    sections = [f"vision: {{{small}, max_side: 16}}", f"audio: {{{small}, mels: 8, max_seconds: 0.5, frozen: true}}"]
+    config.write_text(f"encoders: {{{', '.join(sections)}}}")
     assert main(["--config", str(config), "--repeats", "1", "--encoder_engines.chunk_tokens", "64"]) == 0
     printed = capsys.readouterr().out
-    costs = yaml.safe_load(printed)["encoder_engines"]
-    config.write_text(config.read_text() + printed)
-    encoder_engines = load_config(["--config", str(config)]).encoder_engines
-    assert encoder_engines.vision_cost.linear == costs["vision_cost"]["linear"]
-    assert sum(costs["audio_cost"].values()) > 0
+    costs = yaml.safe_load(printed)["encoders"]
+    config.write_text(printed)
+    vision = load_config(["--config", str(config)]).encoders["vision"]
+    assert vision.cost.linear == costs["vision"]["cost"]["linear"]
+    assert sum(costs["audio"]["cost"].values()) > 0
 
 
 def test_a_mistake_in_the_settings_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("vision: {patch: 0}\n")
+    config.write_text("encoders: {vision: {patch: 0}}\n")
     assert main(["--config", str(config)]) == 2
-    assert "vision.patch is 0" in capsys.readouterr().err
+    assert "encoders.vision.patch is 0" in capsys.readouterr().err
