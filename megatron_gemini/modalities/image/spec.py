@@ -117,7 +117,7 @@ VISION = EncoderSpec(
     build=build,
     single_grid=single_grid,
 )
-IMAGE = ModalitySpec(
+IMAGE: ModalitySpec[VisionConfig, Image] = ModalitySpec(
     name="image",
     encoder="vision",
     control="image",
