@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.modalities.counting import attention, feed_forward, linear, spread
-from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec, Picture, Prepared
+from megatron_gemini.modalities.image.operations import crop, resize
+from megatron_gemini.modalities.spec import CodesSpec, EncoderSpec, ItemOperation, ModalitySpec, Picture, Prepared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +65,13 @@ def decode(data: bytes, vision: VisionConfig) -> Image:
     return Image(decode_image(data, shrink_to=vision.max_side))
 
 
+def sizes(data: bytes) -> dict[str, float]:
+    from megatron_gemini.modalities.image.preprocess import decode_image
+
+    height, width = decode_image(data).shape[:2]
+    return {"image width": width, "image height": height}
+
+
 def prepare(image: Image, vision: VisionConfig) -> Prepared:
     """The image fitted to the patch grid and cut into patches."""
     return prepare_frames(image.pixels_HW3[None], 0.0, vision)
@@ -100,7 +108,7 @@ VISION = EncoderSpec(
     build=build,
     grids=grids,
 )
-IMAGE = ModalitySpec(
+IMAGE: ModalitySpec[VisionConfig, Image] = ModalitySpec(
     name="image",
     encoder="vision",
     control="image",
@@ -109,4 +117,16 @@ IMAGE = ModalitySpec(
     decode=decode,
     prepare=prepare,
     picture=picture,
+    sizes=sizes,
+    operations={"resize": ItemOperation(resize), "crop": ItemOperation(crop, random=True)},
+    codes=CodesSpec(
+        field="codes",
+        members=("codes.json", "codes"),
+        size=lambda config: config.image_tokenizer.codes,
+        length=lambda config: config.image_tokenizer.codes_per_image,
+        setting="image_tokenizer.codes",
+        begin="image_begin",
+        end="image_end",
+        made_by="tools/encode_images.py",
+    ),
 )

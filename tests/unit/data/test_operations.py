@@ -7,29 +7,31 @@ from hypothesis import strategies as st
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
-from megatron_gemini.data.operations.media import size_within
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.data.operations.make import make_operation
 from megatron_gemini.data.operations.pipeline import USUAL_OPERATIONS, OperationPipeline
-from megatron_gemini.data.operations.registry import Setting, make_operation
+from megatron_gemini.data.operations.spec import Sample, Setting
+from megatron_gemini.data.random_stream import random_stream
 from megatron_gemini.data.samples.decode import SampleDecoder
-from megatron_gemini.data.samples.document import EncoderInput, Text, Turn
+from megatron_gemini.data.samples.items import EncoderInput, Text, Turn
+from megatron_gemini.data.samples.spec import Fields
+from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.modalities.audio.item import Audio
 from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.image.operations import size_within
 from megatron_gemini.modalities.video.item import Video
-from megatron_gemini.data.samples.tasks import random_stream
-from megatron_gemini.data.sources.schema import Schema
-from tests.tiny_shards import "audio", IMAGE_TOKENIZER, LAYOUT, "vision", Characters, chat, png, sample
+from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, LAYOUT, VISION, Characters, chat, png, sample
 
 
-def setting(task="caption", vision="vision", audio="audio", **source):
+def setting(task="caption", vision=VISION, audio=AUDIO, **source):
     schema = Schema.of(SourceConfig(shards="x", task=task, **source))
-    return Setting(
-        task, SampleDecoder(vision, audio, IMAGE_TOKENIZER), schema, LAYOUT, Characters(), caption_dropout=0.5
-    )
+    config = RunConfig(encoders={"vision": vision, "audio": audio}, image_tokenizer=IMAGE_TOKENIZER)
+    return Setting(SampleDecoder(config), schema, LAYOUT, Characters(), caption_dropout=0.5)
 
 
 def apply(text, given, seed=0, **settings):
     operation, _ = make_operation(text, setting(**settings))
-    return operation(given, random_stream(seed))
+    return operation(Sample("k", fields=Fields(given)), random_stream(seed)).fields
 
 
 def pixels(*shape):
@@ -103,7 +105,7 @@ def test_speed_changes_length_and_pitch_together_and_keeps_the_limit(seconds, se
     faster = apply("speed(slowest=0.8, fastest=1.25)", {"audio": Audio(wave)}, seed)["audio"].wave
     ratio = len(wave) / len(faster)
     assert 0.79 < ratio < 1.26
-    assert len(faster) <= 16_000 * "audio".max_seconds + 1
+    assert len(faster) <= 16_000 * AUDIO.max_seconds + 1
     pitch = np.abs(np.fft.rfft(faster, 1 << 17)).argmax() * 16_000 / (1 << 17)
     assert pitch == pytest.approx(400 * ratio, rel=0.02)
 
@@ -111,7 +113,7 @@ def test_speed_changes_length_and_pitch_together_and_keeps_the_limit(seconds, se
 def test_media_are_changed_wherever_they_stand_and_once():
     image = Image(pixels(20, 20))
     given = {"image": image, "items": [Text("a"), image], "messages": [Turn(True, [image, Text("b")])]}
-    changed = apply("patches", given)
+    changed = apply("prepare", given)
     assert isinstance(changed["image"], EncoderInput)
     assert changed["items"][1] is changed["image"] is changed["messages"][0].items[0]
     assert changed["items"][0] is given["items"][0]
@@ -129,7 +131,7 @@ def test_a_caption_is_chosen_from_all_there_are():
 
 def document(task, members, operations=(), seed=0, **source):
     pipeline = OperationPipeline(operations, setting(task, **source))
-    fixed = pipeline.fixed({"key": "k", "members": members})
+    fixed = pipeline.fixed(Sample("k", members))
     return pipeline.document(fixed, random_stream(seed))
 
 
@@ -139,17 +141,17 @@ def test_a_list_of_the_users_own_replaces_the_usual_one():
     assert len(usual.media[0].values_PC) == 2  # 8 x 4 pixels
     wide = document("caption", members, USUAL_OPERATIONS)
     assert (usual.token_L == wide.token_L).all()
-    one = document("caption", members, ("decode", "resize(tokens=1)", "patches", "format", "tokenize"))
+    one = document("caption", members, ("decode", "resize(tokens=1)", "prepare", "format", "tokenize"))
     assert len(one.media[0].values_PC) == 1
     empty = document("generate", sample(3), ("decode", "format(caption_dropout=1)", "tokenize"))
     assert empty.token_L.tolist()[:3] == [LAYOUT.control(name) for name in ("bos", "user", "model")]
 
 
 def test_only_what_stands_before_the_first_random_operation_is_fixed():
-    operations = ("decode", "crop(smallest=0.2)", "patches", "format", "tokenize")
+    operations = ("decode", "crop(smallest=0.2)", "prepare", "format", "tokenize")
     pipeline = OperationPipeline(operations, setting())
-    fixed = pipeline.fixed({"key": "k", "members": {**sample(3), "png": png(0, 30, 30)}})
-    assert isinstance(fixed["image"], Image)
+    fixed = pipeline.fixed(Sample("k", {**sample(3), "png": png(0, 30, 30)}))
+    assert isinstance(fixed.fields["image"], Image)
     first, again, other = (pipeline.document(fixed, random_stream(seed)) for seed in (0, 0, 1))
     assert (first.media[0].values_PC == again.media[0].values_PC).all()
     assert (
