@@ -12,8 +12,8 @@ from megatron_gemini.config.schema import Chosen, Named, Section, kinds
 
 _DESCRIPTION = """Train a model. Values come from the defaults, a preset, the file and the options, each over the last.
 
-Lists of sections (data.sources, data.validation, data.curriculum) are written in the file; --data.sources.0.weight
-changes an item."""
+Lists of sections (data.sources, data.validation, data.curriculum, init_from) are written in the file;
+--data.sources.0.weight changes an item."""
 Settings = TypeVar("Settings")
 _CHECKED = {"__post_init__": lambda self: None}
 """Of a class whose values have been checked."""
