@@ -62,11 +62,11 @@ def main(argv: list[str]) -> int:
 
 def training_sources(loaded: Loaded) -> list[SourceConfig]:
     """What the model and its image tokenizer were trained on."""
-    from megatron_gemini.config.load import read_config
+    from megatron_gemini.checkpoint.extensions import read_checkpoint_config
 
     sources = list(loaded.config.data.sources)
-    tokenizer = loaded.directory / "image_tokenizer" / "config.yaml"
-    return sources + (list(read_config(tokenizer).data.sources) if tokenizer.is_file() else [])
+    tokenizer = loaded.directory / "image_tokenizer"
+    return sources + (list(read_checkpoint_config(tokenizer).data.sources) if tokenizer.is_dir() else [])
 
 
 def complete(results: Results, loaded: Loaded, settings: EvaluationSettings, runs: Sequence[str]) -> dict[str, Any]:

@@ -5,19 +5,18 @@ Everything is read as safetensors, YAML, JSON or SentencePiece; nothing in a che
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from megatron_gemini.checkpoint.directory import resolve, verify
+from megatron_gemini.checkpoint.extensions import Extensions, read_checkpoint_config
 from megatron_gemini.checkpoint.pieces import PieceReader
-from megatron_gemini.config.load import dump_config, read_config
+from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, WholeReader
+from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import IMAGE, TokenLayout
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
@@ -27,7 +26,6 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
 SHOWN = 3  # mismatches that a message names
-WEIGHTS = "model.safetensors"  # whole weights by name, for inference only
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,12 @@ def load_for_inference(path: str | Path) -> Loaded:
     """The model of a step directory or of a run directory (its newest complete checkpoint).
 
     Raises ValueError, in one line, for a path without a complete checkpoint, a file whose hash differs from the
-    index, a configuration that does not fit, or parameters of other names or shapes than the configuration's.
+    index, a plugin that is not loaded, a control token that stands for another modality now, a configuration that does
+    not fit, or parameters of other names or shapes than the configuration's.
     """
     directory = resolve(Path(path))
     verify(directory)
-    config = read_config(directory / "config.yaml")
+    config = read_checkpoint_config(directory)
     text_tokenizer = TextTokenizer(directory / "text.model")
     layout = TokenLayout(text_tokenizer.size, ((IMAGE, config.image_tokenizer.codes),))
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
@@ -62,7 +61,8 @@ def load_for_inference(path: str | Path) -> Loaded:
     tokenizer = load_image_tokenizer(directory / "image_tokenizer") if config.image_tokenizer.codes else None
     if tokenizer is not None and tokenizer.config.codes != config.image_tokenizer.codes:
         raise ValueError(
-            f"{directory}: the image tokenizer has {tokenizer.config.codes} codes, the model {config.image_tokenizer.codes}"
+            f"{directory}: the image tokenizer has {tokenizer.config.codes} codes, "
+            f"the model {config.image_tokenizer.codes}"
         )
     return Loaded(config, model.eval(), layout, text_tokenizer, tokenizer, directory)
 
@@ -74,7 +74,7 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
     carries its tokenizer. Raises ValueError as `load_for_inference`.
     """
     directory, reader = _tokenizer_reader(Path(path))
-    tokenizer = ImageTokenizer(read_config(directory / "config.yaml").image_tokenizer)
+    tokenizer = ImageTokenizer(read_checkpoint_config(directory).image_tokenizer)
     fill(tokenizer, reader, directory)
     return tokenizer.eval()
 
@@ -91,41 +91,12 @@ def _tokenizer_reader(path: Path) -> tuple[Path, WeightReader]:
 
 
 def save_weights(module: nn.Module, config: RunConfig, directory: Path) -> None:
-    """Writes whole float32 weights and the configuration: all that inference needs, and nothing of the optimizer."""
+    """Writes whole float32 weights, the configuration and the names in force: all that inference needs."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in module.named_parameters()}
     save_file(tensors, directory / WEIGHTS)
+    Extensions.of(config).write(directory)
     (directory / "config.yaml").write_text(dump_config(config))
-
-
-class WeightReader(Protocol):
-    """Whole parameters by name."""
-
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]: ...
-
-
-class WholeReader:
-    """Parameters of one safetensors file. Raises ValueError that names the file where it is damaged."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-
-    def names(self) -> list[str]:
-        return sorted(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name in self.names():
-            yield name, self._file.get_tensor(name)
 
 
 @torch.no_grad()
@@ -144,5 +115,5 @@ def fill(module: nn.Module, reader: WeightReader, directory: Path) -> None:
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ValueError(f"{directory} does not fit its own config.yaml: {'; '.join(sorted(wrong)[:SHOWN])}{more}")
-    for name, tensor in reader.weights():
-        wanted[name].copy_(tensor)
+    for name, parameter in wanted.items():
+        parameter.copy_(reader.weight(name))

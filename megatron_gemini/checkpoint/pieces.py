@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,10 +91,9 @@ class PieceReader:
             )
         return whole
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, float32 tensor) of every parameter."""
-        for name in self.names():
-            yield name, self.read(WEIGHT, name)
+    def weight(self, name: str) -> torch.Tensor:
+        """float32[global shape], the weights alone."""
+        return self.read(WEIGHT, name)
 
     def _shard(self, kind: str, name: str, entries: list[tuple[Path, Piece]]) -> torch.Tensor:
         shape = entries[0][1].shard_shape

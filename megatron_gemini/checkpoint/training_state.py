@@ -14,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import directory as layout
+from megatron_gemini.checkpoint.extensions import Extensions, check_resumable
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, cut
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.internals.fragments import Fragment
@@ -74,6 +75,7 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
             "optimizer_steps": progress.optimizer_steps,
         }
         layout.write_text(temporary / "state.json", json.dumps(state))
+        Extensions.of(engine.config).write(temporary)
         layout.seal(temporary)
         layout.publish(temporary, final, keep)
     _barrier()
@@ -122,12 +124,13 @@ def _add(target: Path, source: Asset) -> None:
 def load(engine: Engine, directory: Path) -> RunState:
     """Fill the engine from a checkpoint of any layout; returns where the run was.
 
-    Raises `ValueError` that names the parameter and both shapes when the checkpoint is of another model, or the
-    file when it is damaged.
+    Raises `ValueError` that names the parameter and both shapes when the checkpoint is of another model, the file when
+    it is damaged, or the plugin, control token, encoder, connector or objective that is another one now.
     """
     if engine.topology.rank == 0:
         layout.verify(directory)
     _barrier()
+    check_resumable(directory, engine.config)
     reader = PieceReader(directory)
     frozen = [fragment for part in engine.frozen for fragment in part.fragments]
     everything = [fragment for part in engine.parts for fragment in part.fragments] + frozen

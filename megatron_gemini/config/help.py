@@ -23,8 +23,8 @@ from megatron_gemini.config.schema import (
 
 _DESCRIPTION = """Train a model. Values come from the defaults, a preset, the file and the options, each over the last.
 
-Lists of sections (data.sources, data.validation, data.curriculum) are written in the file; --data.sources.0.weight
-changes an item."""
+Lists of sections (data.sources, data.validation, data.curriculum, init_from) are written in the file;
+--data.sources.0.weight changes an item."""
 
 # tyro looks for the source of every class in the file of its module. By default that would be the long types.py, and
 # `--help` took twice the time.

@@ -9,6 +9,7 @@ from typing import Annotated
 from megatron_gemini.config.data import DataConfig
 from megatron_gemini.config.encoders import EncoderConfig, EncoderEnginesConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
+from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.objective import ObjectiveConfig
 from megatron_gemini.config.schema import Chosen, Named
@@ -36,6 +37,8 @@ class RunConfig:
         default_factory=lambda: OBJECTIVES.get("pretrain").section()
     )
     train: TrainConfig = field(default_factory=TrainConfig)
+    init_from: tuple[InitFromConfig, ...] = ()
+    """Weights that a new run begins with; a run that goes on has its own."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     @property

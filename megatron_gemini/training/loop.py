@@ -12,6 +12,7 @@ from typing import Generic
 import torch.distributed as dist
 
 from megatron_gemini.checkpoint import directory, training_state
+from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.engine.engine import StepResult
 from megatron_gemini.engine.synchronize import StepFingerprint, synchronize_step
@@ -40,6 +41,11 @@ class Loop(Generic[Step, Output]):
         if self.resumed_from:
             self.state = training_state.load(self.engine, self.resumed_from)
             objective.load_data_state(self.state.data)
+            self.began = [f"going on from {self.resumed_from}"]
+            if self.config.init_from:
+                self.began += ["init_from was for the beginning of this run, which has weights of its own by now"]
+        else:
+            self.began = initialize(self.engine)
         self.waits: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # (waited for data, seconds) of steps
         self.waits_told = False
         self.saved_at = self.state.step if self.resumed_from else -1
@@ -92,10 +98,8 @@ class Loop(Generic[Step, Output]):
         rank, start = self.objective.topology.rank, self.state.step
         writer = MetricsWriter(self.config, self.objective.run_dir, rank, start)
         progress = Progress(self.config.train.steps, start, rank)
-        for line in self.objective.backends():
+        for line in (*self.objective.backends(), *self.began):
             progress.note(line)
-        if self.resumed_from:
-            progress.note(f"going on from {self.resumed_from}")
         return writer, progress
 
     def count(self, step: Step, outputs: list[Output], result: StepResult, lr: float) -> dict[str, float]:

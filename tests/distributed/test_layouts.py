@@ -249,6 +249,18 @@ def test_a_checkpoint_of_another_layout_goes_on_the_same(world: int, layout: dic
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
+BEGUN = [case for case in CASES if case.values[0] > 2 and "tied" not in case.values[1]]
+
+
+@pytest.mark.parametrize(("world", "layout"), BEGUN)
+def test_weights_of_another_layout_give_the_same_first_loss(world: int, layout: dict, results: Any) -> None:
+    """By `init_from`, of a whole model: from one tensor-parallel rank to several, also into frozen encoders."""
+    (expected, norm), *_ = results(2, {"zero_stage": 3, **CPU})["onward"]
+    ((found, its_norm),) = results(world, layout)["begun"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert "frozen" in layout or its_norm == pytest.approx(norm, rel=1e-5)
+
+
 @pytest.mark.parametrize(("world", "layout"), [case for case in CASES if "recompute" in case.values[1]])
 def test_recomputation_changes_no_bit(world: int, layout: dict, results: Any) -> None:
     kept = {key: value for key, value in layout.items() if key not in AGAIN}

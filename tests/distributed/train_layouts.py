@@ -10,6 +10,7 @@ goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import traceback
@@ -20,7 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import training_state
+from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.checkpoint.pieces import WEIGHT
+from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.engine import engine as engine_module
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
@@ -81,7 +84,7 @@ def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = N
 
 
 def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.device) -> dict[str, Any]:
-    """Train, save, go on; once more from what was saved; and from `elsewhere`."""
+    """Train, save, go on; once more from what was saved; and from `elsewhere`, its state and its weights alone."""
     config, topology = with_layout(**on_disk(layout, out)), topology_of(on_disk(layout, out))
 
     def build() -> MultimodalEngine:
@@ -101,6 +104,11 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
         other = build()
         training_state.load(other, elsewhere)
         result["moved"] = train(other, STEPS, STEPS + MORE)
+    if elsewhere is not None and "tied" not in layout:
+        config = dataclasses.replace(config, init_from=(InitFromConfig(str(elsewhere)),))
+        begun = build()
+        initialize(begun)
+        result["begun"] = train(begun, STEPS, STEPS + 1)
     return result
 
 

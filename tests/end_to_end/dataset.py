@@ -51,8 +51,10 @@ def settings(data: Path, output: Path) -> dict[str, Any]:
     small = {"width": 16, "layers": 1, "heads": 2, "mlp_width": 24}
     return {
         "model": {"width": 32, "layers": 2, "heads": 4, "head_width": 8, "mlp_width": 48},
-        "vision": {**small, "patch": 4, "max_side": 16, "max_frames": 3},
-        "audio": {**small, "mels": 16, "max_seconds": 1.0},
+        "encoders": {
+            "vision": {**small, "patch": 4, "max_side": 16, "max_frames": 3},
+            "audio": {**small, "mels": 16, "max_seconds": 1.0},
+        },
         "image_tokenizer": {**small, "image_size": 8, "codes": CODES},
         "data": {
             "sources": [

@@ -44,6 +44,34 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["--train.output_dir", "{folder}/damaged"],
         r"rank-00000\.safetensors is not what was saved .*; delete .*step-00000004 to go on from step-00000002",
     ),
+    "nothing to begin with": (
+        ["--config", "{folder}/weights.yaml", "--init_from.0.checkpoint", "{folder}/absent"],
+        r"checkpoint .*absent does not exist",
+    ),
+    "damaged beginning": (
+        ["--config", "{folder}/weights.yaml", "--init_from.0.checkpoint", "{folder}/damaged"],
+        r"rank-00000\.safetensors is not what was saved",
+    ),
+    "no such module": (
+        ["--config", "{folder}/weights.yaml", "--init_from.0.module", "encoders.visoin"],
+        r"^init_from\.0 .*: module is encoders\.visoin, and the model has no parameter below it; .* encoders\.vision",
+    ),
+    "no such source": (
+        ["--config", "{folder}/weights.yaml", "--init_from.0.source", "encoders.eye"],
+        r"^init_from\.0 .*: source is encoders\.eye, and .*run has no parameter below it",
+    ),
+    "another shape": (
+        ["--config", "{folder}/weights.yaml", "--encoders.vision.width", "32"],
+        r"^init_from\.0 .*: other shapes: encoders\.vision\.\S+ is \(.*\) there and \(.*\) here",
+    ),
+    "another depth": (
+        ["--config", "{folder}/weights.yaml", "--init_from.0.module", "decoder", "--model.layers", "3"],
+        r"^init_from\.0 .*: the checkpoint lacks decoder\.layers\.2\..* and \d+ more",
+    ),
+    "another vocabulary": (
+        ["--config", "{folder}/weights.yaml", "--init_from.0.module", "decoder", "--image_tokenizer.codes", "16"],
+        r"^init_from\.0 .*: other shapes: decoder\.embedding\.weight .*: the text model, or the number of codes, is",
+    ),
     "no index": (["--train.output_dir", "{folder}/no_index"], r"index\.json is not readable"),
 }
 
@@ -62,6 +90,8 @@ def config(data: Path, folder: Path) -> Path:
 def mistakes(data: Path, config: Path, folder: Path) -> dict[str, Ended]:
     """What every case of `CASES` ended with."""
     write_files(data, folder)
+    beginning = [{"checkpoint": str(folder / "run"), "module": "encoders.vision"}]
+    write_config(folder / "weights.yaml", settings(data, folder / "new") | {"init_from": beginning})
     run = ["--config", config, "--train.output_dir", folder / "run", "--train.steps", 4, "--train.save_every", 2]
     (folder / "first").mkdir()
     (done,) = run_commands([(run, "")], folder / "first")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_gemini.checkpoint.pieces import PieceReader
 from tests.end_to_end.conftest import Ended, run_commands
 from tests.end_to_end.dataset import settings, write_config, write_tar
 
@@ -32,6 +34,8 @@ RUNS: dict[str, tuple[list[Any], str]] = {
     "killed": (["--train.save_every", 2, "--train.steps", 8], "kill_in_second_save"),
     "killed, again": (["--train.save_every", 2, "--train.steps", 8], ""),
     "undisturbed": (["--train.save_every", 2, "--train.steps", 8], ""),
+    "taken": (["--config", "{folder}/taken.yaml"], ""),
+    "taken, again": (["--config", "{folder}/taken.yaml", "--train.steps", 4], ""),
     "anew": (["--train.save_every", 2, "--train.steps", 4], ""),
     "anew, again": (["--train.no_resume", "--train.save_every", 1, "--train.keep", 1], ""),
 }
@@ -48,6 +52,7 @@ def runs(data: Path, folder: Path) -> dict[str, Ended]:
     sections = settings(data, folder / "default")
     config = write_config(folder / "run.yaml", sections)
     write_config(folder / "images.yaml", image_settings(folder))
+    write_config(folder / "taken.yaml", taken_settings(data, folder))
     samples = {f"{number}": {"png": b"no image", "txt": b"one"} for number in range(2)}
     write_tar(folder / "some_bad.tar", samples | good_images(data))
     write_tar(folder / "images.tar", {"bad": {"png": b"no image"}} | good_images(data))
@@ -66,9 +71,19 @@ def image_settings(folder: Path) -> dict[str, Any]:
         "image_tokenizer": {"width": 16, "layers": 1, "heads": 2, "mlp_width": 24, "image_size": 8, "codes": 12},
         "data": {"sources": [{"shards": str(folder / "images.tar")}]},
         "schedule": {"warmup_steps": 1},
-        "train": {"task": "image_tokenizer", "steps": 6, "images_per_step": 12},
+        "objective": {"kind": "image_tokenizer", "images_per_step": 12},
+        "train": {"steps": 6},
         "logging": {"tensorboard": False},
     }
+
+
+def taken_settings(data: Path, folder: Path) -> dict[str, Any]:
+    """The vision encoder of the run "zero 0", frozen, with a new connector to a decoder of another size."""
+    sections = settings(data, folder / "default")
+    sections["model"] |= {"width": 48, "layers": 1}
+    sections["encoders"]["vision"]["frozen"] = True
+    sections["init_from"] = [{"checkpoint": str(folder / "zero 0"), "module": "encoders.vision"}]
+    return sections
 
 
 def good_images(data: Path) -> dict[str, dict[str, bytes]]:
@@ -115,6 +130,18 @@ def test_intervals_are_kept(runs: dict[str, Ended], folder: Path) -> None:
     assert validation == [1, 3, 5]
     assert checkpoints(folder / "often") == ["latest", "step-00000004", "step-00000006"]
     assert json.loads((folder / "often" / "summary.json").read_text())["steps"] == 6
+
+
+def test_a_frozen_encoder_that_was_taken_from_another_run_stays_as_it_was(runs: dict[str, Ended], folder: Path) -> None:
+    steps = [folder / "zero 0" / "checkpoints" / "step-00000003", folder / "taken" / "checkpoints" / "step-00000004"]
+    before, after = (PieceReader(step) for step in steps)
+    vision = [name for name in after.names() if name.startswith("encoders.vision.")]
+    assert vision and all(torch.equal(before.weight(name), after.weight(name)) for name in vision)
+    assert after.shape("connectors.vision.projection.weight") == (48, 16)
+    elements = sum(before.weight(name).numel() for name in vision)
+    assert f"initialized encoders.vision ({elements:,} parameters) from {steps[0]}\n" in runs["taken"].output
+    again = runs["taken, again"].output
+    assert "going on from" in again and "init_from was for the beginning" in again and "initialized" not in again
 
 
 def test_bad_samples_are_counted_and_shown(runs: dict[str, Ended], folder: Path) -> None:

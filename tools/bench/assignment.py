@@ -54,12 +54,12 @@ def measure(data: int, tensor: int, pipeline: int, rows: int, items: int, repeat
         tables = [table(random, rows, items) for _ in range(data)]
         begin = time.process_time()
         plan = make_plan(tables, readers, config, topology, training=True)
-        embedding_routes(plan.items, streams, rows, np.array([True, True]))
+        embedding_routes(plan.items, streams, rows, np.array([True, True]), np.array([True, True]))
         seconds.append(time.process_time() - begin)
     assigned = plan.items
-    names = enumerate(("vision", "audio"))
+    names = enumerate(config.enabled_encoders)
     cost = np.concatenate(
-        [costs(name, plan.grid_I3[assigned.encoder == n], config.encoder_engines) for n, name in names]
+        [costs(name, plan.grid_I3[assigned.encoder == n], config.encoders[name].cost) for n, name in names]
     )
     unassigned = np.bincount(assigned.holder, weights=cost, minlength=topology.world)
     at_home = np.bincount(assigned.home, weights=cost) / tensor
@@ -68,7 +68,7 @@ def measure(data: int, tensor: int, pipeline: int, rows: int, items: int, repeat
         "items": len(assigned.rank),
         "balance": round(plan.balance, 3),
         "balance_at_home": round(float(at_home.max() / (cost.sum() / topology.world)), 3),
-        "balance_undealt": round(float(unassigned.max() / (cost.sum() / topology.world)), 3),
+        "balance_unassigned": round(float(unassigned.max() / (cost.sum() / topology.world)), 3),
         "travel": round(float(np.mean(assigned.rank != assigned.holder)), 3),
         "median_seconds": round(statistics.median(seconds), 4),
     }

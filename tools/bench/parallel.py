@@ -118,8 +118,12 @@ def forward_backward(model: nn.Module, batch: Batch) -> Step:
     return step
 
 
+def next_token_loss(layout: TokenLayout) -> NextTokenLoss:
+    return NextTokenLoss(len(layout.targets), Z_LOSS)
+
+
 def serial_model(config: RunConfig, layout: TokenLayout) -> Gemini:
-    model = Gemini(config, layout, LayerFactory(Topology.serial()), NextTokenLoss(len(layout.targets), Z_LOSS))
+    model = Gemini(config, layout, LayerFactory(Topology.serial()), next_token_loss(layout))
     initialize(model, 0)
     return model
 
@@ -130,7 +134,7 @@ def tensor(pairs: int) -> list[dict[str, Any]]:
     layout = layout_of(8192)
     config = configuration(8, 512, 8, 1024, 8192, tensor=2)
     topology, batch = build_topology(config.parallel, "gloo"), row(1024, layout)
-    tensor_parallel = Gemini(config, layout, LayerFactory(topology), NextTokenLoss(len(layout.targets), Z_LOSS))
+    tensor_parallel = Gemini(config, layout, LayerFactory(topology), next_token_loss(layout))
     initialize(tensor_parallel, 0)
     alone, both = forward_backward(serial_model(config, layout), batch), forward_backward(tensor_parallel, batch)
     seconds: list[list[float]] = []
@@ -193,8 +197,10 @@ def pipeline(pairs: int) -> dict[str, Any]:
     alone = [dist.new_group([rank]) for rank in range(topology.world)][topology.rank]
     own = Topology(world=topology.world, rank=topology.rank, tensor_group=alone, data_group=alone, shard_group=alone)
     single = dataclasses.replace(config, parallel=ParallelConfig())
-    together = engine_step(MultimodalEngine(config, layout, topology, device), batches)
-    apart = engine_step(MultimodalEngine(single, layout, dataclasses.replace(own, world=1), device), batches)
+    together = engine_step(MultimodalEngine(config, layout, topology, device, next_token_loss(layout)), batches)
+    apart = engine_step(
+        MultimodalEngine(single, layout, dataclasses.replace(own, world=1), device, next_token_loss(layout)), batches
+    )
     ours, theirs = [], []
     for number in range(pairs + 1):
         times = []
@@ -215,7 +221,7 @@ def pipeline(pairs: int) -> dict[str, Any]:
 
 def optimizer_step(model: nn.Module, batch: Batch, config: RunConfig) -> Step:
     """Forward, backward, clipping and AdamW in plain torch."""
-    groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
+    groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay, {})
     optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
 
     def step() -> None:
@@ -255,7 +261,7 @@ def fsdp_step(config: RunConfig, layout: TokenLayout, batch: Batch) -> Step:
 
     model = serial_model(config, layout)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay)
+    groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay, {})
     decayed = {name for name, p in model.named_parameters() if any(p is q for q in groups[0]["params"])}
     for layer in model.decoder.layers.values():
         fully_shard(layer, mesh=mesh)
@@ -276,7 +282,7 @@ def fsdp_step(config: RunConfig, layout: TokenLayout, batch: Batch) -> Step:
 
 
 def our_step(config: RunConfig, layout: TokenLayout, batch: Batch) -> Step:
-    engine = MultimodalEngine(config, layout, Topology.serial(), torch.device("cpu"))
+    engine = MultimodalEngine(config, layout, Topology.serial(), torch.device("cpu"), next_token_loss(layout))
 
     def step() -> None:
         engine.forward_backward(whole_step([batch], 0), 1.0, lambda output: None)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_gemini.checkpoint.directory import seal, step_directory
+from megatron_gemini.checkpoint.extensions import Extensions
 from megatron_gemini.checkpoint.inference import load_for_inference, load_image_tokenizer, save_weights
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.contracts import TokenLayout
@@ -71,7 +72,9 @@ def test_a_missing_or_empty_directory_is_named(tmp_path) -> None:
         load_for_inference(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["rank-00000.safetensors", "rank-00000.json", "config.yaml", "text.model"])
+@pytest.mark.parametrize(
+    "name", ["rank-00000.safetensors", "rank-00000.json", "config.yaml", "text.model", "extensions.json"]
+)
 def test_a_changed_byte_is_found_and_the_file_named(run, name) -> None:
     path = step_directory(run, 2) / name
     data = bytearray(path.read_bytes())
@@ -112,6 +115,7 @@ def test_an_image_tokenizer_loads_from_its_own_run(tmp_path) -> None:
     directory.mkdir(parents=True)
     write_pieces(tokenizer, directory)
     (directory / "config.yaml").write_text(dump_config(CONFIG))
+    Extensions.of(CONFIG).write(directory)
     seal(directory)
     assert same(load_image_tokenizer(tmp_path), tokenizer)
 
