@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,29 +25,35 @@ from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, StageIn
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
+if TYPE_CHECKING:
+    from megatron_gemini.engine.pipeline import Pipeline
+
 Collect = Callable[[LossOutput], None]
 
 
-class MultimodalEngine(Engine):
+class MultimodalEngine(Engine[StepRows, LossOutput]):
     """Trains a `Gemini` of `config`, whatever the layout of ranks."""
 
     def __init__(self, config: RunConfig, layout: TokenLayout, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
         self.layout, self.layers = layout, LayerFactory(topology)
         self.encoder_engines = EncoderEngines(config, topology, device)
-        settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
+        self.settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
         self.decoder = [
-            ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), settings, device)
+            ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), self.settings, device)
             for part in stages[topology.pipeline_rank :: topology.pipeline_size]
         ]
         self.parts = [*self.decoder, *self.encoder_engines.parts]
         self.frozen = self.encoder_engines.frozen
-        self.pipeline = None
+        self.pipeline: Pipeline[LossOutput] | None = None
         if topology.pipeline_size > 1:
             from megatron_gemini.engine.pipeline import Pipeline
 
-            self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self._between_stages())
+            self.between = self._between_stages()
+            self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self.between)
+        self.prepare: Callable[[list[StageInput]], None] = lambda rows: None
+        """What is done with a step's rows before the decoder sees them, as by the roles that its loss depends on."""
 
     def _stage(self, part: Part) -> Callable[[], DecoderStage]:
         return lambda: DecoderStage(self.config, self.layout, self.layers, part)
@@ -66,6 +72,7 @@ class MultimodalEngine(Engine):
         waiting.
         """
         rows = self._rows(step.rows, self.encoder_engines.forward(step, training=True))
+        self.prepare(rows)
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         self._through(rows, collect, scale)
         self.encoder_engines.backward()
@@ -74,7 +81,9 @@ class MultimodalEngine(Engine):
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.evaluating())
-            self._through(self._rows(step.rows, self.encoder_engines.forward(step, training=False)), collect, None)
+            rows = self._rows(step.rows, self.encoder_engines.forward(step, training=False))
+            self.prepare(rows)
+            self._through(rows, collect, None)
 
     def _rows(self, batches: Sequence[Batch], embeddings: list[Embeddings | None]) -> list[StageInput]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_gemini.engine.internals.fragments import Fragment
-from megatron_gemini.engine.internals.swapping import keep_changed_gradients
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 from megatron_gemini.parallel.topology import Topology
@@ -46,4 +45,4 @@ def _add_up(part: ZeroEngine, pieces: Sequence[Fragment], group: ProcessGroup | 
         dist.all_reduce(flat, group=group)
         for mine, total in zip(parts, flat.split([len(part) for part in parts]), strict=True):
             mine.copy_(total)
-        keep_changed_gradients(part.deepspeed, number)
+        part.wrapper.keep_changed_gradients(number)

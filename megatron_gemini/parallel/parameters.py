@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -64,18 +64,28 @@ def zeros() -> Init:
     return Init()
 
 
+class DeclaredParameter(nn.Parameter):
+    """The type of a parameter after `declare`, for mypy."""
+
+    init: Init
+    placement: Placement
+
+
 def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = None) -> nn.Parameter:
-    """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it."""
-    tagged = cast(Any, parameter)
-    tagged.init = init
-    # Under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty until gathered.
-    tagged.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+    """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it.
+
+    Without a placement it must be called in the constructor of the parameter's module: as soon as that returns, ZeRO-3
+    partitions the parameter, which is empty from then on.
+    """
+    declared = cast(DeclaredParameter, parameter)
+    declared.init, declared.placement = init, placement or Placement(None, tuple(parameter.shape))
     return parameter
 
 
 def declare_tied(parameter: nn.Parameter, *, copy: bool) -> None:
     """Say that another pipeline stage holds this weight too; copy: that one is the original."""
-    cast(Any, parameter).placement = dataclasses.replace(placement_of(parameter), tied=True, copy=copy)
+    declared = cast(DeclaredParameter, parameter)
+    declared.placement = dataclasses.replace(declared.placement, tied=True, copy=copy)
 
 
 def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -> nn.Parameter:
@@ -84,7 +94,11 @@ def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -
 
 
 def placement_of(parameter: nn.Parameter) -> Placement:
-    return cast(Any, parameter).placement
+    return cast(DeclaredParameter, parameter).placement
+
+
+def init_of(parameter: nn.Parameter) -> Init:
+    return cast(DeclaredParameter, parameter).init
 
 
 @torch.no_grad()

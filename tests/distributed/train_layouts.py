@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import training_state
+from megatron_gemini.checkpoint.fragments import describe
 from megatron_gemini.checkpoint.pieces import WEIGHT
 from megatron_gemini.engine import engine as engine_module
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
@@ -53,7 +54,7 @@ def keep_gradients(engine: MultimodalEngine, directory: Path) -> None:
     stem = directory / f"rank-{engine.topology.rank:05d}"
     tensors = {f"{WEIGHT}/{f.name}": f.gradient().narrow(0, 0, f.count).float().clone() for f in owned}
     save_file(tensors, stem.with_suffix(".safetensors"))
-    pieces = [training_state.describe(fragment).to_json() for fragment in owned]
+    pieces = [describe(fragment).to_json() for fragment in owned]
     stem.with_suffix(".json").write_text(json.dumps({"pieces": pieces}))
 
 

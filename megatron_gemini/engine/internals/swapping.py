@@ -5,13 +5,13 @@ A group is DeepSpeed's unit of swapping: up to `sub_group_size` elements of mast
 
 from __future__ import annotations
 
-from typing import Any
+from megatron_gemini.engine.internals.types import Stage3Optimizer
 
 
 class SwappedGroups:
     """The groups of one optimizer, at most one of them in memory; a group that is small enough never leaves it."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Stage3Optimizer) -> None:
         self._optimizer = optimizer
         self._inside: int | None = None
         self._changed_state = self._changed_gradients = False
@@ -32,17 +32,3 @@ class SwappedGroups:
         if self._inside is not None:
             self._optimizer._writeback_swap_state(self._inside, self._changed_state, self._changed_gradients)
         self._inside, self._changed_state, self._changed_gradients = None, False, False
-
-
-def keep_changed_gradients(engine: Any, group: int) -> None:
-    """What was written into the gradients of `group` is to be kept, where they lie on disk."""
-    groups: SwappedGroups | None = getattr(engine, "swapped_groups", None)
-    if groups is not None:
-        groups.enter(group, changes_gradients=True)
-
-
-def put_back(engine: Any) -> None:
-    """Write what lies on disk back to it; views of fragments are void from then on."""
-    groups: SwappedGroups | None = getattr(engine, "swapped_groups", None)
-    if groups is not None:
-        groups.leave()

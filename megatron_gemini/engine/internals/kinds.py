@@ -1,0 +1,46 @@
+"""Which wrapper DeepSpeed has made: it depends on the ZeRO stage, the precision and the offload."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_gemini.engine.internals import gathering, partitioned
+from megatron_gemini.engine.internals.release import Use, changed, require, require_modules
+from megatron_gemini.engine.internals.types import DeepSpeedEngine
+from megatron_gemini.engine.internals.wrapper import OptimizerWrapper
+from megatron_gemini.engine.internals.zero0 import PlainWrapper, UnfusedWrapper
+from megatron_gemini.engine.internals.zero3 import Stage3Wrapper
+from megatron_gemini.engine.internals.zero12 import Bf16Wrapper, Stage12Wrapper
+
+KINDS: tuple[type[PlainWrapper | UnfusedWrapper | Bf16Wrapper | Stage12Wrapper | Stage3Wrapper], ...] = (
+    PlainWrapper,
+    UnfusedWrapper,
+    Bf16Wrapper,
+    Stage12Wrapper,
+    Stage3Wrapper,
+)
+
+
+def wrapper_of(engine: DeepSpeedEngine) -> OptimizerWrapper:
+    """The wrapper of an engine, after the check that it has everything that will be used of it.
+
+    Raises RuntimeError that names what this release of DeepSpeed no longer has.
+    """
+    require_modules()
+    for kind in KINDS:
+        if kind.wraps(engine):
+            require(kind.uses(engine))
+            return kind(engine)
+    raise changed(f"optimizer of a known class, but {type(engine.optimizer).__name__}")
+
+
+def check_frozen(engine: DeepSpeedEngine) -> None:
+    """The same check of a ZeRO-3 engine without an optimizer."""
+    require_modules()
+    require(_frozen_uses(engine))
+
+
+def _frozen_uses(engine: DeepSpeedEngine) -> Iterator[Use]:
+    yield Use(engine, DeepSpeedEngine)
+    yield from gathering.uses(engine)
+    yield from partitioned.uses(engine.module)

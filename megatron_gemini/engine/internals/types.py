@@ -1,0 +1,215 @@
+"""What this trainer uses of DeepSpeed's objects, as types. This file is the only list of it.
+
+mypy holds that nothing else is used of them. `release.require` holds that the installed DeepSpeed has all of it. A test
+holds that this folder uses all that is listed, and no attribute beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+P = ParamSpec("P")
+Output_co = TypeVar("Output_co", covariant=True)
+
+
+class FragmentAddress(Protocol):
+    """A range of a flat tensor, in elements."""
+
+    start: int
+    numel: int
+
+
+class FragmentMapping(Protocol):
+    """ZeRO-1 and 2: where the part of a parameter that this rank owns lies in the flat float32 group."""
+
+    lp_fragment_address: FragmentAddress
+    """In the parameter, flattened."""
+    hp_fragment_address: FragmentAddress
+    """In the flat group."""
+    hp_fragment: torch.Tensor
+    param_group_index: int
+
+    def get_lp_grad_fragment(self, index_in_param_group: int) -> torch.Tensor | None: ...
+
+
+class MappedParameter(nn.Parameter):
+    """A parameter under ZeRO-1 or 2; None for a mapping on a rank that owns nothing of it."""
+
+    _hp_mapping: FragmentMapping | None
+
+
+class OwnedParameter(MappedParameter):
+    """One of which this rank owns a part."""
+
+    _index_in_param_group: int
+
+
+class Partition(torch.Tensor):
+    """This rank's part of a parameter under ZeRO-3, flat, of the same length on all ranks: zeros fill up the last."""
+
+    ds_numel: int
+
+
+class GatherHandle(Protocol):
+    """A gather of weights that is under way."""
+
+    def wait(self) -> None: ...
+
+
+class ParameterStatus(Protocol):
+    """DeepSpeed's enumeration of where a parameter is; an element of it is compared by identity."""
+
+    AVAILABLE: ParameterStatus
+    NOT_AVAILABLE: ParameterStatus
+
+
+class PartitionedParameter(nn.Parameter):
+    """A parameter under ZeRO-3. Its own shape is empty while it is not gathered."""
+
+    ds_tensor: Partition
+    ds_shape: torch.Size
+    ds_numel: int
+    ds_status: ParameterStatus
+    ds_process_group: ProcessGroup
+    ds_active_sub_modules: set[int]
+    """Numbers of the modules that use it now; it stays whole while there is one."""
+    all_gather_coalesced: Callable[[Sequence[PartitionedParameter]], GatherHandle]
+    partition: Callable[[], None]
+
+
+Hook = Callable[..., None]
+
+
+class HookHandle(Protocol):
+    """What torch returns for a hook."""
+
+    id: int
+    hooks_dict_ref: Callable[[], dict[int, Hook]]
+
+
+class ParameterOffload(Protocol):
+    """ZeRO-3's gathering and partitioning around every module. An engine without an optimizer has it in its place."""
+
+    fwd_pre_hook: HookHandle
+    forward_hooks: list[HookHandle]
+    backward_hooks: list[HookHandle]
+
+
+class UnfusedOptimizer(Protocol):
+    """ZeRO-0 in bf16: float32 copies of all weights."""
+
+    optimizer: torch.optim.Optimizer
+    fp16_groups: list[list[nn.Parameter]]
+    """The weights that the forward reads, in bf16 whatever the name says."""
+    fp32_groups: list[list[torch.Tensor]]
+    clip_grad: float
+
+
+class Bf16Optimizer(Protocol):
+    """ZeRO-1 in bf16 without offload, with float32 sums of the gradients."""
+
+    optimizer: torch.optim.Optimizer
+    fp32_groups_flat_partition: list[torch.Tensor]
+    clip_grad: float
+
+    def update_lp_params(self) -> None: ...
+
+    def clear_backward_seen_flag(self) -> None: ...
+
+    def clear_hp_grads(self) -> None: ...
+
+    def clear_lp_grads(self) -> None: ...
+
+
+class Stage12Optimizer(Protocol):
+    """ZeRO-1 and 2."""
+
+    optimizer: torch.optim.Optimizer
+    single_partition_of_fp32_groups: list[torch.Tensor]
+    averaged_gradients: dict[int, list[torch.Tensor] | None]
+    cpu_offload: bool
+    scaled_global_norm: Callable[[], torch.Tensor]
+
+    def get_param_id(self, param: nn.Parameter) -> int: ...
+
+    def update_lp_params(self) -> None: ...
+
+    def clear_backward_seen_flag(self) -> None: ...
+
+    def zero_grad(self, set_to_none: bool) -> None: ...
+
+    def _wait_for_offload_copies(self) -> None: ...
+
+
+class OffloadedStage12Optimizer(Protocol):
+    """What ZeRO-1 and 2 have beside that where the optimizer is offloaded."""
+
+    grad_position: dict[int, tuple[int, int, int, int]]
+    """By the parameter's number: group, offset in the parameter, offset in the group, elements."""
+    accumulated_grads_in_cpu: dict[int, torch.Tensor]
+
+
+class Stage3Optimizer(Protocol):
+    """ZeRO-3. Its groups are its units of swapping, up to `sub_group_size` elements each."""
+
+    optimizer: torch.optim.Optimizer
+    parameter_offload: ParameterOffload
+    fp32_partitioned_groups_flat: list[torch.Tensor]
+    grad_position: dict[int, tuple[int, int, int]]
+    """By the parameter's number: group, offset in the group, elements."""
+    offload_optimizer: bool
+    gradient_accumulation_dtype: torch.dtype
+    _get_norm_groups: Callable[[], list[torch.Tensor]]
+    _partition_all_parameters: Callable[[], None]
+    _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads: Callable[[list[nn.Parameter], torch.dtype], list[torch.Tensor]]
+
+    def get_param_id(self, param: nn.Parameter) -> int: ...
+
+    def clear_backward_seen_flag(self) -> None: ...
+
+    def _get_param_partition_rank(self, param: nn.Parameter) -> int: ...
+
+    def _get_fp32_grad_state_partition(
+        self, param: nn.Parameter, release_swap_buffers: bool
+    ) -> tuple[torch.Tensor, int]: ...
+
+    def _swappable_optimizer_subgroup(self, sub_group_id: int) -> bool: ...
+
+    def _optimizer_states_and_gradient_swap_in(self, sub_group_id: int) -> None: ...
+
+    def _writeback_swap_state(self, sub_group_id: int, write_opt_state: bool, write_gradients: bool) -> None: ...
+
+
+Wrapped = UnfusedOptimizer | Bf16Optimizer | Stage12Optimizer | Stage3Optimizer
+
+
+class DeepSpeedEngine(Protocol):
+    """DeepSpeed's engine: its public methods, and the clipping that it does without a wrapper."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | Wrapped | ParameterOffload
+    device: torch.device
+    clip_fp32_gradients: Callable[[], None]
+
+    def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> None: ...
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
+
+    def step(self) -> None: ...
+
+    def zero_grad(self) -> None: ...
+
+    def train(self) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+class CallableEngine(DeepSpeedEngine, Protocol[P, Output_co]):
+    """With the module's own forward."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Output_co: ...

@@ -1,0 +1,96 @@
+"""ZeRO-0: every rank has everything. In fp32 DeepSpeed leaves torch's optimizer as it is, in bf16 it wraps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import nn
+
+from megatron_gemini.engine.internals.fragments import Fragment
+from megatron_gemini.engine.internals.release import Use
+from megatron_gemini.engine.internals.types import DeepSpeedEngine, UnfusedOptimizer
+from megatron_gemini.engine.internals.wrapper import OptimizerWrapper
+
+
+def _whole(name: str, parameter: nn.Parameter, master: torch.Tensor, basic: torch.optim.Optimizer) -> Fragment:
+    """A fragment that is all of its parameter."""
+    return Fragment(
+        name,
+        parameter,
+        tuple(parameter.shape),
+        0,
+        parameter.numel(),
+        lambda: master.data.view(-1),
+        lambda key: basic.state[master][key].view(-1),
+        lambda: None if parameter.grad is None else parameter.grad.view(-1),
+    )
+
+
+class PlainWrapper(OptimizerWrapper):
+    """ZeRO-0 in fp32, where the weights are their own masters."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        super().__init__(engine, cast(torch.optim.Optimizer, engine.optimizer))
+        self.fragments = [_whole(name, p, p, self.basic) for name, p in self.trained()]
+        engine.clip_fp32_gradients = lambda: None
+
+    @staticmethod
+    def wraps(engine: DeepSpeedEngine) -> bool:
+        return isinstance(engine.optimizer, torch.optim.Optimizer)
+
+    @staticmethod
+    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
+        yield Use(engine, DeepSpeedEngine)
+
+    def publish_masters(self) -> None:
+        return
+
+    def keep_accumulating(self) -> None:
+        return  # autograd adds up by itself
+
+    def tell_norm(self, norm: torch.Tensor) -> bool:
+        return False
+
+    def skip(self) -> None:
+        self.engine.zero_grad()
+
+
+class UnfusedWrapper(OptimizerWrapper):
+    """ZeRO-0 in bf16, with float32 copies of the weights."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.optimizer = cast(UnfusedOptimizer, engine.optimizer)
+        super().__init__(engine, self.optimizer.optimizer)
+        masters = {id(low): high for low, high in self._pairs()}
+        self.fragments = [_whole(name, p, masters[id(p)], self.basic) for name, p in self.trained()]
+        self.optimizer.clip_grad = 0.0
+
+    @staticmethod
+    def wraps(engine: DeepSpeedEngine) -> bool:
+        return type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer"
+
+    @staticmethod
+    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
+        yield Use(engine, DeepSpeedEngine)
+        yield Use(engine.optimizer, UnfusedOptimizer)
+
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Every weight and its float32 copy."""
+        for lows, highs in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+            yield from zip(lows, highs, strict=True)
+
+    @torch.no_grad()
+    def publish_masters(self) -> None:
+        for low, high in self._pairs():
+            low.data.copy_(high.data)
+
+    def keep_accumulating(self) -> None:
+        return
+
+    def tell_norm(self, norm: torch.Tensor) -> bool:
+        return False
+
+    def skip(self) -> None:
+        self.engine.zero_grad()
