@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.engine.settings import JsonObject, section, zero_stage
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.internals.kinds import check_frozen
 from megatron_gemini.engine.internals.partitioned import frozen_fragment
 from megatron_gemini.engine.internals.types import CallableEngine
 from megatron_gemini.engine.module_engine import ModuleEngine, Output, P, TypedModule
+from megatron_gemini.engine.settings import JsonObject, section, zero_stage
 
 
 class FrozenEngine(ModuleEngine[P, Output]):

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.engine.settings import JsonObject
 from megatron_gemini.engine.groups import EngineGroups, ModelParallelUnit
 from megatron_gemini.engine.internals import gathering
 from megatron_gemini.engine.internals.fragments import Fragment
 from megatron_gemini.engine.internals.partitioned import fill_initial_values
 from megatron_gemini.engine.internals.types import CallableEngine
+from megatron_gemini.engine.settings import JsonObject
 from megatron_gemini.parallel.parameters import placement_of
 
 P = ParamSpec("P")

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from megatron_gemini.config.engine import EngineConfig
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 JsonObject: TypeAlias = dict[str, Json]
 
 # There once a run: the policy's engine has them.

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.engine.settings import JsonObject, section, size_swap_buffers, zero_stage
 from megatron_gemini.engine.groups import EngineGroups
 from megatron_gemini.engine.internals import gathering
 from megatron_gemini.engine.internals.kinds import wrapper_of
@@ -18,6 +17,7 @@ from megatron_gemini.engine.internals.types import CallableEngine
 from megatron_gemini.engine.module_engine import ModuleEngine, Output, P, TypedModule
 from megatron_gemini.engine.norm import clip_gradients
 from megatron_gemini.engine.optimizer import build_optimizer, parameter_groups
+from megatron_gemini.engine.settings import JsonObject, section, size_swap_buffers, zero_stage
 
 
 class ZeroEngine(ModuleEngine[P, Output]):

@@ -14,8 +14,8 @@ from torch import nn
 
 from megatron_gemini.engine.internals.fragments import Fragment
 from megatron_gemini.engine.internals.release import Use
-from megatron_gemini.engine.internals.types import PartitionedParameter
 from megatron_gemini.engine.internals.types import Partition as PartitionTensor
+from megatron_gemini.engine.internals.types import PartitionedParameter
 from megatron_gemini.parallel.parameters import declare, init_of, initialize_parameter, placement_of
 
 

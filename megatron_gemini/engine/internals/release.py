@@ -45,8 +45,8 @@ def members(listed: type) -> list[str]:
     names: list[str] = []
     for one in listed.__mro__:
         if one.__module__ == listed.__module__:
-            methods = [name for name, value in vars(one).items() if inspect.isfunction(value)]
-            names += [*one.__dict__.get("__annotations__", {}), *methods]
+            names += inspect.get_annotations(one)
+            names += [name for name, value in vars(one).items() if inspect.isfunction(value)]
     return [name for name in dict.fromkeys(names) if not name.startswith("__")]
 
 

@@ -33,8 +33,8 @@ class FragmentMapping(Protocol):
     """In the flat group."""
     hp_fragment: torch.Tensor
     param_group_index: int
-
-    def get_lp_grad_fragment(self, index_in_param_group: int) -> torch.Tensor | None: ...
+    get_lp_grad_fragment: Callable[[int], torch.Tensor | None]
+    """By the parameter's index in the group."""
 
 
 class MappedParameter(nn.Parameter):
@@ -58,11 +58,11 @@ class Partition(torch.Tensor):
 class GatherHandle(Protocol):
     """A gather of weights that is under way."""
 
-    def wait(self) -> None: ...
+    wait: Callable[[], None]
 
 
 class ParameterStatus(Protocol):
-    """DeepSpeed's enumeration of where a parameter is; an element of it is compared by identity."""
+    """DeepSpeed's enumeration of where a parameter is."""
 
     AVAILABLE: ParameterStatus
     NOT_AVAILABLE: ParameterStatus
@@ -116,14 +116,10 @@ class Bf16Optimizer(Protocol):
     optimizer: torch.optim.Optimizer
     fp32_groups_flat_partition: list[torch.Tensor]
     clip_grad: float
-
-    def update_lp_params(self) -> None: ...
-
-    def clear_backward_seen_flag(self) -> None: ...
-
-    def clear_hp_grads(self) -> None: ...
-
-    def clear_lp_grads(self) -> None: ...
+    update_lp_params: Callable[[], None]
+    clear_backward_seen_flag: Callable[[], None]
+    clear_hp_grads: Callable[[], None]
+    clear_lp_grads: Callable[[], None]
 
 
 class Stage12Optimizer(Protocol):
@@ -133,17 +129,12 @@ class Stage12Optimizer(Protocol):
     single_partition_of_fp32_groups: list[torch.Tensor]
     averaged_gradients: dict[int, list[torch.Tensor] | None]
     cpu_offload: bool
+    get_param_id: Callable[[nn.Parameter], int]
     scaled_global_norm: Callable[[], torch.Tensor]
-
-    def get_param_id(self, param: nn.Parameter) -> int: ...
-
-    def update_lp_params(self) -> None: ...
-
-    def clear_backward_seen_flag(self) -> None: ...
-
-    def zero_grad(self, set_to_none: bool) -> None: ...
-
-    def _wait_for_offload_copies(self) -> None: ...
+    update_lp_params: Callable[[], None]
+    clear_backward_seen_flag: Callable[[], None]
+    zero_grad: Callable[[], None]
+    _wait_for_offload_copies: Callable[[], None]
 
 
 class OffloadedStage12Optimizer(Protocol):
@@ -164,49 +155,36 @@ class Stage3Optimizer(Protocol):
     """By the parameter's number: group, offset in the group, elements."""
     offload_optimizer: bool
     gradient_accumulation_dtype: torch.dtype
+    get_param_id: Callable[[nn.Parameter], int]
+    clear_backward_seen_flag: Callable[[], None]
+    _get_param_partition_rank: Callable[[nn.Parameter], int]
+    _get_fp32_grad_state_partition: Callable[[nn.Parameter, bool], tuple[torch.Tensor, int]]
+    """(gradient, group); the second argument asks whether buffers of a disk may go at once."""
     _get_norm_groups: Callable[[], list[torch.Tensor]]
     _partition_all_parameters: Callable[[], None]
     _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads: Callable[[list[nn.Parameter], torch.dtype], list[torch.Tensor]]
-
-    def get_param_id(self, param: nn.Parameter) -> int: ...
-
-    def clear_backward_seen_flag(self) -> None: ...
-
-    def _get_param_partition_rank(self, param: nn.Parameter) -> int: ...
-
-    def _get_fp32_grad_state_partition(
-        self, param: nn.Parameter, release_swap_buffers: bool
-    ) -> tuple[torch.Tensor, int]: ...
-
-    def _swappable_optimizer_subgroup(self, sub_group_id: int) -> bool: ...
-
-    def _optimizer_states_and_gradient_swap_in(self, sub_group_id: int) -> None: ...
-
-    def _writeback_swap_state(self, sub_group_id: int, write_opt_state: bool, write_gradients: bool) -> None: ...
-
-
-Wrapped = UnfusedOptimizer | Bf16Optimizer | Stage12Optimizer | Stage3Optimizer
+    _swappable_optimizer_subgroup: Callable[[int], bool]
+    _optimizer_states_and_gradient_swap_in: Callable[[int], None]
+    _writeback_swap_state: Callable[[int, bool, bool], None]
+    """Of a group: whether its state, and whether its gradients are to be written."""
 
 
 class DeepSpeedEngine(Protocol):
-    """DeepSpeed's engine: its public methods, and the clipping that it does without a wrapper."""
+    """DeepSpeed's engine: its public methods, and the clipping that it does itself where it has no wrapper."""
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer | Wrapped | ParameterOffload
+    optimizer: (
+        torch.optim.Optimizer | UnfusedOptimizer | Bf16Optimizer | Stage12Optimizer | Stage3Optimizer | ParameterOffload
+    )
     device: torch.device
     clip_fp32_gradients: Callable[[], None]
+    set_gradient_accumulation_boundary: Callable[[bool], None]
+    step: Callable[[], None]
+    zero_grad: Callable[[], None]
+    train: Callable[[], None]
+    eval: Callable[[], None]
 
     def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> None: ...
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None: ...
-
-    def step(self) -> None: ...
-
-    def zero_grad(self) -> None: ...
-
-    def train(self) -> None: ...
-
-    def eval(self) -> None: ...
 
 
 class CallableEngine(DeepSpeedEngine, Protocol[P, Output_co]):

@@ -1,11 +1,10 @@
 """What DeepSpeed has put around the optimizer, the same to see and to do at every ZeRO stage.
 
-DeepSpeed has five of them, told apart by their class: see `kinds`.
+DeepSpeed has five kinds of it, see `kinds`. What stands here is right for the plainest: torch's own optimizer.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -16,11 +15,12 @@ from megatron_gemini.engine.internals.release import Use
 from megatron_gemini.engine.internals.types import DeepSpeedEngine
 
 
-class OptimizerWrapper(ABC):
+class OptimizerWrapper:
     """The optimizer of an engine whose weights, moments and gradients lie where its ZeRO stage keeps them.
 
+    basic: the optimizer below, of torch or DeepSpeed's CPU Adam.
     fragments: the pieces that this rank owns, in the order of the module's parameters, or such that those of one
-    group come together. Frozen parameters are left out.
+        group come together. Frozen parameters are left out.
     """
 
     fragments: list[Fragment]
@@ -28,15 +28,10 @@ class OptimizerWrapper(ABC):
     def __init__(self, engine: DeepSpeedEngine, basic: torch.optim.Optimizer) -> None:
         self.engine, self.basic = engine, basic
 
-    @staticmethod
-    @abstractmethod
-    def wraps(engine: DeepSpeedEngine) -> bool:
-        """Whether this class is for the engine's optimizer."""
-
-    @staticmethod
-    @abstractmethod
-    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
-        """The objects of DeepSpeed that this class touches."""
+    @classmethod
+    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
+        """The objects of DeepSpeed that this class touches, in an order in which each can be found."""
+        yield Use(engine, DeepSpeedEngine)
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The module's parameters by name, those that are frozen left out."""
@@ -67,29 +62,24 @@ class OptimizerWrapper(ABC):
         Some wrappers make the moments by a step on zero gradients when they are built, which counts as one.
         """
         for master in self.masters():
-            state = self.basic.state.get(master)
-            if state:
-                # torch's fused AdamW adds to a tensor beside the weights, DeepSpeed's CPU Adam to an integer.
+            if state := self.basic.state.get(master):
+                # torch's fused AdamW counts in a tensor beside the weights, DeepSpeed's CPU Adam in an integer.
                 as_tensor = isinstance(self.basic, torch.optim.AdamW)
                 state["step"] = torch.tensor(float(steps), device=master.device) if as_tensor else steps
 
-    @abstractmethod
     def publish_masters(self) -> None:
         """Copy the master weights into the weights that the forward reads, on every rank."""
 
-    # What lies on a disk; a wrapper that keeps everything in memory has nothing to do.
+    # What lies on a disk: nothing, but for one kind.
 
     def bring_in(self, group: int) -> None:
         """Bring the state of a group into memory, to be changed, and the one before out."""
-        return
 
     def keep_changed_gradients(self, group: int) -> None:
         """What was written into the gradients of `group` is to be kept, where they lie on disk."""
-        return
 
     def put_back(self) -> None:
         """Write what lies on disk back to it; views of fragments are void from then on."""
-        return
 
     # A step.
 
@@ -98,7 +88,6 @@ class OptimizerWrapper(ABC):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
-    @abstractmethod
     def keep_accumulating(self) -> None:
         """After a backward: the next one adds to its gradients, also if no forward comes between.
 
@@ -111,13 +100,13 @@ class OptimizerWrapper(ABC):
         for group in self.basic.param_groups:
             group["lr"] = lr
 
-    @abstractmethod
     def tell_norm(self, norm: torch.Tensor) -> bool:
         """Let the next step clip by `norm`, which must be finite, in place of DeepSpeed's own figure.
 
         Returns False where DeepSpeed has no seam for it: the caller clips, and DeepSpeed has been stopped from it.
         """
+        return False
 
-    @abstractmethod
     def skip(self) -> None:
         """Drop the gradients of this step."""
+        self.engine.zero_grad()

@@ -14,47 +14,14 @@ from megatron_gemini.engine.internals.types import DeepSpeedEngine, UnfusedOptim
 from megatron_gemini.engine.internals.wrapper import OptimizerWrapper
 
 
-def _whole(name: str, parameter: nn.Parameter, master: torch.Tensor, basic: torch.optim.Optimizer) -> Fragment:
-    """A fragment that is all of its parameter."""
-    return Fragment(
-        name,
-        parameter,
-        tuple(parameter.shape),
-        0,
-        parameter.numel(),
-        lambda: master.data.view(-1),
-        lambda key: basic.state[master][key].view(-1),
-        lambda: None if parameter.grad is None else parameter.grad.view(-1),
-    )
-
-
 class PlainWrapper(OptimizerWrapper):
     """ZeRO-0 in fp32, where the weights are their own masters."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         super().__init__(engine, cast(torch.optim.Optimizer, engine.optimizer))
         self.fragments = [_whole(name, p, p, self.basic) for name, p in self.trained()]
+        # Here alone the engine clips, and not the wrapper: by the norm of this engine's parameters.
         engine.clip_fp32_gradients = lambda: None
-
-    @staticmethod
-    def wraps(engine: DeepSpeedEngine) -> bool:
-        return isinstance(engine.optimizer, torch.optim.Optimizer)
-
-    @staticmethod
-    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
-        yield Use(engine, DeepSpeedEngine)
-
-    def publish_masters(self) -> None:
-        return
-
-    def keep_accumulating(self) -> None:
-        return  # autograd adds up by itself
-
-    def tell_norm(self, norm: torch.Tensor) -> bool:
-        return False
-
-    def skip(self) -> None:
-        self.engine.zero_grad()
 
 
 class UnfusedWrapper(OptimizerWrapper):
@@ -67,13 +34,9 @@ class UnfusedWrapper(OptimizerWrapper):
         self.fragments = [_whole(name, p, masters[id(p)], self.basic) for name, p in self.trained()]
         self.optimizer.clip_grad = 0.0
 
-    @staticmethod
-    def wraps(engine: DeepSpeedEngine) -> bool:
-        return type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer"
-
-    @staticmethod
-    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
-        yield Use(engine, DeepSpeedEngine)
+    @classmethod
+    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
+        yield from super().uses(engine)
         yield Use(engine.optimizer, UnfusedOptimizer)
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
@@ -86,11 +49,16 @@ class UnfusedWrapper(OptimizerWrapper):
         for low, high in self._pairs():
             low.data.copy_(high.data)
 
-    def keep_accumulating(self) -> None:
-        return
 
-    def tell_norm(self, norm: torch.Tensor) -> bool:
-        return False
-
-    def skip(self) -> None:
-        self.engine.zero_grad()
+def _whole(name: str, parameter: nn.Parameter, master: torch.Tensor, basic: torch.optim.Optimizer) -> Fragment:
+    """A fragment that is all of its parameter."""
+    return Fragment(
+        name,
+        parameter,
+        tuple(parameter.shape),
+        0,
+        parameter.numel(),
+        lambda: master.data.view(-1),
+        lambda key: basic.state[master][key].view(-1),
+        lambda: None if parameter.grad is None else parameter.grad.view(-1),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -25,19 +24,37 @@ from megatron_gemini.engine.internals.wrapper import OptimizerWrapper
 
 
 class _Mapped(OptimizerWrapper):
-    """What both wrappers of these stages share: a parameter knows what this rank owns of it."""
+    """What both wrappers of these stages share: a parameter knows what this rank owns of it.
+
+    groups: this rank's part of every flat group, float32.
+    """
 
     optimizer: Bf16Optimizer | Stage12Optimizer
 
-    def _find_fragments(self) -> list[Fragment]:
-        """None of a parameter of which this rank owns nothing."""
-        return [f for name, p in self.trained() if (f := self._fragment(name, p)) is not None]
+    def __init__(self, engine: DeepSpeedEngine, basic: torch.optim.Optimizer, groups: Sequence[torch.Tensor]) -> None:
+        super().__init__(engine, basic)
+        self.groups = groups
+        self.fragments = [f for name, p in self.trained() if (f := self._fragment(name, p)) is not None]
+
+    @classmethod
+    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
+        yield from super().uses(engine)
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                yield Use(parameter, MappedParameter)
+                mapping = cast(MappedParameter, parameter)._hp_mapping
+                if mapping is not None:
+                    yield Use(parameter, OwnedParameter)
+                    yield Use(mapping, FragmentMapping)
+                    yield Use(mapping.lp_fragment_address, FragmentAddress)
+                    yield Use(mapping.hp_fragment_address, FragmentAddress)
 
     def _fragment(self, name: str, parameter: nn.Parameter) -> Fragment | None:
+        """None of a parameter of which this rank owns nothing."""
         mapping = cast(MappedParameter, parameter)._hp_mapping
         if mapping is None:
             return None
-        address = mapping.lp_fragment_address
+        address, where = mapping.lp_fragment_address, mapping.hp_fragment_address
         return Fragment(
             name,
             parameter,
@@ -45,14 +62,12 @@ class _Mapped(OptimizerWrapper):
             address.start,
             address.numel,
             lambda: mapping.hp_fragment.data.view(-1),
-            lambda key: self._moment(key, mapping),
+            # Not DeepSpeed's own link: it is made after the first group's first step and misses the other groups.
+            lambda key: self.basic.state[self.groups[mapping.param_group_index]][key].narrow(
+                0, where.start, where.numel
+            ),
             lambda: self._gradient(parameter, mapping),
         )
-
-    def _moment(self, key: str, mapping: FragmentMapping) -> torch.Tensor:
-        # Not DeepSpeed's own link: it is made after the first group's first step and misses the other groups.
-        group, address = self._flat_masters()[mapping.param_group_index], mapping.hp_fragment_address
-        return self.basic.state[group][key].narrow(0, address.start, address.numel)
 
     def _gradient(self, parameter: nn.Parameter, mapping: FragmentMapping) -> torch.Tensor | None:
         address = mapping.lp_fragment_address
@@ -64,27 +79,11 @@ class _Mapped(OptimizerWrapper):
         whole = flat.numel() == parameter.numel() and address.numel != parameter.numel()
         return flat.narrow(0, address.start, address.numel) if whole else flat
 
-    @abstractmethod
-    def _flat_masters(self) -> Sequence[torch.Tensor]:
-        """This rank's part of every flat group, float32."""
-
     def publish_masters(self) -> None:
         self.optimizer.update_lp_params()
 
     def keep_accumulating(self) -> None:
         self.optimizer.clear_backward_seen_flag()
-
-
-def _parameter_uses(engine: DeepSpeedEngine) -> Iterator[Use]:
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad:
-            mapped = cast(MappedParameter, parameter)
-            yield Use(mapped, MappedParameter)
-            if mapped._hp_mapping is not None:
-                yield Use(mapped, OwnedParameter)
-                yield Use(mapped._hp_mapping, FragmentMapping)
-                yield Use(mapped._hp_mapping.lp_fragment_address, FragmentAddress)
-                yield Use(mapped._hp_mapping.hp_fragment_address, FragmentAddress)
 
 
 class Bf16Wrapper(_Mapped):
@@ -94,25 +93,13 @@ class Bf16Wrapper(_Mapped):
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.optimizer = cast(Bf16Optimizer, engine.optimizer)
-        super().__init__(engine, self.optimizer.optimizer)
-        self.fragments = self._find_fragments()
+        super().__init__(engine, self.optimizer.optimizer, self.optimizer.fp32_groups_flat_partition)
         self.optimizer.clip_grad = 0.0
 
-    @staticmethod
-    def wraps(engine: DeepSpeedEngine) -> bool:
-        return type(engine.optimizer).__name__ == "BF16_Optimizer"
-
-    @staticmethod
-    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
-        yield Use(engine, DeepSpeedEngine)
+    @classmethod
+    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
+        yield from super().uses(engine)
         yield Use(engine.optimizer, Bf16Optimizer)
-        yield from _parameter_uses(engine)
-
-    def _flat_masters(self) -> list[torch.Tensor]:
-        return self.optimizer.fp32_groups_flat_partition
-
-    def tell_norm(self, norm: torch.Tensor) -> bool:
-        return False
 
     def skip(self) -> None:
         self.optimizer.clear_hp_grads()
@@ -127,30 +114,21 @@ class Stage12Wrapper(_Mapped):
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.optimizer = cast(Stage12Optimizer, engine.optimizer)
-        super().__init__(engine, self.optimizer.optimizer)
         self.offloaded = cast(OffloadedStage12Optimizer, engine.optimizer) if self.optimizer.cpu_offload else None
-        self.fragments = self._find_fragments()
+        super().__init__(engine, self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups)
 
-    @staticmethod
-    def wraps(engine: DeepSpeedEngine) -> bool:
-        return type(engine.optimizer).__name__ == "DeepSpeedZeroOptimizer"
-
-    @staticmethod
-    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
-        yield Use(engine, DeepSpeedEngine)
+    @classmethod
+    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
+        yield from super().uses(engine)
         yield Use(engine.optimizer, Stage12Optimizer)
         if cast(Stage12Optimizer, engine.optimizer).cpu_offload:
             yield Use(engine.optimizer, OffloadedStage12Optimizer)
-        yield from _parameter_uses(engine)
-
-    def _flat_masters(self) -> list[torch.Tensor]:
-        return self.optimizer.single_partition_of_fp32_groups
 
     def _gradient(self, parameter: nn.Parameter, mapping: FragmentMapping) -> torch.Tensor | None:
         if self.offloaded is None:
             return super()._gradient(parameter, mapping)
         group, _, offset, count = self.offloaded.grad_position[self.optimizer.get_param_id(parameter)]
-        gradient = self._flat_masters()[group].grad
+        gradient = self.groups[group].grad
         assert gradient is not None, "DeepSpeed makes the offloaded gradients when it builds the optimizer"
         return gradient.narrow(0, offset, count)
 
@@ -171,7 +149,7 @@ class Stage12Wrapper(_Mapped):
         # DeepSpeed 0.19 keeps what it offloaded after a skipped step, and a NaN would return at every later one.
         for key in self.optimizer.averaged_gradients:
             self.optimizer.averaged_gradients[key] = None
-        for gradient in (*(m.grad for m in self._flat_masters()), *self.offloaded.accumulated_grads_in_cpu.values()):
+        for gradient in (*(m.grad for m in self.groups), *self.offloaded.accumulated_grads_in_cpu.values()):
             if gradient is not None:
                 gradient.zero_()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()

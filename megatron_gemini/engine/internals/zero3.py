@@ -27,13 +27,9 @@ class Stage3Wrapper(OptimizerWrapper):
         # By group, so that a pass over all of them brings each one in once.
         self.fragments = sorted(pieces, key=lambda piece: piece.group)
 
-    @staticmethod
-    def wraps(engine: DeepSpeedEngine) -> bool:
-        return type(engine.optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3"
-
-    @staticmethod
-    def uses(engine: DeepSpeedEngine) -> Iterator[Use]:
-        yield Use(engine, DeepSpeedEngine)
+    @classmethod
+    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
+        yield from super().uses(engine)
         yield Use(engine.optimizer, Stage3Optimizer)
         yield from gathering.uses(engine)
         yield from partitioned.uses(engine.module)
@@ -50,7 +46,7 @@ class Stage3Wrapper(OptimizerWrapper):
 
         def gradient() -> torch.Tensor:
             if not optimizer.offload_optimizer:
-                return optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=False)[0]
+                return optimizer._get_fp32_grad_state_partition(parameter, False)[0]
             self.groups.enter(group)
             flat = optimizer.fp32_partitioned_groups_flat[group].grad
             assert flat is not None, "DeepSpeed makes the offloaded gradients when it builds the optimizer"
