@@ -41,6 +41,7 @@ def deepspeed_config(config: RunConfig, microbatches: int, ranks: int) -> JsonOb
         # By default DeepSpeed keeps parameters of up to 100,000 elements whole on every rank.
         section(merged, "zero_optimization").setdefault("stage3_param_persistence_threshold", 0)
     merged.setdefault("steps_per_print", 10**9)  # the trainer prints its own progress
+    # Else DeepSpeed refuses torch's AdamW for an optimizer that is offloaded; `engine.adam` decides.
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     merged.setdefault("zero_allow_untested_optimizer", True)
     return merged
@@ -54,7 +55,7 @@ def decided_values(config: RunConfig, microbatches: int, ranks: int) -> JsonObje
         if device != "none":
             zero[key] = {"device": device} | ({"nvme_path": engine.nvme_path} if device == "nvme" else {})
     decided: JsonObject = {
-        "train_micro_batch_size_per_gpu": 1,
+        "train_micro_batch_size_per_gpu": 1,  # a packed row, or a rank's images
         "gradient_accumulation_steps": microbatches,
         "train_batch_size": microbatches * ranks,
         "gradient_clipping": engine.gradient_clipping,
@@ -127,17 +128,14 @@ def agree(user: JsonObject, decided: JsonObject, path: str, prefix: str = "") ->
                 'make them equal or write "auto"'
             )
     if prefix == "zero_optimization.":
-        _agree_on_offload(user, decided, f"{path} sets {prefix}")
-
-
-def _agree_on_offload(user: JsonObject, decided: JsonObject, sets: str) -> None:
-    for key in ("offload_optimizer", "offload_param"):
-        device = _below(user, key, sets).get("device", "none")
-        if device not in ("none", "auto") and key not in decided:
-            raise ValueError(
-                f"{sets}{key}.device to {device!r}, the run's configuration none; "
-                f"set engine.{key.replace('offload_param', 'offload_parameters')} or remove it"
-            )
+        # What the run does not offload is not among the decided values, so the loop above has passed it over.
+        for key in ("offload_optimizer", "offload_param"):
+            device = _below(user, key, f"{path} sets {prefix}").get("device", "none")
+            if device not in ("none", "auto") and key not in decided:
+                raise ValueError(
+                    f"{path} sets {prefix}{key}.device to {device!r}, the run's configuration none; "
+                    f"set engine.{key.replace('offload_param', 'offload_parameters')} or remove it"
+                )
 
 
 def _below(user: JsonObject, key: str, sets: str) -> JsonObject:

@@ -60,6 +60,7 @@ class Engine(ABC, Generic[Step, Output]):
         """
         if spec.name in self.roles:
             raise ValueError(f"there is a role {spec.name} already; give this one another name")
+        # A role of the policy's width hands on the same as the policy does.
         spec = dataclasses.replace(spec, between=self.between) if spec.between is None else spec
         role = Role(spec, self.config, self.settings, self.topology, self.device)
         self.roles[spec.name] = role
@@ -97,6 +98,7 @@ class Engine(ABC, Generic[Step, Output]):
         """
         rated = [(part, self.lr_scale(part)) for part in self.parts]
         rated += [(part, role.spec.lr_scale) for role in self.roles.values() for part in role.trained]
+        # All gradients before the norm, and the norm before any update: each depends on all parts.
         for part, _ in rated:
             part.wait()
             complete_gradients(part, self.topology, self.device)

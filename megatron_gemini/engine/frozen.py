@@ -9,8 +9,9 @@ import torch
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.groups import EngineGroups
-from megatron_gemini.engine.internals.kinds import check_frozen
+from megatron_gemini.engine.internals.kinds import frozen_uses
 from megatron_gemini.engine.internals.partitioned import frozen_fragment
+from megatron_gemini.engine.internals.release import require
 from megatron_gemini.engine.internals.types import CallableEngine
 from megatron_gemini.engine.module_engine import ModuleEngine, Output, P, TypedModule
 from megatron_gemini.engine.settings import JsonObject, section, zero_stage
@@ -32,26 +33,19 @@ class FrozenEngine(ModuleEngine[P, Output]):
         device: torch.device,
     ) -> None:
         super().__init__(config, groups, zero_stage(settings), device)
-        self.deepspeed = None
+        self.divided = self.stage == 3  # ZeRO-1 and 2 divide what is not there
+        self.deepspeed: CallableEngine[P, Output] | None = None
         self.gathers = self.stage == 3
         settings = without_optimizer(settings)
         with self.alone():
             self.module = self.build(build, settings, trained=False)
             if self.stage == 3:
-                self.deepspeed = self._divide(settings)
+                import deepspeed
+
+                self.deepspeed, *_ = deepspeed.initialize(model=self.module, config=settings, mpu=self.unit)
+                require(frozen_uses(self.deepspeed))
         named = self.module.named_parameters()
         self.fragments = [frozen_fragment(name, parameter, groups.data_rank) for name, parameter in named]
-
-    @property
-    def divided(self) -> bool:
-        return self.stage == 3  # ZeRO-1 and 2 divide what is not there
-
-    def _divide(self, settings: JsonObject) -> CallableEngine[P, Output]:
-        import deepspeed
-
-        engine: CallableEngine[P, Output] = deepspeed.initialize(model=self.module, config=settings, mpu=self.unit)[0]
-        check_frozen(engine)
-        return engine
 
     @torch.no_grad()
     def forward(self, *inputs: P.args, **named: P.kwargs) -> Output:

@@ -46,22 +46,19 @@ class ModuleEngine(ABC, Generic[P, Output]):
 
     module: its parameters have the names of the whole model. deepspeed: None where DeepSpeed has nothing to do.
     fragments: this rank's pieces of the parameters. gathers: whether weights are gathered before use.
+    divided: whether each data rank has pieces of its own; else all have the same.
     """
 
     module: nn.Module
     deepspeed: CallableEngine[P, Output] | None
     fragments: list[Fragment]
     gathers: bool
+    divided: bool
 
     def __init__(self, config: RunConfig, groups: EngineGroups, stage: int, device: torch.device) -> None:
         self.config, self.groups, self.stage, self.device = config, groups, stage, device
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.unit = ModelParallelUnit(groups) if groups.data_group is not None else None
-
-    @property
-    @abstractmethod
-    def divided(self) -> bool:
-        """Whether each data rank has pieces of its own; else all have the same."""
 
     @abstractmethod
     def forward(self, *inputs: P.args, **named: P.kwargs) -> Output:
@@ -85,7 +82,8 @@ class ModuleEngine(ABC, Generic[P, Output]):
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.stage == 3:
             gathering.install()
-            # No dtype argument: on a CPU, DeepSpeed 0.19 takes bf16 whatever it says. It follows `settings` instead.
+            # No dtype argument: it is followed only where fp16 is supported, and weights on a CPU became bf16 whatever
+            # it said. Without it DeepSpeed 0.19 follows `settings`.
             context = deepspeed.zero.Init(
                 data_parallel_group=self.groups.data_group, config_dict_or_path=settings, mpu=self.unit
             )
@@ -93,7 +91,7 @@ class ModuleEngine(ABC, Generic[P, Output]):
             module = build()
         assert isinstance(module, nn.Module)
         if not trained:
-            module.requires_grad_(False).eval()
+            module.requires_grad_(False).eval()  # without dropout and its like
         fill_initial_values(module, self.config.train.seed)
         return module.to(device=self.device, dtype=self.dtype)
 
@@ -114,8 +112,6 @@ class ModuleEngine(ABC, Generic[P, Output]):
         """
         if not self.divided and self.groups.data_rank != 0:
             return []
-        return [fragment for fragment in self.fragments if fragment.count and self._answers_for(fragment)]
-
-    def _answers_for(self, fragment: Fragment) -> bool:
-        placement = placement_of(fragment.parameter)
-        return not placement.copy and (placement.sharded_dim is not None or self.groups.model_rank == 0)
+        placed = [(fragment, placement_of(fragment.parameter)) for fragment in self.fragments if fragment.count]
+        first = self.groups.model_rank == 0
+        return [fragment for fragment, p in placed if not p.copy and (first or p.sharded_dim is not None)]

@@ -70,6 +70,7 @@ class _Stage(pipelining.PipelineStage, Generic[Output]):
         topology: Topology,
         hold: bool,
     ) -> None:
+        # Inputs and outputs by example, or torch would run every stage once to see their shapes.
         super().__init__(engine.module, index, stages, like.device, like, like, group=topology.pipeline_group)
         self.engine, self.hold = engine, hold and engine.gathers
         self.collect: Callable[[Output], None] = lambda output: None
@@ -123,6 +124,7 @@ class _Stage(pipelining.PipelineStage, Generic[Output]):
         for info in recv_infos:
             meta = info.tensor_meta
             if not info.is_root_arg and meta is not None:
+                # On demand: with 32 microbatches torch would hold 32 of each.
                 info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
         return super()._get_recv_ops(recv_infos)
 
@@ -177,16 +179,19 @@ class Pipeline(Generic[Output]):
         if key not in self._schedules:
             self._schedules[key] = self._new_schedule(*key)
         schedule, inputs = self._schedules[key], [{"row": row} for row in rows]
+        # Not `step`, which cuts one batch into microbatches; these are there already, and no tensors.
         if scale is None:
             schedule._step_microbatches(kwarg_mbs=inputs)
         else:
             schedule._loss_fn = lambda output, _: output[0] * scale
             schedule._step_microbatches(kwarg_mbs=inputs, target_mbs=[None] * len(rows), return_outputs=False)
+        # What torch keeps of a step until the next one: inputs and outputs of all microbatches.
         for one in self.stages:
             one.clear_runtime_states()
 
     def _new_schedule(self, microbatches: int, backward: bool) -> schedules._PipelineSchedule:
         # A schedule is forward-only if it is made without a loss; `run` puts the real one in its place.
+        # The loss is a sum that has been divided by the step's weight, so torch must not scale gradients.
         loss = (lambda output, _: output[0]) if backward else None
         breadth_first = self.schedule == "breadth_first"
         if len(self.stages) == 1:

@@ -73,7 +73,8 @@ class RoleSpec(Generic[Output]):
 class Role(Generic[Output]):
     """A role's stages on this rank, ready to run. Collective: all ranks make and run it in the same order.
 
-    settings: DeepSpeed's dictionary of the policy's engine. between: see `RoleSpec`.
+    settings: DeepSpeed's dictionary of the policy's engine. trained: the engines that take part in the norm and the
+        update. origin: what it began as, in words that tell it from any other beginning.
     Raises ValueError for weights that are not there, damaged, or of another model.
     """
 
@@ -85,28 +86,24 @@ class Role(Generic[Output]):
         stage = config.engine.zero_stage if spec.zero_stage is None else spec.zero_stage
         config = replace(config, engine=at_stage(config.engine, stage))
         settings, groups = second_engine(settings, config.engine), EngineGroups.of_decoder(topology)
+        stages = range(topology.pipeline_rank, topology.pipeline_size * topology.virtual_stages, topology.pipeline_size)
+        if spec.place == "last":
+            stages = range(int(topology.last_stage_here))
         kind = ZeroEngine if spec.trained else FrozenEngine
         self.engines: list[ModuleEngine[..., Output | Between]] = [
-            kind(functools.partial(spec.build, number), config, groups, settings, device) for number in self._stages()
+            kind(functools.partial(spec.build, number), config, groups, settings, device) for number in stages
         ]
+        self.trained = [engine for engine in self.engines if isinstance(engine, ZeroEngine)]
+        self.in_checkpoints = spec.trained or spec.saved
         self.origin = f"the initial values of seed {config.train.seed}"
         if spec.weights is not None:
             self.origin = self._read(resolve(spec.weights))
         self._pipeline: Pipeline[Output] | None = None
         if spec.place == "pipeline" and topology.pipeline_size > 1:
-            from megatron_gemini.engine.pipeline import Pipeline
+            from megatron_gemini.engine.pipeline import Pipeline  # its schedules take long to import
 
             assert spec.between is not None, "a pipeline must know what its stages hand on"
             self._pipeline = Pipeline(self.engines, topology, config.parallel.schedule, spec.between)
-
-    @property
-    def trained(self) -> list[ZeroEngine[..., Output | Between]]:
-        """The engines that take part in the norm and the update."""
-        return [engine for engine in self.engines if isinstance(engine, ZeroEngine)]
-
-    @property
-    def in_checkpoints(self) -> bool:
-        return self.spec.trained or self.spec.saved
 
     def forward(self, rows: Sequence[Row]) -> list[Output]:
         """What the model gives for each row, without a graph, on the ranks that have its last stage; [] elsewhere."""
@@ -138,16 +135,9 @@ class Role(Generic[Output]):
                     engine.backward(cast(HasLoss, output).loss * scale, boundary=index == len(rows) - 1)
                 collect(output)
 
-    def _stages(self) -> range:
-        """The numbers of the stages that this rank has."""
-        topology = self.topology
-        if self.spec.place == "last":
-            return range(int(topology.last_stage_here))
-        return range(topology.pipeline_rank, topology.pipeline_size * topology.virtual_stages, topology.pipeline_size)
-
     def _read(self, directory: Path) -> str:
         """Begin as the checkpoint's policy; returns what tells this checkpoint from any other."""
-        if self.topology.rank == 0:
+        if self.topology.rank == 0:  # one is enough: its error ends the job
             verify(directory)
         reader = PieceReader(directory)
         for engine in self.engines:
@@ -156,4 +146,5 @@ class Role(Generic[Output]):
         for engine in self.trained:
             engine.wrapper.publish_masters()
             engine.wrapper.put_back()
+        # Its index holds the hashes of all its files, so a copy elsewhere counts as the same.
         return f"a checkpoint whose {INDEX} has the SHA-256 {file_hash(directory / INDEX)}"

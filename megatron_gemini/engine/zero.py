@@ -41,6 +41,7 @@ class ZeroEngine(ModuleEngine[P, Output]):
         import deepspeed
 
         super().__init__(config, groups, zero_stage(settings), device)
+        self.divided = self.stage > 0
         settings = sized(settings, build)
         with self.alone():
             self.module = self.build(build, settings, trained=True)
@@ -50,6 +51,7 @@ class ZeroEngine(ModuleEngine[P, Output]):
                 model=self.module, optimizer=optimizer, model_parameters=parameters, config=settings, mpu=self.unit
             )
         self.wrapper = wrapper_of(self.deepspeed)
+        # Some wrappers step once on zero gradients while they are built, which would count in Adam's bias correction.
         self.wrapper.set_step_count(0)
         self.fragments = self.wrapper.fragments
         # One rank alone has all weights whole, unless they lie elsewhere.
@@ -57,10 +59,6 @@ class ZeroEngine(ModuleEngine[P, Output]):
         self.gathers = self.stage == 3 and not one_piece
         if self.stage == 3 and one_piece:
             gathering.keep_whole(self.deepspeed)
-
-    @property
-    def divided(self) -> bool:
-        return self.stage > 0
 
     @property
     def optimizer_name(self) -> str:
@@ -77,6 +75,7 @@ class ZeroEngine(ModuleEngine[P, Output]):
         """Adds the gradients of `loss`, a scalar; boundary: it is the step's last one, after which they are reduced."""
         with self.alone():
             self.deepspeed.set_gradient_accumulation_boundary(boundary)
+            # The loss has been divided by the whole step's weight; DeepSpeed would divide it by the microbatches.
             self.deepspeed.backward(loss, scale_wrt_gas=False)
             self.wrapper.keep_accumulating()
 
@@ -96,11 +95,13 @@ class ZeroEngine(ModuleEngine[P, Output]):
     def step(self, lr: float, norm: torch.Tensor) -> None:
         """Clip by `norm`, the global one, and update; a norm that is not finite drops the gradients instead."""
         with self.alone():
+            # DeepSpeed brings groups in by itself from here on, and must find them where it left them.
             self.wrapper.put_back()
             if not torch.isfinite(norm):
                 self.wrapper.skip()
                 return
-            self.wrapper.set_rate(lr)
+            for group in self.wrapper.basic.param_groups:
+                group["lr"] = lr
             if not self.wrapper.tell_norm(norm):
                 clip_gradients(self.fragments, norm, self.config.engine.gradient_clipping)
             self.deepspeed.step()

@@ -64,8 +64,8 @@ def zeros() -> Init:
     return Init()
 
 
-class DeclaredParameter(nn.Parameter):
-    """The type of a parameter after `declare`, for mypy."""
+class _DeclaredParameter(nn.Parameter):
+    """The type of a declared parameter, for the checker: it is a plain nn.Parameter with two attributes."""
 
     init: Init
     placement: Placement
@@ -77,14 +77,15 @@ def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = N
     Without a placement it must be called in the constructor of the parameter's module: as soon as that returns, ZeRO-3
     partitions the parameter, which is empty from then on.
     """
-    declared = cast(DeclaredParameter, parameter)
-    declared.init, declared.placement = init, placement or Placement(None, tuple(parameter.shape))
+    declared = cast(_DeclaredParameter, parameter)
+    declared.init = init
+    declared.placement = placement or Placement(None, tuple(parameter.shape))
     return parameter
 
 
 def declare_tied(parameter: nn.Parameter, *, copy: bool) -> None:
     """Say that another pipeline stage holds this weight too; copy: that one is the original."""
-    declared = cast(DeclaredParameter, parameter)
+    declared = cast(_DeclaredParameter, parameter)
     declared.placement = dataclasses.replace(declared.placement, tied=True, copy=copy)
 
 
@@ -94,11 +95,11 @@ def new_parameter(*shape: int, init: Init, placement: Placement | None = None) -
 
 
 def placement_of(parameter: nn.Parameter) -> Placement:
-    return cast(DeclaredParameter, parameter).placement
+    return cast(_DeclaredParameter, parameter).placement
 
 
 def init_of(parameter: nn.Parameter) -> Init:
-    return cast(DeclaredParameter, parameter).init
+    return cast(_DeclaredParameter, parameter).init
 
 
 @torch.no_grad()

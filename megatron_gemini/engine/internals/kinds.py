@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from megatron_gemini.engine.internals import gathering, partitioned
-from megatron_gemini.engine.internals.release import Use, changed, require, require_modules
+from megatron_gemini.engine.internals.release import Use, changed, require
 from megatron_gemini.engine.internals.types import DeepSpeedEngine
 from megatron_gemini.engine.internals.wrapper import OptimizerWrapper
 from megatron_gemini.engine.internals.zero0 import PlainWrapper, UnfusedWrapper
@@ -28,7 +28,6 @@ def wrapper_of(engine: DeepSpeedEngine) -> OptimizerWrapper:
 
     Raises RuntimeError that names what this release of DeepSpeed no longer has.
     """
-    require_modules()
     require([Use(engine, DeepSpeedEngine)])
     kind: type[PlainWrapper | UnfusedWrapper | Bf16Wrapper | Stage12Wrapper | Stage3Wrapper] | None = PlainWrapper
     if not isinstance(engine.optimizer, torch.optim.Optimizer):
@@ -39,13 +38,8 @@ def wrapper_of(engine: DeepSpeedEngine) -> OptimizerWrapper:
     return kind(engine)
 
 
-def check_frozen(engine: DeepSpeedEngine) -> None:
-    """The same check of a ZeRO-3 engine without an optimizer."""
-    require_modules()
-    require(_frozen_uses(engine))
-
-
-def _frozen_uses(engine: DeepSpeedEngine) -> Iterator[Use]:
+def frozen_uses(engine: DeepSpeedEngine) -> Iterator[Use]:
+    """What is touched of a ZeRO-3 engine without an optimizer, which has no wrapper."""
     yield Use(engine, DeepSpeedEngine)
     yield from gathering.uses(engine)
     yield from partitioned.uses(engine.module)

@@ -41,19 +41,17 @@ def owned_range(parameter: PartitionedParameter, rank: int) -> tuple[int, int]:
 def fill_initial_values(module: nn.Module, seed: int) -> None:
     """Set every parameter of `module`, whole or partitioned by ZeRO-3."""
     for name, parameter in module.named_parameters():
-        if is_partitioned(parameter):
-            _fill_partitioned(name, parameter, seed)
-        else:
+        if not is_partitioned(parameter):
             initialize_parameter(name, parameter, seed)
-
-
-def _fill_partitioned(name: str, parameter: PartitionedParameter, seed: int) -> None:
-    piece = parameter.ds_tensor
-    whole = nn.Parameter(torch.empty(tuple(parameter.ds_shape), dtype=parameter.dtype, device=piece.device))
-    initialize_parameter(name, declare(whole, init_of(parameter), placement_of(parameter)), seed)
-    start, count = owned_range(parameter, torch.distributed.get_rank(parameter.ds_process_group))
-    piece.data.zero_()
-    piece.data.narrow(0, 0, count).copy_(whole.data.view(-1).narrow(0, min(start, parameter.ds_numel), count))
+            continue
+        piece = parameter.ds_tensor
+        # Whole for a moment, one parameter at a time, and not gathered: every rank would have to make the same call.
+        whole = nn.Parameter(torch.empty(tuple(parameter.ds_shape), dtype=parameter.dtype, device=piece.device))
+        initialize_parameter(name, declare(whole, init_of(parameter), placement_of(parameter)), seed)
+        start, count = owned_range(parameter, torch.distributed.get_rank(parameter.ds_process_group))
+        piece.data.zero_()
+        # The last ranks may hold nothing but padding, and begin behind the end.
+        piece.data.narrow(0, 0, count).copy_(whole.data.view(-1).narrow(0, min(start, parameter.ds_numel), count))
 
 
 def frozen_fragment(name: str, parameter: nn.Parameter, rank: int) -> Fragment:

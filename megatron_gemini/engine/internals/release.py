@@ -6,7 +6,9 @@ import importlib
 import inspect
 from collections.abc import Iterable
 from functools import reduce
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
+
+from megatron_gemini.engine.internals.types import DeepSpeedObject
 
 CHECKED = "0.19"
 
@@ -30,13 +32,11 @@ MODULES = {
 }
 """What is used of DeepSpeed's modules, beside the objects of `types`."""
 
-Thing = TypeVar("Thing")
 
-
-class Use(NamedTuple, Generic[Thing]):
+class Use(NamedTuple):
     """An object of DeepSpeed's, and the class of `types` that lists what is used of it."""
 
-    thing: Thing
+    thing: DeepSpeedObject
     listed: type
 
 
@@ -53,22 +53,20 @@ def members(listed: type) -> list[str]:
 def require(uses: Iterable[Use]) -> None:
     """Raise RuntimeError that names the first thing that the installed DeepSpeed lacks of what is used of it.
 
-    uses: in an order in which each can be found by what the ones before have been found to have.
+    uses: in an order in which each can be found by what the ones before have been found to have. The modules are
+        checked in any case.
     """
-    for thing, listed in uses:
-        for name in members(listed):
-            if not hasattr(thing, name):
-                raise changed(f"{type(thing).__name__}.{name}")
-
-
-def require_modules() -> None:
-    """The same of DeepSpeed's modules."""
     for module, names in MODULES.items():
         for name in names:
             try:
                 reduce(getattr, name.split("."), importlib.import_module(module))
             except (ImportError, AttributeError) as error:
                 raise changed(f"{module}.{name}") from error
+    # One at a time: a generator goes on to the next use with what this one has been found to have.
+    for thing, listed in uses:
+        for name in members(listed):
+            if not hasattr(thing, name):
+                raise changed(f"{type(thing).__name__}.{name}")
 
 
 def changed(name: str) -> RuntimeError:

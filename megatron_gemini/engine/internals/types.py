@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+# Methods stand here as attributes that can be called: some are replaced on an object, which mypy allows of attributes.
+
 P = ParamSpec("P")
 Output_co = TypeVar("Output_co", covariant=True)
 
@@ -27,14 +29,16 @@ class FragmentAddress(Protocol):
 class FragmentMapping(Protocol):
     """ZeRO-1 and 2: where the part of a parameter that this rank owns lies in the flat float32 group."""
 
+    # "lp" is the weight that the forward reads, "hp" its float32 master: of low and high precision.
     lp_fragment_address: FragmentAddress
-    """In the parameter, flattened."""
     hp_fragment_address: FragmentAddress
-    """In the flat group."""
     hp_fragment: torch.Tensor
     param_group_index: int
+    # By the parameter's index in its group.
     get_lp_grad_fragment: Callable[[int], torch.Tensor | None]
-    """By the parameter's index in the group."""
+
+
+# No Protocols: each is a plain parameter of torch's with attributes that DeepSpeed has set on it.
 
 
 class MappedParameter(nn.Parameter):
@@ -76,8 +80,8 @@ class PartitionedParameter(nn.Parameter):
     ds_numel: int
     ds_status: ParameterStatus
     ds_process_group: ProcessGroup
+    # Numbers of the modules that use it now: it stays whole while there is one.
     ds_active_sub_modules: set[int]
-    """Numbers of the modules that use it now; it stays whole while there is one."""
     all_gather_coalesced: Callable[[Sequence[PartitionedParameter]], GatherHandle]
     partition: Callable[[], None]
 
@@ -104,8 +108,8 @@ class UnfusedOptimizer(Protocol):
     """ZeRO-0 in bf16: float32 copies of all weights."""
 
     optimizer: torch.optim.Optimizer
+    # The weights that the forward reads, in bf16 here: DeepSpeed made this class for fp16.
     fp16_groups: list[list[nn.Parameter]]
-    """The weights that the forward reads, in bf16 whatever the name says."""
     fp32_groups: list[list[torch.Tensor]]
     clip_grad: float
 
@@ -140,8 +144,8 @@ class Stage12Optimizer(Protocol):
 class OffloadedStage12Optimizer(Protocol):
     """What ZeRO-1 and 2 have beside that where the optimizer is offloaded."""
 
+    # By the parameter's number: group, offset in the parameter, offset in the group, elements.
     grad_position: dict[int, tuple[int, int, int, int]]
-    """By the parameter's number: group, offset in the parameter, offset in the group, elements."""
     accumulated_grads_in_cpu: dict[int, torch.Tensor]
 
 
@@ -151,32 +155,34 @@ class Stage3Optimizer(Protocol):
     optimizer: torch.optim.Optimizer
     parameter_offload: ParameterOffload
     fp32_partitioned_groups_flat: list[torch.Tensor]
+    # By the parameter's number: group, offset in the group, elements. Other than ZeRO-2's of the same name.
     grad_position: dict[int, tuple[int, int, int]]
-    """By the parameter's number: group, offset in the group, elements."""
     offload_optimizer: bool
     gradient_accumulation_dtype: torch.dtype
     get_param_id: Callable[[nn.Parameter], int]
     clear_backward_seen_flag: Callable[[], None]
     _get_param_partition_rank: Callable[[nn.Parameter], int]
+    # Gives (gradient, group); the second argument asks whether buffers of a disk may go at once.
     _get_fp32_grad_state_partition: Callable[[nn.Parameter, bool], tuple[torch.Tensor, int]]
-    """(gradient, group); the second argument asks whether buffers of a disk may go at once."""
     _get_norm_groups: Callable[[], list[torch.Tensor]]
     _partition_all_parameters: Callable[[], None]
+    # Two leading underscores in DeepSpeed's class, so Python has put its name before them.
     _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads: Callable[[list[nn.Parameter], torch.dtype], list[torch.Tensor]]
     _swappable_optimizer_subgroup: Callable[[int], bool]
     _optimizer_states_and_gradient_swap_in: Callable[[int], None]
+    # Of a group: whether its state, and whether its gradients are to be written.
     _writeback_swap_state: Callable[[int, bool, bool], None]
-    """Of a group: whether its state, and whether its gradients are to be written."""
 
 
 class DeepSpeedEngine(Protocol):
-    """DeepSpeed's engine: its public methods, and the clipping that it does itself where it has no wrapper."""
+    """DeepSpeed's engine: its public methods, and its clipping."""
 
     module: nn.Module
     optimizer: (
         torch.optim.Optimizer | UnfusedOptimizer | Bf16Optimizer | Stage12Optimizer | Stage3Optimizer | ParameterOffload
     )
     device: torch.device
+    # By the norm of this engine's own parameters. Only ZeRO-0 in fp32 calls it.
     clip_fp32_gradients: Callable[[], None]
     set_gradient_accumulation_boundary: Callable[[bool], None]
     step: Callable[[], None]
@@ -185,6 +191,23 @@ class DeepSpeedEngine(Protocol):
     eval: Callable[[], None]
 
     def backward(self, loss: torch.Tensor, *, scale_wrt_gas: bool) -> None: ...
+
+
+DeepSpeedObject = (
+    DeepSpeedEngine
+    | torch.optim.Optimizer
+    | UnfusedOptimizer
+    | Bf16Optimizer
+    | Stage12Optimizer
+    | Stage3Optimizer
+    | ParameterOffload
+    | HookHandle
+    | nn.Parameter
+    | Partition
+    | FragmentMapping
+    | FragmentAddress
+)
+"""Whose attributes are checked one by one."""
 
 
 class CallableEngine(DeepSpeedEngine, Protocol[P, Output_co]):

@@ -6,9 +6,9 @@ DeepSpeed has five kinds of it, see `kinds`. What stands here is right for the p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
-from torch import nn
 
 from megatron_gemini.engine.internals.fragments import MOMENTS, Fragment
 from megatron_gemini.engine.internals.release import Use
@@ -24,18 +24,19 @@ class OptimizerWrapper:
     """
 
     fragments: list[Fragment]
+    listed: ClassVar[type | None] = None
+    """Lists what is touched of DeepSpeed's wrapper."""
 
     def __init__(self, engine: DeepSpeedEngine, basic: torch.optim.Optimizer) -> None:
         self.engine, self.basic = engine, basic
+        self.trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
     @classmethod
     def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
         """The objects of DeepSpeed that this class touches, in an order in which each can be found."""
         yield Use(engine, DeepSpeedEngine)
-
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The module's parameters by name, those that are frozen left out."""
-        return [(name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad]
+        if cls.listed is not None:
+            yield Use(engine.optimizer, cls.listed)
 
     # The state of the optimizer, for checkpoints.
 
@@ -46,7 +47,7 @@ class OptimizerWrapper:
     def ensure_moments(self) -> None:
         """Make Adam's moments exist (zeros), as a resume needs before it fills them."""
         for number, master in enumerate(self.masters()):
-            self.bring_in(number)
+            self.bring_in(number, state=True)
             for key in MOMENTS:
                 if key not in self.basic.state[master]:
                     self.basic.state[master][key] = torch.zeros_like(master.data)
@@ -72,11 +73,8 @@ class OptimizerWrapper:
 
     # What lies on a disk: nothing, but for one kind.
 
-    def bring_in(self, group: int) -> None:
-        """Bring the state of a group into memory, to be changed, and the one before out."""
-
-    def keep_changed_gradients(self, group: int) -> None:
-        """What was written into the gradients of `group` is to be kept, where they lie on disk."""
+    def bring_in(self, group: int, *, state: bool = False, gradients: bool = False) -> None:
+        """Bring a group into memory, and the one before out. state, gradients: what is changed, and to be kept."""
 
     def put_back(self) -> None:
         """Write what lies on disk back to it; views of fragments are void from then on."""
@@ -94,11 +92,6 @@ class OptimizerWrapper:
         DeepSpeed counts backwards at the forward that follows. In a pipeline several forwards come first and then as
         many backwards, each of which would otherwise overwrite the gradients of the one before.
         """
-
-    def set_rate(self, lr: float) -> None:
-        """The learning rate of the next step."""
-        for group in self.basic.param_groups:
-            group["lr"] = lr
 
     def tell_norm(self, norm: torch.Tensor) -> bool:
         """Let the next step clip by `norm`, which must be finite, in place of DeepSpeed's own figure.

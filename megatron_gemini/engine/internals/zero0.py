@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import nn
 
 from megatron_gemini.engine.internals.fragments import Fragment
-from megatron_gemini.engine.internals.release import Use
 from megatron_gemini.engine.internals.types import DeepSpeedEngine, UnfusedOptimizer
 from megatron_gemini.engine.internals.wrapper import OptimizerWrapper
 
@@ -19,34 +17,30 @@ class PlainWrapper(OptimizerWrapper):
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         super().__init__(engine, cast(torch.optim.Optimizer, engine.optimizer))
-        self.fragments = [_whole(name, p, p, self.basic) for name, p in self.trained()]
+        self.fragments = [_whole(name, p, p, self.basic) for name, p in self.trained]
         # Here alone the engine clips, and not the wrapper: by the norm of this engine's parameters.
         engine.clip_fp32_gradients = lambda: None
 
 
 class UnfusedWrapper(OptimizerWrapper):
-    """ZeRO-0 in bf16, with float32 copies of the weights."""
+    """ZeRO-0 in bf16, with float32 copies of the weights. pairs: every weight and its copy."""
+
+    listed = UnfusedOptimizer
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.optimizer = cast(UnfusedOptimizer, engine.optimizer)
         super().__init__(engine, self.optimizer.optimizer)
-        masters = {id(low): high for low, high in self._pairs()}
-        self.fragments = [_whole(name, p, masters[id(p)], self.basic) for name, p in self.trained()]
+        groups = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
+        self.pairs = [pair for lows, highs in groups for pair in zip(lows, highs, strict=True)]
+        # By identity, since `==` of tensors compares their elements.
+        masters = {id(low): high for low, high in self.pairs}
+        self.fragments = [_whole(name, p, masters[id(p)], self.basic) for name, p in self.trained]
+        # Else it clips by a norm of this engine alone.
         self.optimizer.clip_grad = 0.0
-
-    @classmethod
-    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
-        yield from super().uses(engine)
-        yield Use(engine.optimizer, UnfusedOptimizer)
-
-    def _pairs(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Every weight and its float32 copy."""
-        for lows, highs in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
-            yield from zip(lows, highs, strict=True)
 
     @torch.no_grad()
     def publish_masters(self) -> None:
-        for low, high in self._pairs():
+        for low, high in self.pairs:
             low.data.copy_(high.data)
 
 

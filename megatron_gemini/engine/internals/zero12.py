@@ -34,7 +34,7 @@ class _Mapped(OptimizerWrapper):
     def __init__(self, engine: DeepSpeedEngine, basic: torch.optim.Optimizer, groups: Sequence[torch.Tensor]) -> None:
         super().__init__(engine, basic)
         self.groups = groups
-        self.fragments = [f for name, p in self.trained() if (f := self._fragment(name, p)) is not None]
+        self.fragments = [f for name, p in self.trained if (f := self._fragment(name, p)) is not None]
 
     @classmethod
     def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
@@ -89,19 +89,17 @@ class _Mapped(OptimizerWrapper):
 class Bf16Wrapper(_Mapped):
     """ZeRO-1 in bf16 where nothing is offloaded."""
 
+    listed = Bf16Optimizer
     optimizer: Bf16Optimizer
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.optimizer = cast(Bf16Optimizer, engine.optimizer)
         super().__init__(engine, self.optimizer.optimizer, self.optimizer.fp32_groups_flat_partition)
+        # Else it clips by a norm of this engine alone.
         self.optimizer.clip_grad = 0.0
 
-    @classmethod
-    def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
-        yield from super().uses(engine)
-        yield Use(engine.optimizer, Bf16Optimizer)
-
     def skip(self) -> None:
+        # The float32 sums, which a later step would else add to.
         self.optimizer.clear_hp_grads()
         self.optimizer.clear_lp_grads()
         self.engine.zero_grad()
@@ -110,6 +108,7 @@ class Bf16Wrapper(_Mapped):
 class Stage12Wrapper(_Mapped):
     """ZeRO-1 in fp32 or with an offloaded optimizer, and ZeRO-2."""
 
+    listed = Stage12Optimizer
     optimizer: Stage12Optimizer
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
@@ -120,13 +119,13 @@ class Stage12Wrapper(_Mapped):
     @classmethod
     def uses(cls, engine: DeepSpeedEngine) -> Iterator[Use]:
         yield from super().uses(engine)
-        yield Use(engine.optimizer, Stage12Optimizer)
         if cast(Stage12Optimizer, engine.optimizer).cpu_offload:
             yield Use(engine.optimizer, OffloadedStage12Optimizer)
 
     def _gradient(self, parameter: nn.Parameter, mapping: FragmentMapping) -> torch.Tensor | None:
         if self.offloaded is None:
             return super()._gradient(parameter, mapping)
+        # On the host the gradients of a group are one tensor, of which a parameter's number tells the place.
         group, _, offset, count = self.offloaded.grad_position[self.optimizer.get_param_id(parameter)]
         gradient = self.groups[group].grad
         assert gradient is not None, "DeepSpeed makes the offloaded gradients when it builds the optimizer"

@@ -30,12 +30,14 @@ def engines():
 
 def check(kind, engine):
     """As at the start of an engine."""
-    return kinds.check_frozen(engine.deepspeed) if kind == "frozen" else kinds.wrapper_of(engine.deepspeed)
+    return (
+        release.require(kinds.frozen_uses(engine.deepspeed)) if kind == "frozen" else kinds.wrapper_of(engine.deepspeed)
+    )
 
 
 def uses(kind, engine):
     wrapper = None if kind == "frozen" else engine.wrapper
-    return list(kinds._frozen_uses(engine.deepspeed) if wrapper is None else wrapper.uses(engine.deepspeed))
+    return list(kinds.frozen_uses(engine.deepspeed) if wrapper is None else wrapper.uses(engine.deepspeed))
 
 
 @pytest.mark.parametrize(("listed", "name"), LISTED, ids=lambda value: getattr(value, "__name__", value))
