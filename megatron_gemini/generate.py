@@ -5,20 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import ANSWERS, SampleSettings
 
 if TYPE_CHECKING:
-    import numpy as np
+    from megatron_gemini.generation.api import Piece
 
 SHORTEST_SIDE = 256  # pixels of a saved image that is enlarged by default
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
-_DESCRIPTION = """Ask a trained model. What it says is printed; what it draws is saved.
+_DESCRIPTION = """Ask a trained model. What it says is printed, on a terminal as it comes; what it draws is saved.
 
 Texts and files make up the prompt in the order in which they are given:
 
@@ -48,11 +48,10 @@ def main(argv: list[str]) -> int:
 
     loaded = load_for_inference(options.checkpoint)
     items = [read_item(kind, value, loaded.config) for kind, value in options.items]
-    answer = Generator(loaded).respond(items, settings)
-    images = [piece.pixels_HW3 for piece in answer if not isinstance(piece, str)]
-    paths = iter(save_images(images, out, options.scale))
-    for piece in answer:
-        print(piece if isinstance(piece, str) else f"image saved to {next(paths)}")
+    generator = Generator(loaded)
+    # A person sees the first words at once; a program gets the whole answer or none of it.
+    answer = generator.stream if sys.stdout.isatty() else generator.respond
+    images = show(answer(items, settings), out, options.scale)
     if options.out and not images:
         print(f"no image was drawn, so {out} was not written; --answer image asks for one", file=sys.stderr)
         return 1
@@ -76,28 +75,48 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
 
 
-def save_images(images: Sequence[np.ndarray], out: Path, scale: int) -> list[Path]:
-    """Saves uint8[H, W, 3] images: one as `out`, several as out-1, out-2, ...; returns their paths.
+def show(pieces: Iterable[Piece], out: Path, scale: int) -> int:
+    """Prints texts, and saves images as soon as they come: the first as `out`, the others as out-2, out-3, ...
 
     scale: enlarges by this factor (bicubic); 0 by the smallest that makes the shorter side `SHORTEST_SIDE`.
+    Returns the number of images.
     """
     from PIL import Image
 
-    paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(images))]
-    for path, pixels_HW3 in zip(paths, images, strict=True):
-        height, width = pixels_HW3.shape[:2]
-        factor = scale or -(-SHORTEST_SIDE // min(height, width))
-        picture = Image.fromarray(pixels_HW3)
-        if factor > 1:
-            picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-        picture.save(path)
-    return paths
+    images, in_text = 0, False
+    try:
+        for piece in pieces:
+            if isinstance(piece, str):
+                print(piece, end="", flush=True)
+                in_text = True
+                continue
+            images += 1
+            path = out if images == 1 else out.with_stem(f"{out.stem}-{images}")
+            height, width = piece.pixels_HW3.shape[:2]
+            factor = scale or -(-SHORTEST_SIDE // min(height, width))
+            picture = Image.fromarray(piece.pixels_HW3)
+            if factor > 1:
+                picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+            picture.save(path)
+            print("\n" * in_text + f"image saved to {path}", flush=True)
+            in_text = False
+    finally:
+        # Also after Ctrl-C, so that what is told next does not stand behind half a sentence.
+        if in_text:
+            print()
+    return images
 
 
 class _Item(argparse.Action):
     """Adds (kind, value) to the prompt."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
         namespace.items = [*namespace.items, (self.option_strings[0].removeprefix("--"), values)]
 
 
@@ -132,7 +151,11 @@ def _parser() -> OptionParser:
     sampling.add_argument("--answer", choices=ANSWERS, default=answer, help=f"what may be answered (default: {answer})")
     sampling.add_argument("--no-cache", action="store_true", help="compute keys and values again for every token")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help="image to write; several are numbered (default: answer.png)")
+    output.add_argument(
+        "--out",
+        metavar="FILE",
+        help="image to write; a second one is numbered, as in answer-2.png (default: answer.png)",
+    )
     output.add_argument(
         "--scale",
         type=int,

@@ -41,7 +41,7 @@ def last_item_accuracy(
     recognized as. Documents that end in an image are left out without a classifier.
     """
     kept = [e for e in examples if isinstance(e.prompt[-1], Text if classifier is None else (Text, ImageCodes))]
-    documents = [generator.open_stream(example.prompt[:-1], example.key) for example in kept]
+    documents = [generator.open_document(example.prompt[:-1], example.key, roles=False) for example in kept]
     answers = generator.continue_all(documents, settings)
     return share(
         _continues(generator, answer, example.prompt[-1], classifier)

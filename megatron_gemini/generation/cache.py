@@ -16,8 +16,8 @@ class KVCache:
     """Preallocated keys and values, [B, K, L, H] a layer, in the dtype and on the device of the first call.
 
     The first pass through the decoder is a packed row of B whole prompts, in order; every later one is a row of
-    exactly one token per sequence. `advance` closes a pass. Memory is bounded by the longest prompt and
-    `new_tokens`; a call beyond that bound is a programmer's mistake.
+    exactly one token per sequence, at position `length_B` (int64[B]). `advance` closes a pass. Memory is bounded by
+    the longest prompt and `new_tokens`; a call beyond that bound is a programmer's mistake.
     """
 
     def __init__(self, prompt_lengths: list[int], new_tokens: int) -> None:
@@ -26,12 +26,7 @@ class KVCache:
         self.capacity = max(prompt_lengths) + new_tokens
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._prefilled = False
-        self._mask_BL: torch.Tensor | None = None
-
-    @property
-    def position_B(self) -> torch.Tensor:
-        """Position of the token that the next decode pass feeds, int64[B]; positions continue the prompt's."""
-        return self.length_B
+        self._mask_BL: torch.Tensor | None = None  # positions that each sequence sees in this pass, its new token's too
 
     def attend(
         self,
@@ -50,7 +45,11 @@ class KVCache:
         row_B = torch.arange(q_TNH.shape[0], device=q_TNH.device)
         k_BKLH[row_B, :, self.length_B] = k_TKH
         v_BKLH[row_B, :, self.length_B] = v_TKH
-        mask_BL = self._valid()
+        if self._mask_BL is None:  # the same in every layer of a pass
+            longest = int(self.length_B.max()) + 1
+            assert longest <= self.capacity, "the cache is full"
+            self._mask_BL = torch.arange(longest, device=self.length_B.device) <= self.length_B[:, None]
+        mask_BL = self._mask_BL
         longest = mask_BL.shape[1]
         # The G query heads of one key/value head are that head's query rows, so keys and values are read once.
         q_BKGH = q_TNH.unflatten(1, (k_TKH.shape[1], -1))
@@ -69,7 +68,14 @@ class KVCache:
     def keep(self, row_B: torch.Tensor) -> None:
         """Keeps only the sequences of these rows (int64), in this order."""
         self.length_B = self.length_B[row_B]
-        self._layers = {layer: (k[row_B], v[row_B]) for layer, (k, v) in self._layers.items()}
+        # Layer by layer, so that the copies take the memory of one layer and not of a second cache.
+        for layer, (k_BKLH, v_BKLH) in self._layers.items():
+            self._layers[layer] = (k_BKLH[row_B], v_BKLH[row_B])
+        self._mask_BL = None
+
+    def release(self) -> None:
+        """Frees all keys and values, whoever still holds this object: a traceback holds the frames of a failed pass."""
+        self._layers.clear()
         self._mask_BL = None
 
     def _store_prompts(self, layer: int, k_TKH: torch.Tensor, v_TKH: torch.Tensor) -> None:
@@ -84,11 +90,3 @@ class KVCache:
                 x_BKLH[row, :, : lengths[row]] = x_LKH.transpose(0, 1)
             kept.append(x_BKLH)
         self._layers[layer] = (kept[0], kept[1])
-
-    def _valid(self) -> torch.Tensor:
-        """Which kept positions each sequence sees in this decode pass, its new token included; bool[B, L]."""
-        if self._mask_BL is None:
-            longest = int(self.length_B.max()) + 1
-            assert longest <= self.capacity, "the cache is full"
-            self._mask_BL = torch.arange(longest, device=self.length_B.device) <= self.length_B[:, None]
-        return self._mask_BL

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, nucleus (top-p), one random stream per sequence.
+"""From logits to a token: guidance, temperature, top-k, nucleus (top-p), one random stream per sequence.
 
 Shape suffixes: B sequences, V vocabulary, R tokens by rank, likeliest first.
 """
@@ -6,6 +6,14 @@ Shape suffixes: B sequences, V vocabulary, R tokens by rank, likeliest first.
 from __future__ import annotations
 
 import torch
+
+
+def guide(logits_BV: torch.Tensor, in_image: list[bool], guidance: float) -> torch.Tensor:
+    """Rows of prompted sequences, then of their twins -> rows of the prompted ones, guided where an image is drawn."""
+    prompted_BV, twin_BV = logits_BV.chunk(2)
+    guided_BV = twin_BV + guidance * (prompted_BV - twin_BV)
+    drawing_B = torch.tensor(in_image, device=logits_BV.device)
+    return torch.where(drawing_B[:, None], guided_BV, prompted_BV)
 
 
 def shape_probabilities(logits_BV: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
@@ -39,3 +47,10 @@ def choose(
     # The first token whose cumulative probability exceeds the draw; never one of probability 0.
     threshold_B1 = (draw_B * cumulative_BV[:, -1])[:, None]
     return torch.searchsorted(cumulative_BV, threshold_B1, right=True).squeeze(-1).tolist()
+
+
+def log_probabilities(logits_BV: torch.Tensor, tokens: list[int]) -> list[float]:
+    """Natural log-probability of one token of every row, after a softmax over the whole row in float32."""
+    token_B1 = torch.tensor(tokens, device=logits_BV.device)[:, None]
+    logits_BV = logits_BV.float()
+    return (logits_BV.gather(-1, token_B1).squeeze(-1) - logits_BV.logsumexp(-1)).tolist()

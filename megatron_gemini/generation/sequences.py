@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_gemini.contracts import TEXT, Batch, Media, TokenLayout
+from megatron_gemini.contracts import TEXT, Batch, TokenLayout
 from megatron_gemini.generation.cache import KVCache
 from megatron_gemini.models.gemini import Gemini
 
@@ -30,6 +30,10 @@ class Sequences(Protocol):
         """Drops all sequences but these rows, in this order."""
         ...
 
+    def release(self) -> None:
+        """Frees what was kept; nothing else may be called afterwards."""
+        ...
+
 
 class CachedSequences:
     """One pass over the prompts, then one token per sequence and pass."""
@@ -43,12 +47,15 @@ class CachedSequences:
         return self.model.logits(h_TD[self.cache.length_B.cumsum(0) - 1])
 
     def append(self, tokens: list[int]) -> torch.Tensor:
-        position_T = self.cache.position_B
+        position_T = self.cache.length_B  # positions continue the prompt's
         token_T = torch.tensor(tokens, device=position_T.device)
         return self.model.logits(self._pass(_causal_row(token_T, position_T)))
 
     def keep(self, rows: list[int]) -> None:
         self.cache.keep(torch.tensor(rows, device=self.cache.length_B.device))
+
+    def release(self) -> None:
+        self.cache.release()
 
     def _pass(self, batch: Batch) -> torch.Tensor:
         h_TD = self.model.hidden(batch, cache=self.cache)
@@ -76,6 +83,9 @@ class RecomputedSequences:
 
     def keep(self, rows: list[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
+
+    def release(self) -> None:
+        self.rows, self.new = [], []
 
 
 def prompt_lengths(batch: Batch) -> list[int]:
@@ -113,15 +123,14 @@ def extend(batch: Batch, new: list[list[int]]) -> Batch:
         grown.append([torch.cat([x, getattr(tail, name)]) for name, x in zip(_TOKEN_FIELDS, fields, strict=True)])
     row = {name: torch.cat(parts) for name, parts in zip(_TOKEN_FIELDS, zip(*grown, strict=True), strict=True)}
     shift_B = torch.tensor([0, *added[:-1]], device=device).cumsum(0)
-    media = {name: _moved(item, batch.segment_T, shift_B) for name, item in batch.media.items()}
+    media = {
+        name: dataclasses.replace(item, token_O=item.token_O + shift_B[batch.segment_T[item.token_O].long() - 1])
+        for name, item in batch.media.items()
+    }
     return Batch(**row, media=media, samples=batch.samples)
 
 
 _TOKEN_FIELDS = tuple(f.name for f in dataclasses.fields(Batch) if f.name.endswith("_T"))
-
-
-def _moved(media: Media, segment_T: torch.Tensor, shift_B: torch.Tensor) -> Media:
-    return dataclasses.replace(media, token_O=media.token_O + shift_B[segment_T[media.token_O].long() - 1])
 
 
 def _causal_row(token_T: torch.Tensor, position_T: torch.Tensor) -> Batch:

@@ -13,7 +13,8 @@ from megatron_gemini.config.training import LossConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Audio, Document, Image, ImageCodes, Item, Text, Video, build_document
-from megatron_gemini.generation.sample import generate, guide
+from megatron_gemini.generation.choose import guide
+from megatron_gemini.generation.sample import generate
 from megatron_gemini.generation.sequences import (
     CachedSequences,
     RecomputedSequences,
