@@ -5,14 +5,14 @@ Shape suffixes: S pixels of a side.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.samples.decode import SampleDecoder, decode_text
@@ -21,10 +21,13 @@ from megatron_gemini.data.samples.tasks import format_example, random_stream
 from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.records import RECORD, open_records
 from megatron_gemini.data.sources.schema import Schema
-from megatron_gemini.evaluation.images import resized
+from megatron_gemini.evaluation.json_data import parse_object
+from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.separation import Fingerprint
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
+
+Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +48,7 @@ class Example:
 class RealImages:
     """Images of one size, uint8[S, S, 3], their classes, and which of them are altered copies of others."""
 
-    images: list[np.ndarray]
+    images: list[ImageHW3]
     labels: list[str]
     augmented: list[bool]
 
@@ -94,7 +97,7 @@ def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealI
                 if found and (label := label_of(members)):
                     real.images.append(resized(decode_image(found[0][1]), side))
                     real.labels.append(label)
-                    real.augmented.append(metadata_of(members).get("augmented") is True)
+                    real.augmented.append(parse_object(members.get("json", b"")).get("augmented") is True)
             except BadSample:
                 continue  # the loader counts and reports these; here an image less changes nothing
     return real
@@ -116,17 +119,8 @@ def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limi
 
 def label_of(members: dict[str, bytes]) -> str:
     """The class of a sample: "label" in its metadata, otherwise its text; empty when it has neither."""
-    label = metadata_of(members).get("label")
+    label = parse_object(members.get("json", b"")).get("label")
     return str(label) if isinstance(label, (str, int)) else text_of(members)
-
-
-def metadata_of(members: dict[str, bytes]) -> dict[str, Any]:
-    """The metadata of a sample, empty where there is none that can be read."""
-    try:
-        metadata = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def text_of(members: dict[str, bytes]) -> str:
@@ -137,3 +131,15 @@ def text_of(members: dict[str, bytes]) -> str:
 def spaced(size: int, limit: int) -> Iterator[int]:
     """At most `limit` indices below `size`, evenly spaced from the first to the last."""
     return iter(np.linspace(0, size - 1, min(size, limit)).astype(int).tolist())
+
+
+def some(items: Sequence[Anything], count: int) -> list[Anything]:
+    """At most `count` of the items, evenly spaced."""
+    return [items[i] for i in spaced(len(items), count)]
+
+
+def resized(image_HW3: ImageHW3, side: int) -> ImageHW3:
+    """uint8[side, side, 3]; an image of that size unchanged."""
+    if image_HW3.shape[:2] == (side, side):
+        return image_HW3
+    return np.asarray(Image.fromarray(image_HW3).resize((side, side), Image.Resampling.BICUBIC))

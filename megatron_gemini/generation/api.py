@@ -41,11 +41,8 @@ class Generator:
         self.config, self.layout, self.text_tokenizer = loaded.config, loaded.layout, loaded.text_tokenizer
         self.model = loaded.model.to(self.device)
         self.image_tokenizer = None if loaded.image_tokenizer is None else loaded.image_tokenizer.to(self.device)
-
-    @property
-    def codes_per_image(self) -> int:
+        self.codes_per_image = 0 if self.image_tokenizer is None else self.config.image_tokenizer.codes_per_image
         """0 for a model that cannot draw."""
-        return 0 if self.image_tokenizer is None else self.config.image_tokenizer.codes_per_image
 
     def respond(self, items: Sequence[Item], settings: SampleSettings) -> Answer:
         """The answer to one prompt, its pieces of text and its images in order.
@@ -99,9 +96,11 @@ class Generator:
         """What follows each document, at most `batch_size` of them in memory; document i has seed settings.seed + i."""
         answers: list[list[int]] = []
         for first in range(0, len(documents), batch_size):
+            # The cache grows with the longest prompt of a part times the number of its sequences.
             part = list(documents[first : first + batch_size])
             seeds = [settings.seed + first + i for i in range(len(part))]
             answers += generate(self.model, self.layout, part, settings, self.codes_per_image, seeds)
+        # The images of all answers together, since the image tokenizer decodes them in batches.
         runs = [split_answer(self.layout, answer) for answer in answers]
         images = iter(self.pixels([run for answer in runs for run in answer if isinstance(run, tuple)]))
         return [
@@ -121,6 +120,7 @@ class Generator:
         images = []
         for part in torch.tensor(codes, device=self.device).split(batch_size):
             images_BSS3 = self.image_tokenizer.decode(part)
+            # [-1, 1], as the tokenizer was trained, to bytes; what it draws beyond that range has no color.
             images.append(((images_BSS3.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
         return list(torch.cat(images).numpy())
 

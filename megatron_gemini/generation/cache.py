@@ -26,7 +26,8 @@ class KVCache:
         self.capacity = max(prompt_lengths) + new_tokens
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._prefilled = False
-        self._mask_BL: torch.Tensor | None = None  # positions that each sequence sees in this pass, its new token's too
+        # Which positions each sequence sees in this pass, that of its new token included; None until asked for.
+        self._mask_BL: torch.Tensor | None = None
 
     def attend(
         self,
@@ -45,7 +46,8 @@ class KVCache:
         row_B = torch.arange(q_TNH.shape[0], device=q_TNH.device)
         k_BKLH[row_B, :, self.length_B] = k_TKH
         v_BKLH[row_B, :, self.length_B] = v_TKH
-        if self._mask_BL is None:  # the same in every layer of a pass
+        # Made by the first layer of a pass and the same in all: reading the largest length waits for the device.
+        if self._mask_BL is None:
             longest = int(self.length_B.max()) + 1
             assert longest <= self.capacity, "the cache is full"
             self._mask_BL = torch.arange(longest, device=self.length_B.device) <= self.length_B[:, None]
@@ -60,6 +62,7 @@ class KVCache:
 
     def advance(self) -> None:
         """Closes a pass: its tokens become part of every sequence."""
+        # Not in place: the tensor was handed out as the positions of the pass.
         if self._prefilled:
             self.length_B = self.length_B + 1
         self._prefilled = True
@@ -84,6 +87,8 @@ class KVCache:
         lengths = self.length_B.tolist()
         assert k_TKH.shape[0] == sum(lengths), "the first pass is the prompts back to back, without padding"
         kept = []
+        # Room for all tokens at once: growing by concatenation would copy the whole cache for every token. Zeros and
+        # not empty memory, since a masked position still has weight 0, and 0 times a NaN that lies there is NaN.
         for x_TKH in (k_TKH, v_TKH):
             x_BKLH = x_TKH.new_zeros(sequences, x_TKH.shape[1], self.capacity, x_TKH.shape[2])
             for row, x_LKH in enumerate(x_TKH.split(lengths)):

@@ -32,7 +32,7 @@ class Grammar:
         self.state_B = [START_IMAGE if answer == "image" else TEXT] * sequences
         self.drawn_B = [0] * sequences
         self.left_B = [max_tokens] * sequences
-        # bool[6, V], a row for each state; of memory it takes 6 bytes an id, whatever the number of sequences.
+        # bool[6, V], a row for each state. One table for all sequences: a mask for each would be made anew every step.
         table = torch.zeros(6, layout.size, dtype=torch.bool)
         table[[TEXT, MAY_DRAW], : layout.text_size] = True
         table[[TEXT, MAY_DRAW, END], layout.control("eos")] = True
@@ -44,6 +44,7 @@ class Grammar:
     def allowed(self) -> torch.Tensor:
         """What may come next, bool[B, V]; at least one token a row."""
         rows = [
+            # All of the image and the eos have to fit, or max_tokens would cut an image that nothing can decode.
             MAY_DRAW if state == TEXT and self.draws and left >= self.image_tokens else state
             for state, left in zip(self.state_B, self.left_B, strict=True)
         ]

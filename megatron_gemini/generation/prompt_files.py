@@ -10,6 +10,7 @@ from megatron_gemini.modalities.audio.preprocess import decode_audio
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.video.preprocess import decode_video
 
+# Of a file that a person names, read whole into memory: far more than any prompt takes, far less than a disk image.
 MAX_BYTES = 512 * 1024 * 1024
 
 

@@ -44,6 +44,7 @@ class CachedSequences:
 
     def start(self) -> torch.Tensor:
         h_TD = self._pass(self.prompts)
+        # Only the last token of every prompt has a successor to choose: logits of all would be [T, V].
         return self.model.logits(h_TD[self.cache.length_B.cumsum(0) - 1])
 
     def append(self, tokens: list[int]) -> torch.Tensor:
@@ -73,6 +74,7 @@ class RecomputedSequences:
 
     def start(self) -> torch.Tensor:
         batch = extend(self.prompts, self.new)
+        # Rows that were dropped are computed along: without one, the media of all documents behind it would move.
         last = torch.tensor(prompt_lengths(batch), device=batch.token_T.device).cumsum(0) - 1
         return self.model.logits(self.model.hidden(batch)[last[self.rows]])
 

@@ -9,6 +9,7 @@ from megatron_gemini.config.check import at_least, one_of, positive
 ANSWERS = ("any", "text", "image")
 
 
+# The defaults of temperature and guidance are those at which the quickstart's drawings are judged.
 @dataclass(frozen=True)
 class SampleSettings:
     """Settings of one call; the same for every sequence in it."""

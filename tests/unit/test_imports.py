@@ -77,7 +77,7 @@ def test_data_reads_only_the_preprocessing_of_the_modalities(path):
 
 @pytest.mark.parametrize(
     ("library", "owners"),
-    [("deepspeed", {"engine", "checkpoint"}), ("megatron", {"parallel"}), ("transformers", set())],
+    [("deepspeed", {"engine", "checkpoint"}), ("megatron", {"parallel"}), ("transformers", set()), ("sklearn", set())],
 )
 def test_a_heavy_library_has_its_owners(library, owners):
     for path in FILES:

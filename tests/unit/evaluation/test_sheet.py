@@ -4,7 +4,8 @@ import numpy as np
 
 from megatron_gemini.config.model import VisionConfig
 from megatron_gemini.data.samples.document import Image, Video, prepare_image, prepare_video
-from megatron_gemini.evaluation.sheet import pixels, some, subtitle
+from megatron_gemini.evaluation.sheet import pixels, subtitle
+from megatron_gemini.evaluation.validation import some
 
 NOISE = np.random.default_rng(0).integers(0, 255, (3, 8, 12, 3), dtype=np.uint8)
 VISION = VisionConfig(patch=4, max_side=16)
@@ -16,8 +17,9 @@ def test_images_and_clips_are_shown_pixel_by_pixel() -> None:
 
 
 def test_the_subtitle_names_only_what_was_measured() -> None:
-    report = {"caption_accuracy": 0.976, "speech_accuracy": None, "train_seconds": 372.4}
-    assert subtitle(report) == "images described 98%  ·  trained in 6 min 12 s  ·  all on validation data"
+    report = {"caption_exact_match": 0.976, "transcribe_exact_match": None, "caption_cer": 0.1, "train_seconds": 372.4}
+    assert subtitle(report) == "caption exact match 98%  ·  trained in 6 min 12 s  ·  all on validation data"
+    assert subtitle(report, {"caption_cer": "wrong letters"}).startswith("wrong letters 10%  ·  trained in")
     assert subtitle({}) == ""
 
 
