@@ -99,7 +99,7 @@ def evaluate(
         side = generator.config.image_tokenizer.image_size
         results.train = read_images(train, side, settings.checked)
         results.validation = read_images(validation, side, settings.samples)
-    for subject, inputs in _judged(generator, results):
+    for subject, inputs in judged_inputs(generator, results):
         results.scores |= judge(subject, inputs, settings.metrics)
     ours, theirs = (read_fingerprint(side, settings.disjoint, settings.checked) for side in (train, validation))
     separation = compare(ours, theirs, settings.disjoint)
@@ -131,7 +131,7 @@ def _ask(
         results.continued[task] = continued
 
 
-def _judged(generator: Generator, results: Results) -> list[tuple[str, Inputs]]:
+def judged_inputs(generator: Generator, results: Results) -> list[tuple[str, Inputs]]:
     """What metrics are to judge, with the name of each; completes `results.rebuilt`."""
     judged: list[tuple[str, Inputs]] = [
         (task, Texts([x.said for x in said], [x.right for x in said])) for task, said in results.said.items()

@@ -18,7 +18,7 @@ from megatron_gemini.evaluation.asking import (
     ask_texts,
     balanced,
 )
-from megatron_gemini.evaluation.report import Results, _judged
+from megatron_gemini.evaluation.report import Results, judged_inputs
 from megatron_gemini.evaluation.validation import Example, RealImages, resized, spaced
 from megatron_gemini.generation.api import Answer, Drawing, Generator
 from megatron_gemini.generation.settings import SampleSettings
@@ -112,7 +112,7 @@ def test_more_classes_than_images_are_asked_once_each() -> None:
     assert [e.label for e in asked] == ["000", "033", "066", "099"]
 
 
-def test_what_is_judged_has_its_name_and_the_images_that_it_needs() -> None:
+def test_what_isjudged_inputs_has_its_name_and_the_images_that_it_needs() -> None:
     words = example("words", [Text("one"), Text("two")])
     results = Results(
         said={"caption": [Said(words, "six", "two")]},
@@ -121,7 +121,7 @@ def test_what_is_judged_has_its_name_and_the_images_that_it_needs() -> None:
         train=REAL,
         validation=VALIDATION,
     )
-    judged = [(name, inputs) for name, inputs in _judged(Tokens(), results)]
+    judged = judged_inputs(Tokens(), results)
     shown = {(name, type(inputs).__name__): dataclasses.asdict(inputs) for name, inputs in judged}
     assert shown["caption", "Texts"] == {"said": ["six"], "right": ["two"]}
     assert shown["interleave", "Texts"] == {"said": [""], "right": ["two"]}

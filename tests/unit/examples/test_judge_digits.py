@@ -1,4 +1,4 @@
-"""The quickstart's judge: the classifier on real digits, drawings made for it, and the whole command on small shards."""
+"""The quickstart's judge: its classifier on real digits, drawings made for it, the whole command on small shards."""
 
 import importlib.util
 import json
