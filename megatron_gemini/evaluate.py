@@ -59,10 +59,11 @@ def evaluate_command(argv: list[str]) -> Evaluation:
         raise ValueError(f"--samples is {options.samples} and --images {options.images}; both must be 1 or more")
     drawing = SampleSettings(**{name: getattr(options, name) for name in SAMPLING})
 
+    # What can be wrong in the options is told before torch is imported, which takes seconds.
     from megatron_gemini.evaluation.metrics.registry import find
 
     for name in options.metrics:
-        find(name)  # a name that is wrong is told before the model is loaded
+        find(name)
 
     from megatron_gemini.checkpoint.inference import load_for_inference
     from megatron_gemini.evaluation.report import EvaluationSettings, evaluate
@@ -87,6 +88,7 @@ def complete(results: Results, loaded: Loaded, settings: EvaluationSettings, run
     from megatron_gemini.evaluation.runs import training_figures
 
     tokenizer = loaded.config.train.image_tokenizer
+    # The image tokenizer was trained for this model, so the time that it took is part of what the model cost.
     paths = [Path(run) for run in runs] or [run_of(loaded), *([Path(tokenizer)] if tokenizer else [])]
     return {
         **{name: rounded(score.value) for name, score in results.scores.items()},
@@ -106,6 +108,7 @@ def training_sources(loaded: Loaded) -> list[SourceConfig]:
     """What the model and its image tokenizer were trained on."""
     from megatron_gemini.config.load import read_config
 
+    # What the tokenizer saw was seen as well: a drawing may be a copy of an image that only it was trained on.
     sources = list(loaded.config.data.sources)
     tokenizer = loaded.directory / "image_tokenizer" / "config.yaml"
     return sources + (list(read_config(tokenizer).data.sources) if tokenizer.is_file() else [])
@@ -165,13 +168,7 @@ def _parser() -> OptionParser:
         help="metadata fields of which training and validation shards must share no value, such as voice",
     )
     data.add_argument("--samples", type=int, default=400, metavar="N", help="of every validation source (default: 400)")
-    data.add_argument(
-        "--metrics",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="metrics to compute, such as exact_match cer (default: all)",
-    )
+    data.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="such as exact_match cer (default: all)")
     drawing = parser.add_argument_group("drawing; texts are always the likeliest")
     drawing.add_argument("--images", type=int, default=200, metavar="N", help="images to draw a task (default: 200)")
     parser.add_sampling(drawing, SAMPLING)

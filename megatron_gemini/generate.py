@@ -31,6 +31,7 @@ Texts and files make up the prompt in the order in which they are given:
 def main(argv: list[str]) -> int:
     """Parse, load, ask, print and save. Returns the exit status."""
     options = parse(argv)
+    # All that can be wrong in the options is told before torch is imported, which takes seconds.
     settings = SampleSettings(
         **{f.name: getattr(options, f.name) for f in dataclasses.fields(SampleSettings) if f.name != "cache"},
         cache=not options.no_cache,
@@ -93,6 +94,7 @@ def show(pieces: Iterable[Piece], out: Path, scale: int) -> int:
             images += 1
             path = out if images == 1 else out.with_stem(f"{out.stem}-{images}")
             height, width = piece.pixels_HW3.shape[:2]
+            # Rounded up to a whole number, so that every pixel of the model's is enlarged alike.
             factor = scale or -(-SHORTEST_SIDE // min(height, width))
             picture = Image.fromarray(piece.pixels_HW3)
             if factor > 1:

@@ -70,6 +70,7 @@ def ask_last_items(generator: Generator, examples: Sequence[Example], settings: 
     ends = [example.prompt[-1] for example in kept]
     images = iter(generator.pixels([end.codes for end in ends if isinstance(end, ImageCodes)]))
     rights = [Drawing(end.codes, next(images)) if isinstance(end, ImageCodes) else text_of([end]) for end in ends]
+    # Only the next piece counts: what a model goes on to say behind it was not asked.
     return [Continued(e, a[0] if a else None, right) for e, a, right in zip(kept, answers, rights, strict=True)]
 
 
@@ -78,6 +79,7 @@ def balanced(examples: Sequence[Example], count: int) -> list[Example]:
 
     Where there are more classes than `count`, one example each of some that are spread over all.
     """
+    # A class that most prompts ask for would otherwise decide the figure. A prompt that repeats has another seed.
     by_class: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         by_class[example.label].append(example)

@@ -34,6 +34,7 @@ from megatron_gemini.evaluation.validation import (
 from megatron_gemini.generation.api import Generator
 from megatron_gemini.generation.settings import SampleSettings
 
+# Texts are judged by the likeliest answer: what a model knows, whatever the seed.
 GREEDY = SampleSettings(temperature=0.0)
 
 
@@ -93,9 +94,11 @@ def evaluate(
     for source in validation:
         part = read_examples(source, decoder, settings.samples, settings.drawing.seed, skipped)
         examples.setdefault(source.task, []).extend(part)
+    # Sources of a task are asked together, so that a figure is of the task and not of one of its files.
     for task, found in examples.items():
         _ask(generator, task, found, settings, results)
     if generator.codes_per_image:
+        # Of the image tokenizer's size, drawn images and real ones alike, or resizing alone would tell them apart.
         side = generator.config.image_tokenizer.image_size
         results.train = read_images(train, side, settings.checked)
         results.validation = read_images(validation, side, settings.samples)

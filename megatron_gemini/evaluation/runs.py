@@ -28,6 +28,7 @@ def training_figures(runs: Sequence[Path]) -> dict[str, Json]:
         if values:
             # One run came after the other, so their times add up and their memories do not.
             figures[name] = sum(values) if name == "train_seconds" else max(values)
+    # A rate of two models, or losses of two, would say nothing together.
     own = summaries.get(str(runs[0]), {})
     if "tokens_per_second" in own:
         figures["tokens_per_second"] = own["tokens_per_second"]

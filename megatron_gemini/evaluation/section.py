@@ -23,6 +23,7 @@ class Answer:
 
     @property
     def correct(self) -> bool:
+        # Stricter than the figure of exact matches, which forgives case and closing marks: here a person sees them.
         return self.said.split() == self.right.split()
 
     def draw(self, page: Page, x: float, y: float, size: float, room: float, ha: str = "left") -> None:

@@ -36,6 +36,7 @@ class DrawnFromText(Section[tuple[str, Sequence[ImageHW3]]]):
                 page.image(x + self.label + column * step, top, step - 6, image_HW3)
 
     def _step(self, width: float) -> float:
+        # Smaller where the card is narrow, so that no image is cut off.
         longest = max(len(images) for _, images in self.items)
         return min(self.step, (width - self.label) / longest)
 
@@ -79,6 +80,7 @@ class Clips(Answered[Frames]):
 
     def cell(self, page: Page, left: float, top: float, room: float, item: tuple[Frames, Answer]) -> None:
         frames_FHW3, answer = item
+        # The first and the last frame are always among them: a clip is told by what changes.
         shown = frames_FHW3[np.linspace(0, len(frames_FHW3) - 1, min(len(frames_FHW3), self.frames)).astype(int)]
         side = min(room / len(shown), 84)
         for number, frame_HW3 in enumerate(shown):

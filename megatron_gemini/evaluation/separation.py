@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_gemini.evaluation.json_data import Json, parse_object
 
+# Texts are not among them: the same short caption may rightly stand on both sides.
 MEDIA = ("png", "jpg", "jpeg", "webp", "wav", "flac", "mp4")
 HOW = (
     "Every image, recording and clip of the training and the validation shards was hashed (SHA-256), and the named "
@@ -31,6 +32,7 @@ class Fingerprint:
         """Takes a sample: its key, its members by extension, and the metadata fields that identify its origin."""
         self.samples += 1
         for extension, data in members.items():
+            # By content, since a copy under another name or key is a copy all the same.
             if extension.rpartition(".")[2].lower() in MEDIA:
                 self.media[hashlib.sha256(data).hexdigest()] = key
         metadata = parse_object(members.get("json", b""))
@@ -47,6 +49,7 @@ def compare(train: Fingerprint, validation: Fingerprint, names: Iterable[str]) -
     A field that one side lacks is not compared, and says so.
     """
     shared_media = train.media.keys() & validation.media.keys()
+    # Sorted, because a set's order changes from process to process and the report's example should not.
     examples = [(train.media[x], validation.media[x]) for x in sorted(shared_media)]
     fields: dict[str, Json] = {}
     for name in names:

@@ -70,6 +70,7 @@ def make_sheet(results: Results, title: str, subtitle: str, patch: int) -> Sheet
     clips = _answered(results, "video_caption", CLIPS, lambda item: pixels(item, patch))
     transcripts = _answered(results, "transcribe", SOUNDS, spectrogram)
     nothing = Drawn([], [])
+    # By what was asked for and not by the words: several prompts may ask for the same in other words.
     by_label: dict[str, tuple[Example, list[ImageHW3]]] = {}
     for example, drawing in results.drawn.get("generate", nothing).existing():
         by_label.setdefault(example.label, (example, []))[1].append(drawing.pixels_HW3)
@@ -79,6 +80,7 @@ def make_sheet(results: Results, title: str, subtitle: str, patch: int) -> Sheet
         for example, drawing in some(results.drawn.get("speech_to_image", nothing).existing(), SPOKEN)
     ]
     rebuilt = some(list(zip(results.validation.images, results.rebuilt, strict=True)), REBUILT)
+    # Sections of similar heights share a row, which is as high as its highest.
     rows: list[list[Section]] = [
         [DrawnFromText(drawn), Captions(captions)],
         [Transcripts(transcripts)],

@@ -63,6 +63,7 @@ def read_examples(
 ) -> list[Example]:
     """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
     schema = Schema.of(source)
+    # The text beside what the task needs: where there is no label, it is what a sample is called by.
     names = list(dict.fromkeys([*schema.members(source.task), "txt", RECORD]))
     records = open_records(source, names)
     examples = []
@@ -76,6 +77,7 @@ def read_examples(
         except BadSample as error:
             skipped[error.reason] += 1
             continue
+        # By the key and not by the place, so that a limit changes which samples are asked and not what they are asked.
         question = format_example(
             source.task, fields, source.prompts, random_stream(seed, "evaluate", source.task, key)
         )
@@ -86,6 +88,7 @@ def read_examples(
 def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealImages:
     """Images that have a class, from the sources' shards, at most `limit` of every set of shards, resized to `side`."""
     real = RealImages([], [], [])
+    # A set of shards that two tasks read is read once.
     for source in {source.shards: source for source in sources if source.task in ("caption", "generate")}.values():
         schema = Schema.of(source)
         wanted = list(dict.fromkeys([*schema.members("caption"), "txt", RECORD]))
@@ -130,6 +133,7 @@ def text_of(members: dict[str, bytes]) -> str:
 
 def spaced(size: int, limit: int) -> Iterator[int]:
     """At most `limit` indices below `size`, evenly spaced from the first to the last."""
+    # Not the first ones: shards are often sorted, by class or by source.
     return iter(np.linspace(0, size - 1, min(size, limit)).astype(int).tolist())
 
 
