@@ -5,10 +5,10 @@
 The options are those of `megatron-gemini evaluate`. A classifier of real digits reads what the model drew. Its figures
 are added to the report, and the sheet names the quickstart's main ones:
 
-  image_recognized, speech_to_image_recognized   share of the drawings that are read as the digit that was asked for
-  reconstruction_recognized                      of the validation digits that are still read right after the tokenizer
-  classifier_accuracy                            of real validation digits that the classifier reads right: its limit
-  interleave_accuracy                            of documents whose last item, a word or a digit, the model adds right
+- image_recognized, speech_to_image_recognized: share of the drawings that are read as the digit that was asked for
+- reconstruction_recognized: share of the validation digits that are still read right after the image tokenizer
+- classifier_accuracy: share of the real validation digits that the classifier reads right, its own limit
+- interleave_accuracy: share of the documents whose last item, a word or a digit, the model adds right
 """
 
 from __future__ import annotations
