@@ -38,8 +38,8 @@ _SEARCHED = (
 LONG_ROW = 16_384
 """Tokens of a row from which context parallelism is worth a look without being asked for."""
 ZERO3_PIPELINE = 1.05
-"""ZeRO-3 in a pipeline must be faster by this factor than another state to be preferred. Every stage gathers its weights
-in an order that the schedule dictates, and the estimate cannot tell what that costs."""
+"""ZeRO-3 in a pipeline must be faster by this factor than another state to be preferred. Every stage gathers its
+weights in an order that the schedule dictates, and the estimate cannot tell what that costs."""
 
 
 @dataclass(frozen=True)
