@@ -59,8 +59,10 @@ HALVE = ConnectorSpec(
     section=HalveConfig,
     length=lambda length_S: (length_S + 1) // 2,
     parameters=lambda s, width, model_width: s.inner * (2 * width + 1 + model_width) + model_width,
-    # The places of the embeddings, these, and of every pair the hidden layer before and behind its activation.
-    saved_bytes=lambda s, width, model_width, embeddings, element: embeddings * (INT64 + (width + s.inner) * element),
+    # Embeddings, their places, those in place, and of every pair the hidden layer before and behind its activation.
+    saved_bytes=lambda s, width, model_width, embeddings, element: (
+        embeddings * (INT64 + (2 * width + s.inner) * element)
+    ),
     build=Halve,
 )
 
