@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
-from tests.tiny_shards import LAYOUT, Characters, run_config
+from tests.tiny_shards import FORM, LAYOUT, Characters, run_config
 
 
 def main(arguments: list[str]) -> None:
@@ -27,7 +27,7 @@ def read(task: str, shard: str) -> dict[str, object]:
     """keys: of all samples drawn, good and bad, in order; skipped: the loader's own count."""
     source = SourceConfig(shards=shard, task=task, name="s")
     config = run_config([source], rows_per_step=1, lanes=1, look_ahead=1, row_tokens=128, max_bad_share=1.0)
-    with Loader(config, 0, 1, LAYOUT, Characters()) as loader:
+    with Loader(config, 0, 1, LAYOUT, Characters(), FORM) as loader:
         (made,) = loader.sources
         while (drawn := loader.state()["0"]["drawn"]["s"]) < len(made):
             loader.next()

@@ -12,7 +12,7 @@ from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.yaml_file import read_yaml
 from megatron_gemini.data.loading.loader import Loader
 from tests.adversarial import write_corpus
-from tests.tiny_shards import LAYOUT, Characters, run_config, texts, write_tar
+from tests.tiny_shards import FORM, LAYOUT, Characters, run_config, texts, write_tar
 
 ROOT = Path(__file__).parents[3]
 ADDRESS_SPACE = 8 << 30  # a reader that believes what a file says of itself fails instead of taking the machine
@@ -63,7 +63,7 @@ def test_a_shard_s_address_is_never_a_command(address, tmp_path):
     canary = tmp_path / "canary"
     with pytest.raises(ValueError, match="shard"):
         config = run_config([SourceConfig(shards=address.format(canary), task="text", name="s")])
-        Loader(config, 0, 1, LAYOUT, Characters())
+        Loader(config, 0, 1, LAYOUT, Characters(), FORM)
     assert not canary.exists()
 
 
@@ -72,7 +72,7 @@ def test_a_share_of_bad_samples_stops_the_run_with_the_table_of_reasons(tmp_path
     bad = [(f"bad{i:03d}", {"txt": b"\xff" if i % 3 else b" "}) for i in range(60)]
     shard = write_tar(tmp_path / "t.tar", [*good, *bad])
     config = run_config([SourceConfig(shards=shard, task="text", name="words")], max_bad_share=0.1)
-    with Loader(config, 0, 1, LAYOUT, Characters()) as loader, pytest.raises(ValueError) as stopped:
+    with Loader(config, 0, 1, LAYOUT, Characters(), FORM) as loader, pytest.raises(ValueError) as stopped:
         for _ in range(500):
             loader.next()
     assert "more than data.max_bad_share (0.1)" in str(stopped.value)
@@ -86,13 +86,13 @@ def test_a_bad_shard_is_told_by_its_name(tmp_path, caplog):
     broken = Path(texts(tmp_path / "t-1.tar", 10))
     broken.write_bytes(broken.read_bytes()[:-12_000])
     config = run_config([SourceConfig(shards=str(tmp_path / "t-*.tar"), task="text", name="t")])
-    with Loader(config, 0, 1, LAYOUT, Characters()) as loader:
+    with Loader(config, 0, 1, LAYOUT, Characters(), FORM) as loader:
         assert loader.skipped == {("t", "tar_damaged"): 1}
     assert "t-1.tar' is damaged (it breaks off" in caplog.text
     for content in (b"", b"no tar at all" * 100, b"\x1f\x8b\x08" + bytes(2000)):
         broken.write_bytes(content)
         with pytest.raises(ValueError, match=r"the shard '.*t-1\.tar' holds no usable sample"):
-            Loader(config, 0, 1, LAYOUT, Characters())
+            Loader(config, 0, 1, LAYOUT, Characters(), FORM)
 
 
 def test_a_configuration_is_no_bomb_either(tmp_path):

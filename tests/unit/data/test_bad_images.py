@@ -11,7 +11,6 @@ from PIL import Image
 from megatron_gemini.config.data import DataConfig, SourceConfig
 from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.data.loading.images import ImageLoader
 from tests.end_to_end.dataset import write_tar
 
@@ -26,8 +25,8 @@ def loader(path: Path, bad: int) -> ImageLoader:
         RunConfig(
             image_tokenizer=ImageTokenizerConfig(image_size=8, patch=4),
             data=DataConfig(sources=(SourceConfig(str(path / "images.tar")),), max_bad_share=0.1),
-            train=TrainConfig(images_per_step=20),
         ),
+        20,
         0,
         1,
     )

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from megatron_gemini.config.data import TASKS, SourceConfig
 from megatron_gemini.data.loading.loader import Loader, lanes_of
 from megatron_gemini.data.loading.prefetch import Prefetch
-from tests.tiny_shards import LAYOUT, Characters, chat, document, png, run_config, sample, texts, wav, write_tar
+from tests.tiny_shards import FORM, LAYOUT, Characters, chat, document, png, run_config, sample, texts, wav, write_tar
 
 
 def load(config, rank=0, size=1):
-    return Loader(config, rank, size, LAYOUT, Characters())
+    return Loader(config, rank, size, LAYOUT, Characters(), FORM)
 
 
 def content(batch):
@@ -154,7 +154,7 @@ def test_rows_are_nearly_full(mixture):
 
 
 def test_rows_keep_the_budgets_of_the_encoders(mixture):
-    data = dataclasses.replace(mixture.data, row_patches=9, row_audio_frames=25)
+    data = dataclasses.replace(mixture.data, row_inputs={"vision": 9, "audio": 25})
     loader = load(dataclasses.replace(mixture, data=data))
     rows = [batch for _ in range(20) for batch in loader.next().values()]
     for name, limit in (("vision", 9), ("audio", 25)):
@@ -167,7 +167,7 @@ def test_validation_rows_are_the_same_every_time_and_never_have_an_empty_prompt(
     data = dataclasses.replace(mixture.data, validation=mixture.data.sources, caption_dropout=1.0)
     train = dataclasses.replace(mixture.train, validation_rows=4)
     config = dataclasses.replace(mixture, data=data, train=train)
-    make = lambda rank, size: Loader.validation(config, rank, size, LAYOUT, Characters())  # noqa: E731
+    make = lambda rank, size: Loader.validation(config, rank, size, LAYOUT, Characters(), FORM)  # noqa: E731
     one = steps([make(0, 1)], 1)
     assert len(one) == 4
     assert steps([make(0, 2), make(1, 2)], 1) == one
@@ -176,7 +176,7 @@ def test_validation_rows_are_the_same_every_time_and_never_have_an_empty_prompt(
     opening = torch.tensor([LAYOUT.control("user"), LAYOUT.control("model")])
     assert not (row.token_T.unfold(0, 2, 1) == opening).all(dim=1).any()
     with pytest.raises(ValueError, match=r"data\.validation is empty"):
-        Loader.validation(mixture, 0, 1, LAYOUT, Characters())
+        Loader.validation(mixture, 0, 1, LAYOUT, Characters(), FORM)
 
 
 def test_there_must_be_a_source(mixture):
@@ -198,8 +198,9 @@ def test_a_state_of_other_data_or_sizes_is_refused(mixture, tmp_path):
 
 
 def test_settings_that_a_source_cannot_use_are_told_at_once(mixture):
-    off = dataclasses.replace(mixture, audio=dataclasses.replace(mixture.audio, enabled=False))
-    with pytest.raises(ValueError, match=r"'transcribe:all\.tar' \(transcribe\) needs audio\.enabled"):
+    audio = dataclasses.replace(mixture.encoders["audio"], enabled=False)
+    off = dataclasses.replace(mixture, encoders={**mixture.encoders, "audio": audio})
+    with pytest.raises(ValueError, match=r"'transcribe:all\.tar' \(transcribe\) needs encoders\.audio\.enabled"):
         load(off)
     twice = dataclasses.replace(mixture.data, sources=(mixture.data.sources[0],) * 2)
     with pytest.raises(ValueError, match=r"two data sources are called 'caption:all\.tar'"):

@@ -17,13 +17,18 @@ from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.data.samples.tasks import random_stream
 from megatron_gemini.data.sources.schema import Schema
-from tests.tiny_shards import "audio", IMAGE_TOKENIZER, LAYOUT, "vision", Characters, chat, png, sample
+from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, LAYOUT, VISION, Characters, chat, png, sample
 
 
-def setting(task="caption", vision="vision", audio="audio", **source):
+def setting(task="caption", vision=VISION, audio=AUDIO, **source):
     schema = Schema.of(SourceConfig(shards="x", task=task, **source))
     return Setting(
-        task, SampleDecoder(vision, audio, IMAGE_TOKENIZER), schema, LAYOUT, Characters(), caption_dropout=0.5
+        task,
+        SampleDecoder({"vision": vision, "audio": audio}, IMAGE_TOKENIZER),
+        schema,
+        LAYOUT,
+        Characters(),
+        caption_dropout=0.5,
     )
 
 
@@ -103,7 +108,7 @@ def test_speed_changes_length_and_pitch_together_and_keeps_the_limit(seconds, se
     faster = apply("speed(slowest=0.8, fastest=1.25)", {"audio": Audio(wave)}, seed)["audio"].wave
     ratio = len(wave) / len(faster)
     assert 0.79 < ratio < 1.26
-    assert len(faster) <= 16_000 * "audio".max_seconds + 1
+    assert len(faster) <= 16_000 * AUDIO.max_seconds + 1
     pitch = np.abs(np.fft.rfft(faster, 1 << 17)).argmax() * 16_000 / (1 << 17)
     assert pitch == pytest.approx(400 * ratio, rel=0.02)
 
@@ -111,7 +116,7 @@ def test_speed_changes_length_and_pitch_together_and_keeps_the_limit(seconds, se
 def test_media_are_changed_wherever_they_stand_and_once():
     image = Image(pixels(20, 20))
     given = {"image": image, "items": [Text("a"), image], "messages": [Turn(True, [image, Text("b")])]}
-    changed = apply("patches", given)
+    changed = apply("prepare", given)
     assert isinstance(changed["image"], EncoderInput)
     assert changed["items"][1] is changed["image"] is changed["messages"][0].items[0]
     assert changed["items"][0] is given["items"][0]
@@ -139,14 +144,14 @@ def test_a_list_of_the_users_own_replaces_the_usual_one():
     assert len(usual.media[0].values_PC) == 2  # 8 x 4 pixels
     wide = document("caption", members, USUAL_OPERATIONS)
     assert (usual.token_L == wide.token_L).all()
-    one = document("caption", members, ("decode", "resize(tokens=1)", "patches", "format", "tokenize"))
+    one = document("caption", members, ("decode", "resize(tokens=1)", "prepare", "format", "tokenize"))
     assert len(one.media[0].values_PC) == 1
     empty = document("generate", sample(3), ("decode", "format(caption_dropout=1)", "tokenize"))
     assert empty.token_L.tolist()[:3] == [LAYOUT.control(name) for name in ("bos", "user", "model")]
 
 
 def test_only_what_stands_before_the_first_random_operation_is_fixed():
-    operations = ("decode", "crop(smallest=0.2)", "patches", "format", "tokenize")
+    operations = ("decode", "crop(smallest=0.2)", "prepare", "format", "tokenize")
     pipeline = OperationPipeline(operations, setting())
     fixed = pipeline.fixed({"key": "k", "members": {**sample(3), "png": png(0, 30, 30)}})
     assert isinstance(fixed["image"], Image)

@@ -8,19 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.objectives.pretrain.spec import PretrainConfig
-from megatron_gemini.contracts import IMAGE, TEXT
+from megatron_gemini.contracts import IMAGE, TEXT, RowFormat
 from megatron_gemini.data.packing.pack import check_fits, choose, fullest, pack
 from megatron_gemini.data.samples.document import ImageCodes, Size, Text, build_document
 from megatron_gemini.modalities.audio.item import Audio
 from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.video.item import Video
 from megatron_gemini.modalities.bad_sample import BadSample
-from tests.tiny_shards import "audio", LAYOUT, "vision", Characters
+from tests.tiny_shards import AUDIO, LAYOUT, VISION, Characters
 
 PLACEHOLDERS = {LAYOUT.control(name) for name in ("image", "video", "audio")}
 TEXT_WEIGHT, IMAGE_WEIGHT = 1.0, 0.25
-LOSS = LossConfig(text=TEXT_WEIGHT, image=IMAGE_WEIGHT)
+FORM = RowFormat(target_weights={TEXT: TEXT_WEIGHT, IMAGE: IMAGE_WEIGHT})
 
 
 def build(prompt, answer, key="k", loss_on_prompt=False):
@@ -29,8 +28,7 @@ def build(prompt, answer, key="k", loss_on_prompt=False):
         answer,
         layout=LAYOUT,
         text_tokenizer=Characters(),
-        vision="vision",
-        audio="audio",
+        encoders={"vision": VISION, "audio": AUDIO},
         key=key,
         loss_on_prompt=loss_on_prompt,
     )
@@ -63,7 +61,7 @@ def control(*names):
 def test_a_packed_row_obeys_the_contract(parts, padding):
     built = [build(prompt, answer, f"k{i}", loss) for i, (prompt, answer, loss) in enumerate(parts)]
     total = sum(map(len, built))
-    row = pack(built, total + padding, LOSS)
+    row = pack(built, total + padding, FORM)
     length = total + padding
     for name in ("token", "target", "weight", "position", "segment", "span", "modality"):
         assert getattr(row, f"{name}_T").shape == (length,)
@@ -87,7 +85,7 @@ def test_a_packed_row_obeys_the_contract(parts, padding):
             continue
         target = int(row.token_T[t + 1])
         assert row.target_T[t] == target
-        assert row.modality_T[t] == (IMAGE if target in LAYOUT.code_range("image") else TEXT)
+        assert LAYOUT.targets[row.modality_T[t]] == (IMAGE if target in LAYOUT.code_range("image") else TEXT)
         assert row.weight_T[t] in (0, IMAGE_WEIGHT if target in LAYOUT.code_range("image") else TEXT_WEIGHT)
         assert target not in PLACEHOLDERS or row.weight_T[t] == 0
 
@@ -115,13 +113,13 @@ def test_a_packed_row_obeys_the_contract(parts, padding):
 
 
 def test_loss_is_on_the_answer_and_its_end_only():
-    row = pack([build([Text("ab")], [Text("c")])], 8, LOSS)
+    row = pack([build([Text("ab")], [Text("c")])], 8, FORM)
     assert row.token_T.tolist() == [*control("bos", "user"), 97, 98, *control("model"), 99, *control("eos", "pad")]
     assert row.weight_T.tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
 
 
 def test_loss_weights_go_by_the_modality_of_the_target():
-    row = pack([build([Text("a")], [ImageCodes((3, 5))])], 12, LOSS)
+    row = pack([build([Text("a")], [ImageCodes((3, 5))])], 12, FORM)
     first = LAYOUT.code_range("image").start
     answer = [*control("image_begin"), first + 3, first + 5, *control("image_end", "eos")]
     assert row.token_T[3:9].tolist() == [*control("model"), *answer]
@@ -131,7 +129,7 @@ def test_loss_weights_go_by_the_modality_of_the_target():
 
 
 def test_an_interleaved_document_learns_its_text_and_codes_but_no_placeholder():
-    row = pack([build([Image(pixels(8, 8)), Text("a"), ImageCodes((2,))], None, loss_on_prompt=True)], 10, LOSS)
+    row = pack([build([Image(pixels(8, 8)), Text("a"), ImageCodes((2,))], None, loss_on_prompt=True)], 10, FORM)
     assert row.target_T[:9].tolist() == [
         *control("image") * 4,
         97,
@@ -147,7 +145,7 @@ def test_an_empty_answer_leaves_the_document_open():
 
 
 def test_every_frame_of_a_clip_is_a_span_of_its_own():
-    row = pack([build([Image(pixels(4, 8)), Video(pixels(3, 4, 8), 0.5)], [])], 11, LOSS)
+    row = pack([build([Image(pixels(4, 8)), Video(pixels(3, 4, 8), 0.5)], [])], 11, FORM)
     assert row.span_T.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 0]
     assert row.media["vision"].grid_I3.tolist() == [[1, 1, 2], [3, 1, 2]]
     assert row.media["vision"].time_I.tolist() == [0.0, 0.5]
@@ -155,18 +153,18 @@ def test_every_frame_of_a_clip_is_a_span_of_its_own():
 
 def test_media_of_all_documents_are_in_the_order_of_their_placeholders():
     black, white = Image(np.zeros((4, 4, 3), np.uint8)), Image(np.full((4, 4, 3), 255, np.uint8))
-    row = pack([build([black], []), build([Text("x"), white, black], [])], 12, LOSS)
+    row = pack([build([black], []), build([Text("x"), white, black], [])], 12, FORM)
     assert row.media["vision"].values_PC[:, 0].tolist() == [-1, 1, -1]
     assert row.media["vision"].token_O.tolist() == [2, 7, 8]
 
 
 def test_a_row_of_text_has_no_media():
-    assert pack([build([Text("a")], [Text("b")])], 8, LOSS).media == {}
+    assert pack([build([Text("a")], [Text("b")])], 8, FORM).media == {}
 
 
 def test_a_document_longer_than_a_row_is_a_bad_sample():
     with pytest.raises(BadSample, match="k: 6 tokens do not fit into a row of 5") as error:
-        pack([build([Text("a")], [Text("b")])], 5, LOSS)
+        pack([build([Text("a")], [Text("b")])], 5, FORM)
     assert error.value.reason == "too_long"
 
 
@@ -189,26 +187,34 @@ def test_a_row_is_filled_as_full_as_any_choice_could(lengths, room):
     assert [i in chosen for i in range(len(lengths))] == max([i in c for i in range(len(lengths))] for c in older)
 
 
-sizes = st.builds(Size, st.integers(1, 20), st.integers(0, 8), st.integers(0, 30))
+def size(tokens, patches, frames):
+    return Size(tokens, {"vision": patches, "audio": frames})
 
 
-@given(st.lists(sizes, max_size=9), st.builds(Size, st.integers(0, 60), st.integers(0, 20), st.integers(0, 60)))
+def taken(size):
+    return [size.tokens, *(size.inputs.get(name, 0) for name in ("vision", "audio"))]
+
+
+sizes = st.builds(size, st.integers(1, 20), st.integers(0, 8), st.integers(0, 30))
+
+
+@given(st.lists(sizes, max_size=9), st.builds(size, st.integers(0, 60), st.integers(0, 20), st.integers(0, 60)))
 def test_no_choice_exceeds_what_is_left_of_a_row(waiting, room):
     chosen = [waiting[place] for place in choose(waiting, room)]
     for axis in range(3):
-        assert sum(size[axis] for size in chosen) <= room[axis]
-    if waiting and all(part <= left for part, left in zip(waiting[0], room, strict=True)):
+        assert sum(taken(size)[axis] for size in chosen) <= taken(room)[axis]
+    if waiting and all(part <= left for part, left in zip(taken(waiting[0]), taken(room), strict=True)):
         assert chosen  # the oldest alone would have fitted
 
 
 def test_a_document_beyond_the_encoders_budget_is_a_bad_sample():
     document = build([Image(pixels(8, 8)), Audio(np.ones(1600, np.float32))], [Text("a")])
-    assert document.size == (12, 4, 10)
-    check_fits(document, Size(12, 4, 10))
+    assert taken(document.size) == [12, 4, 10]
+    check_fits(document, size(12, 4, 10))
     for limits, reason in (
-        (Size(11, 4, 10), "too_long"),
-        (Size(12, 3, 10), "too_many_patches"),
-        (Size(12, 4, 9), "too_much_audio"),
+        (size(11, 4, 10), "too_long"),
+        (size(12, 3, 10), "too_many_vision_inputs"),
+        (size(12, 4, 9), "too_many_audio_inputs"),
     ):
         with pytest.raises(BadSample) as error:
             check_fits(document, limits)

@@ -8,11 +8,11 @@ import pytest
 
 from megatron_gemini.config.data import FieldsConfig, SourceConfig
 from megatron_gemini.data.loading.loader import Loader
-from tests.tiny_shards import LAYOUT, Characters, png, run_config, wav, write_tar
+from tests.tiny_shards import FORM, LAYOUT, Characters, png, run_config, wav, write_tar
 
 
 def loader(*sources, **data):
-    return Loader(run_config(sources, lanes=2, **data), 0, 1, LAYOUT, Characters())
+    return Loader(run_config(sources, lanes=2, **data), 0, 1, LAYOUT, Characters(), FORM)
 
 
 def words(document):

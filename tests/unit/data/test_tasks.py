@@ -10,9 +10,9 @@ from megatron_gemini.data.samples.document import EncoderInput, ImageCodes, Text
 from megatron_gemini.data.samples.tasks import PROMPTS, check_prompts, format_example, random_stream
 from megatron_gemini.data.sources.schema import USUAL
 from megatron_gemini.modalities.bad_sample import BadSample
-from tests.tiny_shards import "audio", IMAGE_TOKENIZER, "vision", codes, document, png, sample, wav
+from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, VISION, codes, document, png, sample, wav
 
-DECODER = SampleDecoder("vision", "audio", IMAGE_TOKENIZER)
+DECODER = SampleDecoder({"vision": VISION, "audio": AUDIO}, IMAGE_TOKENIZER)
 
 
 def question(task, seed=0, prompts=(), caption_dropout=0.0, members=None):

@@ -16,7 +16,7 @@ import torch
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.packing.wire import from_bytes, parse_header, to_bytes
-from tests.tiny_shards import LAYOUT, Characters, run_config, sample, texts, write_tar
+from tests.tiny_shards import FORM, LAYOUT, Characters, run_config, sample, texts, write_tar
 from tests.unit.data.test_loader import content, steps
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ class Unruly(Characters):
 
 
 def load(config, rank=0, size=1, tokenizer=None):
-    return Loader(config, rank, size, LAYOUT, tokenizer or Characters())
+    return Loader(config, rank, size, LAYOUT, tokenizer or Characters(), FORM)
 
 
 def workers():
