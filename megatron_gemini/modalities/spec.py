@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 RawItem = TypeVar("RawItem")
+Grid: TypeAlias = tuple[int, int, int]
+"""Sizes of an item, whose product is its number of inputs; see `contracts.Media`."""
 
 
 class Built(Protocol):
@@ -58,7 +60,7 @@ class EncoderSpec(Generic[Settings]):
     largest_item: Callable[[Settings], int]
     longest_item: Callable[[Settings], int]
     build: Callable[[Settings], nn.Module]
-    grids: Callable[[Settings, int], list[tuple[int, int, int]]] | None = None
+    grids: Callable[[Settings, int], list[Grid]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class Prepared:
     """An item as its encoder takes it. values_PC: float32; grid, seconds: as in `contracts.Media`, of one item."""
 
     values_PC: torch.Tensor
-    grid: tuple[int, int, int]
+    grid: Grid
     seconds: float = 0.0
 
 

@@ -29,7 +29,7 @@ from megatron_gemini.config.data import DataConfig, SourceConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
-from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.sources.index_cache import index_path, write_index
 from megatron_gemini.data.sources.shard_writer import write_shards
@@ -164,7 +164,7 @@ def startup(folder: Path) -> dict[str, object]:
             os.link(index_path(one), index_path(path))
     began, cpu = time.perf_counter(), time.process_time()
     source = SourceConfig(shards=f"{many}/s-{{00000..09999}}.tar", task="text", name="many")
-    with Loader(config(folder, source), 0, 1, LAYOUT, Bytes()) as loader:
+    with Loader(config(folder, source), 0, 1, LAYOUT, Bytes(), RowFormat()) as loader:
         loader.next()
         samples = len(loader.sources[0])
     seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
@@ -181,7 +181,7 @@ def memory(folder: Path) -> dict[str, object]:
             write_index(str(shard))
     source = SourceConfig(shards=f"{folder}/t-*.tar", task="caption", name="tiny")
     found, seen, due = {}, 0, 10_000
-    with Loader(config(folder, source), 0, 1, LAYOUT, Bytes()) as loader:
+    with Loader(config(folder, source), 0, 1, LAYOUT, Bytes(), RowFormat()) as loader:
         while seen < 100_000:
             seen += sum(len(batch.samples) for batch in loader.next().values())
             if seen >= due:
@@ -193,8 +193,8 @@ def memory(folder: Path) -> dict[str, object]:
 def config(folder: Path, source: SourceConfig) -> RunConfig:
     data = DataConfig(sources=(source,), row_tokens=1024, lanes=8, cache_bytes=0, prefetch=0)
     train = TrainConfig(rows_per_step=8, output_dir=str(folder / "run"))
-    vision, audio = VisionConfig(patch=PATCH, max_side=TARGET), AudioConfig(enabled=False)
-    return RunConfig(data=data, train=train, vision=vision, audio=audio)
+    encoders = {"vision": VisionConfig(patch=PATCH, max_side=TARGET), "audio": AudioConfig(enabled=False)}
+    return RunConfig(data=data, train=train, encoders=encoders)
 
 
 def resident() -> int:

@@ -20,9 +20,10 @@ import numpy as np
 from megatron_gemini.config.load import load_config
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.loading.loader import Loader
-from megatron_gemini.data.packing.pack import NO_LIMIT, choose
+from megatron_gemini.data.packing.pack import choose
 from megatron_gemini.data.samples.document import Size
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
+from megatron_gemini.registry import OBJECTIVES
 
 ROW = 2048
 Choice = Callable[[Sequence[Size], Size], list[int]]
@@ -50,11 +51,11 @@ def fill(kind: str, look_ahead: int, choice: Choice, rows: int) -> tuple[float, 
     waiting: list[Size] = []
     used, spent = 0, 0.0
     for _ in range(rows):
-        room, more = Size(ROW, NO_LIMIT, NO_LIMIT), [0]
+        room, more = Size(ROW), [0]
         waiting += [Size(lengths(kind, random)) for _ in range(look_ahead - len(waiting))]
         while more:
             for place in reversed(more):
-                room = room._replace(tokens=room.tokens - waiting.pop(place).tokens)
+                room = room - waiting.pop(place)
             waiting += [Size(lengths(kind, random)) for _ in range(look_ahead - len(waiting))]
             begin = time.process_time()
             more = choice(waiting, room)
@@ -77,7 +78,9 @@ def of_run(path: str, steps: int) -> None:
     config = load_config(["--config", path])
     tokenizer = TextTokenizer(config.data.text_model)
     layout = TokenLayout(tokenizer.size, (("image", config.image_tokenizer.codes),))
-    with Loader(config, 0, 1, layout, tokenizer) as loader:
+    form = OBJECTIVES.get(config.objective.kind).rows
+    assert form is not None, config.objective.kind
+    with Loader(config, 0, 1, layout, tokenizer, form(config.objective)) as loader:
         rows = [batch for _ in range(steps) for batch in loader.next().values()]
     used = [float((batch.segment_T > 0).float().mean()) for batch in rows]
     print(json.dumps({"rows": len(rows), "fill": round(sum(used) / len(used), 4), "least": round(min(used), 4)}))

@@ -12,11 +12,11 @@ from megatron_gemini.data.operations.pipeline import USUAL_OPERATIONS, Operation
 from megatron_gemini.data.operations.registry import Setting, make_operation
 from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.samples.document import EncoderInput, Text, Turn
+from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.modalities.audio.item import Audio
 from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.video.item import Video
-from megatron_gemini.data.samples.tasks import random_stream
-from megatron_gemini.data.sources.schema import Schema
 from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, LAYOUT, VISION, Characters, chat, png, sample
 
 

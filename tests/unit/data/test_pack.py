@@ -12,9 +12,9 @@ from megatron_gemini.contracts import IMAGE, TEXT, RowFormat
 from megatron_gemini.data.packing.pack import check_fits, choose, fullest, pack
 from megatron_gemini.data.samples.document import ImageCodes, Size, Text, build_document
 from megatron_gemini.modalities.audio.item import Audio
+from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.video.item import Video
-from megatron_gemini.modalities.bad_sample import BadSample
 from tests.tiny_shards import AUDIO, LAYOUT, VISION, Characters
 
 PLACEHOLDERS = {LAYOUT.control(name) for name in ("image", "video", "audio")}

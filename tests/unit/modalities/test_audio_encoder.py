@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megatron_gemini.config.encoders import AudioConfig
+from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.audio.encoder import (
@@ -17,13 +18,14 @@ from megatron_gemini.modalities.audio.encoder import (
     Subsample,
 )
 from megatron_gemini.modalities.audio.preprocess import audio_output_length
+from megatron_gemini.models.encoders import dummy_media
 from megatron_gemini.parallel.parameters import initialize
 
 CONFIG = AudioConfig(width=24, layers=2, heads=3, mlp_width=40, kernel=5, mels=16)
 
 
 def _encoder() -> AudioEncoder:
-    encoder = AudioEncoder(CONFIG, out_width=20)
+    encoder = AudioEncoder(CONFIG)
     initialize(encoder, seed=3)
     generator = torch.Generator().manual_seed(1)
     for parameter in encoder.parameters():  # biases too, so that a leak of them into gaps would show
@@ -51,13 +53,13 @@ def _items(media: Media) -> list[Media]:
 def test_packed_equals_one_clip_at_a_time(frames):
     encoder, media = _encoder(), _media(frames)
     packed = encoder(media)
-    assert packed.shape == (sum(audio_output_length(n) for n in frames), 20)
+    assert packed.shape == (sum(audio_output_length(n) for n in frames), CONFIG.width)
     torch.testing.assert_close(packed, torch.cat([encoder(clip) for clip in _items(media)]), rtol=1e-4, atol=1e-5)
 
 
 def test_packed_gradients_equal_one_clip_at_a_time():
     encoder, media = _encoder(), _media([9, 1, 14, 7])
-    direction = torch.randn(len(media.token_O), 20)
+    direction = torch.randn(len(media.token_O), CONFIG.width)
     packed = torch.autograd.grad((encoder(media) * direction).sum(), list(encoder.parameters()))
     alone = torch.cat([encoder(clip) for clip in _items(media)])
     for ours, theirs in zip(
@@ -156,8 +158,8 @@ def test_conformer_block_equals_a_foreign_one():
 
 def test_dummy_is_the_smallest_input_and_uses_every_parameter():
     encoder = _encoder()
-    out = encoder(encoder.dummy())
-    assert out.shape == (1, 20)
+    out = encoder(dummy_media(RunConfig(encoders={"audio": CONFIG}), "audio", torch.device("cpu")))
+    assert out.shape == (1, CONFIG.width)
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from megatron_gemini.config.encoders import VisionConfig
+from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.image.encoder import VisionEncoder
 from megatron_gemini.modalities.transformer import Block, grid_positions
+from megatron_gemini.models.encoders import dummy_media
 from megatron_gemini.parallel.parameters import initialize
 
 CONFIG = VisionConfig(width=24, layers=2, heads=3, mlp_width=40, patch=2, max_side=16)
@@ -17,7 +19,7 @@ SECONDS = [0.0, 0.5, 0.0, 1.25]
 
 @pytest.fixture
 def encoder() -> VisionEncoder:
-    encoder = VisionEncoder(CONFIG, out_width=20)
+    encoder = VisionEncoder(CONFIG)
     initialize(encoder, seed=3)
     return encoder
 
@@ -74,7 +76,7 @@ def test_block_equals_siglips():
 
 def test_packed_equals_one_item_at_a_time_forward_and_gradient(encoder):
     media = _media()
-    direction = torch.randn(len(media.values_PC), 20)
+    direction = torch.randn(len(media.values_PC), CONFIG.width)
     packed = encoder(media)
     packed_grads = torch.autograd.grad((packed * direction).sum(), list(encoder.parameters()))
     alone = torch.cat([encoder(item) for item in _items(media)])
@@ -119,9 +121,9 @@ def test_every_position_of_a_grid_is_different():
 
 
 def test_dummy_is_the_smallest_input_and_uses_every_parameter(encoder):
-    media = encoder.dummy()
+    media = dummy_media(RunConfig(encoders={"vision": CONFIG}), "vision", torch.device("cpu"))
     out = encoder(media)
-    assert out.shape == (1, 20)
+    assert out.shape == (1, CONFIG.width)
     assert len(media.token_O) == 1
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())

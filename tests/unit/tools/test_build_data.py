@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from megatron_gemini.config.encoders import AudioConfig, VisionConfig
-from megatron_gemini.config.model import ImageTokenizerConfig
+from megatron_gemini.config.run import RunConfig
 from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.sources.shards import Shards
 from tests.tiny_shards import add
@@ -63,7 +62,7 @@ def every_member(out, name, side, endings):
     ],
 )
 def test_every_sample_can_be_decoded_for_its_task(built, task, name, train, validation):
-    decoder = SampleDecoder(VisionConfig(), AudioConfig(), ImageTokenizerConfig())
+    decoder = SampleDecoder.from_config(RunConfig())
     for side, count in zip(SIDES, (train, validation), strict=True):
         shards = Shards.from_pattern(f"{built}/{side}/{name}-*.tar")
         assert len(shards) == count

@@ -19,7 +19,7 @@ from megatron_gemini.building import fetch
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.sources.shards import Shards
-from tests.tiny_shards import LAYOUT, Characters, run_config
+from tests.tiny_shards import FORM, LAYOUT, Characters, run_config
 from tests.unit.building.pictures import encoded, smooth
 from tools import build_shards
 
@@ -96,7 +96,7 @@ def test_a_folder_of_pictures_becomes_shards_that_train(tmp_path, capsys):
     described = json.loads(members["json"])
     assert described == {"source": "000.png", "sha256": described["sha256"], "width": 24, "height": 24}
     config = run_config([SourceConfig(shards=str(out / "*.tar"), task="caption", name="c")], cache_bytes=0)
-    with Loader(config, 0, 1, LAYOUT, Characters()) as loader:
+    with Loader(config, 0, 1, LAYOUT, Characters(), FORM) as loader:
         assert all(loader.sources[0].document(position) for position in range(8))
         loader.next()
         assert not loader.skipped
