@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from megatron_gemini.cli import end, run_command
-from megatron_gemini.config.data import TASKS, SourceConfig
+from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import SampleSettings
+from megatron_gemini.registry import TASKS
 
 if TYPE_CHECKING:
     from megatron_gemini.checkpoint.inference import Loaded

@@ -24,18 +24,18 @@ import sentencepiece
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.load import load_config
-from megatron_gemini.data.samples.decode import decode_text
+from megatron_gemini.contracts import TEXT
 from megatron_gemini.data.samples.decode_json import decode_json
-from megatron_gemini.data.samples.interleaved import conversation, document_entries
-from megatron_gemini.data.samples.tasks import PROMPTS
-from megatron_gemini.data.sources.records import RECORD, open_records
+from megatron_gemini.data.sources.columns import RECORD
+from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.text.preprocess import decode_text
+from megatron_gemini.registry import TASKS
 
 BYTES = 256  # pieces that byte fallback takes, beside the one for unknown
 SMALL = 512  # default size: enough for a few hundred words, the least that a toy needs
 LONGEST_LINE = 4000  # bytes; SentencePiece ignores longer ones
-DESCRIBED = ("interleave", "chat")  # tasks whose texts stand in a description
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Corpus:
 def corpus_of(patterns: Sequence[str], config_path: str | None) -> tuple[Corpus, str]:
     """What to read, and the model file that the config names ("" without one)."""
     if config_path is None:
-        prompts = [prompt for choices in PROMPTS.values() for prompt in choices]
+        prompts = [prompt for task in TASKS.entries() for prompt in task.prompts]
         return Corpus([SourceConfig(shards=p) for p in dict.fromkeys(patterns)], list(dict.fromkeys(prompts))), ""
     data = load_config(["--config", config_path]).data
     if not data.sources:
         raise ValueError(f"{config_path} has no data.sources to train on")
-    sources = list({(source.shards, source.fields): source for source in data.sources}.values())
-    prompts = [prompt for source in data.sources for prompt in source.prompts or PROMPTS.get(source.task, ())]
+    sources = list({(source.shards, str(source.fields)): source for source in data.sources}.values())
+    prompts = [prompt for source in data.sources for prompt in source.prompts or TASKS.get(source.task).prompts]
     return Corpus(sources, list(dict.fromkeys(prompts))), data.text_model
 
 
@@ -79,21 +79,30 @@ def lines(corpus: Corpus, limit: int, skipped: Counter[str]) -> Iterator[str]:
 def wanted(source: SourceConfig) -> list[str]:
     """The members or columns that may hold text."""
     schema = Schema.of(source)
-    return [*schema.members("text"), *(schema.members(source.task) if source.task in DESCRIBED else [RECORD])]
+    described = [field.name for field in schema.task.own_fields if field.keys]
+    if not described:
+        return list(dict.fromkeys([*schema.members(TEXT), RECORD]))
+    return schema.members(*(name for name in schema.task.field_names if name == TEXT or name in described))
 
 
 def sample_texts(source: SourceConfig, members: Mapping[str, bytes]) -> list[str]:
-    """The caption or transcript of a sample; the texts of a document or a conversation."""
+    """The texts of the documents or conversations that the task reads; for another task, the caption or transcript.
+
+    Beside captions, shards may hold descriptions of documents, which are told by their keys: whoever names shards alone
+    does not say what is in them.
+    """
     schema = Schema.of(source)
-    if source.task == "chat":
-        turns = [turn for _, content in schema.find("messages", members) for turn in conversation(decode_json(content))]
-        return [value for turn in turns for kind, value in turn.entries if kind == "text"]
-    texts = [decode_text(content) for _, content in schema.find("text", members)]
-    description = decode_json(members[RECORD]) if RECORD in members else None
-    named = isinstance(description, dict) and {"items", "texts", "text_list"} & set(description)
-    if source.task == "interleave" or named:
-        entries = [e for _, content in schema.find("items", members) for e in document_entries(decode_json(content))]
-        texts += [value for kind, value in entries if kind == "text"]
+    described = [field for field in schema.task.own_fields if field.keys]
+    texts = []
+    if not described or TEXT in schema.task.field_names:
+        texts += [decode_text(content) for _, content in schema.find(TEXT, members)]
+    for field in described:
+        texts += [text for _, content in schema.find(field.name, members) for text in field.texts(content)]
+    if not described and RECORD in members:
+        description = decode_json(members[RECORD])
+        keys = set(description) if isinstance(description, dict) else set()
+        for field in (field for task in TASKS.entries() for field in task.own_fields if keys & set(field.keys)):
+            texts += field.texts(members[RECORD])
     return texts
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_gemini.data.samples.decode import decode_text
-from megatron_gemini.data.sources.schema import IMAGE_ENDINGS
 from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
+from megatron_gemini.modalities.image.spec import IMAGE
+from megatron_gemini.modalities.text.preprocess import decode_text
 
 TILE, TEXT, GAP, COLUMNS = 160, 40, 8, 8  # pixels of a picture, of the text below it and between two; pictures a row
 _LETTERS, _LINES = 27, 3  # that fit under a picture
@@ -36,7 +36,7 @@ def contact_sheet(shards: Shards, count: int = 48) -> Image.Image:
 def _tile(shards: Shards, sample: int) -> tuple[Image.Image, str]:
     try:
         endings = shards.endings(sample)
-        image = next((ending for ending in endings if ending in IMAGE_ENDINGS), None)
+        image = next((ending for ending in endings if ending in IMAGE.members), None)
         if image is None:
             raise BadSample("no_image", ", ".join(endings))
         members = shards.read(sample, [image, "txt"])

@@ -17,9 +17,9 @@ from megatron_gemini.building.duplicates import difference_hash
 from megatron_gemini.building.fetch import Fetcher
 from megatron_gemini.building.filters import Filters
 from megatron_gemini.building.records import Record
-from megatron_gemini.data.samples.decode import decode_text
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
+from megatron_gemini.modalities.text.preprocess import decode_text
 
 _ENDINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from megatron_gemini.data.samples.decode import decode_text
 from megatron_gemini.data.samples.decode_json import decode_json
-from megatron_gemini.data.sources.schema import USUAL_NAMES
+from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.data.sources.tar_index import index_tar
-from megatron_gemini.modalities.audio.preprocess import SAMPLE_RATE, decode_audio
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.image.preprocess import decode_image
-from megatron_gemini.modalities.video.preprocess import decode_video
-
-_FRAMES = 8  # of a clip, that are decoded
-_MAX_SECONDS = 3600.0
+from megatron_gemini.registry import MODALITIES
 
 
 @dataclass
@@ -80,40 +74,14 @@ def _inspect_sample(found: Contents, shards: Shards, sample: int) -> None:
             found.refuse(error.reason, f"{shards.path(sample)}: {key}.{ending}: {error}")
 
 
-def _check(ending: str, data: bytes) -> dict[str, float]:
+def _check(ending: str, data: bytes) -> Mapping[str, float]:
     """Decode a member by its ending. Sizes worth a plot; nothing of members that are of no known kind."""
     last = ending.rpartition(".")[2]
-    checks: dict[str, Callable[[bytes], dict[str, float]]] = {
-        **dict.fromkeys(USUAL_NAMES["image"], _image),
-        **dict.fromkeys(USUAL_NAMES["audio"], _audio),
-        **dict.fromkeys(USUAL_NAMES["video"], _video),
-        "txt": _text,
-        "json": _json,
-    }
-    return checks[last](data) if last in checks else {}
-
-
-def _image(data: bytes) -> dict[str, float]:
-    height, width = decode_image(data).shape[:2]
-    return {"image width": width, "image height": height}
-
-
-def _audio(data: bytes) -> dict[str, float]:
-    return {"audio seconds": len(decode_audio(data, _MAX_SECONDS)) / SAMPLE_RATE}
-
-
-def _video(data: bytes) -> dict[str, float]:
-    height, width = decode_video(data, _FRAMES)[0].shape[1:3]
-    return {"video width": width, "video height": height}
-
-
-def _text(data: bytes) -> dict[str, float]:
-    return {"text characters": len(decode_text(data))}
-
-
-def _json(data: bytes) -> dict[str, float]:
-    decode_json(data)
-    return {}
+    if last == RECORD:
+        decode_json(data)
+        return {}
+    sizes = next((spec.sizes for spec in MODALITIES.entries() if last in spec.members), None)
+    return sizes(data) if sizes is not None else {}
 
 
 def lines(found: Contents) -> list[str]:

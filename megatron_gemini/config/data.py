@@ -4,30 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from megatron_gemini.config.check import at_least, one_of, positive
-from megatron_gemini.registry import ENCODERS
+from megatron_gemini.config.check import at_least, positive
+from megatron_gemini.registry import ENCODERS, FORMATS, MODALITIES, TASKS, nearest
 
-TASKS = ("caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text", "chat")
-FORMATS = ("auto", "webdataset", "jsonl", "parquet")
-
-
-@dataclass(frozen=True)
-class FieldsConfig:
-    """Where a sample has each field: members of a tar by their endings, columns of a table, or MEMBER:KEY for a key of
-    a JSON member. Of several names the first that the sample has counts; an empty list means the usual names.
-    """
-
-    text: tuple[str, ...] = ()
-    image: tuple[str, ...] = ()
-    codes: tuple[str, ...] = ()
-    audio: tuple[str, ...] = ()
-    video: tuple[str, ...] = ()
-    items: tuple[str, ...] = ()
-    """The description of an interleaved document."""
-    messages: tuple[str, ...] = ()
-    """A conversation."""
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -36,18 +17,20 @@ class SourceConfig:
 
     shards: str = ""
     """Path or fsspec URL; globs, {000..015} ranges and {a,b} lists are expanded. Relative to the working directory."""
-    task: Literal[
-        "caption", "generate", "transcribe", "speech_to_image", "video_caption", "interleave", "text", "chat"
-    ] = "caption"
+    task: str = "caption"
+    """What is asked of the samples: the name of a task, see `megatron_gemini/registry.py`."""
     weight: float = 1.0
     """Share of the documents drawn from here, relative to the other sources."""
     prompts: tuple[str, ...] = ()
     """Questions to choose from (the task's own when empty). For `generate`, templates with {text}."""
     name: str = ""
     """In logs and error messages; the task and the file name when empty."""
-    format: Literal["auto", "webdataset", "jsonl", "parquet"] = "auto"
-    """`auto` goes by the ending of the path."""
-    fields: FieldsConfig = FieldsConfig()
+    format: str = AUTO
+    """webdataset, jsonl, parquet or a plugin's; `auto` goes by the ending of the path."""
+    fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Where a sample has its fields, by their names: members of a tar by their endings, columns of a table, or
+    MEMBER:KEY for a key of a JSON member. Of several names the first that the sample has counts. A field that is not
+    named here has its usual names."""
     filters: tuple[str, ...] = ()
     """Conditions on the sample's JSON member or columns, which must all hold: similarity >= 0.3, NSFW in UNLIKELY."""
     operations: tuple[str, ...] = ()
@@ -58,10 +41,23 @@ class SourceConfig:
     """The source drops out of the mixture after about so many tokens; 0 for never."""
 
     def __post_init__(self) -> None:
-        one_of(self, "data.sources", "task", TASKS)
-        one_of(self, "data.sources", "format", FORMATS)
+        if self.task not in TASKS:
+            raise ValueError(f"data.sources.task is {self.task!r}; {TASKS.nearest(self.task)}")
+        if self.format != AUTO and self.format not in FORMATS:
+            raise ValueError(f"data.sources.format is {self.format!r}; {nearest(self.format, [AUTO, *FORMATS])}")
+        for name in self.fields:
+            if name not in (known := field_names(self.task)):
+                raise ValueError(
+                    f"data.sources.fields.{name} is no field of the task {self.task}; {nearest(name, known)}"
+                )
         positive(self, "data.sources", "weight")
         at_least(self, "data.sources", 0, "epochs", "tokens")
+
+
+def field_names(task: str) -> list[str]:
+    """Fields that a sample may have: text, every modality, their codes, and what only this task reads."""
+    codes = [spec.codes.field for spec in MODALITIES.entries() if spec.codes is not None]
+    return [*MODALITIES.names, *codes, *(each.name for each in TASKS.get(task).own_fields)]
 
 
 @dataclass(frozen=True)

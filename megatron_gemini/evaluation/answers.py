@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_gemini.data.samples.document import ImageCodes, Item, Text
+from megatron_gemini.data.samples.items import Codes, Item, Text
 from megatron_gemini.evaluation.images import Classifier, share
 from megatron_gemini.evaluation.validation import Example
 from megatron_gemini.generation.api import Answer, Drawing, Generator
@@ -40,7 +40,7 @@ def last_item_accuracy(
     A text has to be the same (`accuracy`); an image has to be recognized as what the document's own image is
     recognized as. Documents that end in an image are left out without a classifier.
     """
-    kept = [e for e in examples if isinstance(e.prompt[-1], Text if classifier is None else (Text, ImageCodes))]
+    kept = [e for e in examples if isinstance(e.prompt[-1], Text if classifier is None else (Text, Codes))]
     documents = [generator.open_stream(example.prompt[:-1], example.key) for example in kept]
     answers = generator.continue_all(documents, settings)
     return share(
@@ -51,7 +51,7 @@ def last_item_accuracy(
 
 def _continues(generator: Generator, answer: Answer, right: Item, classifier: Classifier | None) -> bool:
     first = answer[0] if answer else ""
-    if isinstance(right, ImageCodes):
+    if isinstance(right, Codes):
         assert classifier is not None
         if not isinstance(first, Drawing):
             return False

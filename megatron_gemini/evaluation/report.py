@@ -75,7 +75,7 @@ def evaluate(
     """
     begin = time.perf_counter()
     results, skipped = Results(), Counter[str]()
-    decoder = SampleDecoder.from_config(generator.config)
+    decoder = SampleDecoder(generator.config)
     examples: dict[str, list[Example]] = {}
     for source in validation:
         part = read_examples(source, decoder, settings.samples, settings.drawing.seed, skipped)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from megatron_gemini.data.samples.document import EncoderInput, Item
+from megatron_gemini.data.samples.items import EncoderInput, Item
 from megatron_gemini.evaluation.pictures import (
     Answer,
     Captions,

@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.data.samples.decode import SampleDecoder, decode_text
-from megatron_gemini.data.samples.document import Item
-from megatron_gemini.data.samples.tasks import format_example, random_stream
+from megatron_gemini.data.random_stream import random_stream
+from megatron_gemini.data.samples.decode import SampleDecoder
+from megatron_gemini.data.samples.form import form_example
+from megatron_gemini.data.samples.items import Item
 from megatron_gemini.data.sources.attachments import read_named
-from megatron_gemini.data.sources.records import RECORD, open_records
+from megatron_gemini.data.sources.columns import RECORD
+from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.evaluation.images import resized
 from megatron_gemini.evaluation.separation import Fingerprint
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
+from megatron_gemini.modalities.text.preprocess import decode_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ def read_examples(
 ) -> list[Example]:
     """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
     schema = Schema.of(source)
-    names = list(dict.fromkeys([*schema.members(source.task), "txt", RECORD]))
+    names = list(dict.fromkeys([*schema.members(), "txt", RECORD]))
     records = open_records(source, names)
     examples = []
     for sample in spaced(len(records), limit):
@@ -68,15 +71,15 @@ def read_examples(
         try:
             members = records.read(sample, names)
             schema.check(members)
-            fields = decoder.decode(members, source.task, key, schema, partial(read_named, records, sample))
+            fields = decoder.decode(members, key, schema, partial(read_named, records, sample))
             text, label = text_of(members), label_of(members)
         except BadSample as error:
             skipped[error.reason] += 1
             continue
-        question = format_example(
-            source.task, fields, source.prompts, random_stream(seed, "evaluate", source.task, key)
-        )
-        examples.append(Example(key, question.prompt, question.answer, text, label))
+        random = random_stream(seed, "evaluate", source.task, key)
+        asked = form_example(schema.task, fields, source.prompts, random)
+        answer = None if asked.answer is None else list(asked.answer)
+        examples.append(Example(key, list(asked.prompt), answer, text, label))
     return examples
 
 
@@ -85,7 +88,7 @@ def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealI
     real = RealImages([], [], [])
     for source in {source.shards: source for source in sources if source.task in ("caption", "generate")}.values():
         schema = Schema.of(source)
-        wanted = list(dict.fromkeys([*schema.members("caption"), "txt", RECORD]))
+        wanted = list(dict.fromkeys([*schema.members("image", "text"), "txt", RECORD]))
         records = open_records(source, wanted)
         for sample in spaced(len(records), limit):
             try:

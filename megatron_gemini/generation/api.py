@@ -14,7 +14,8 @@ import torch
 
 from megatron_gemini.checkpoint.inference import Loaded
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.samples.document import Document, Item, build_document
+from megatron_gemini.data.samples.document import Document, build_document
+from megatron_gemini.data.samples.items import Item
 from megatron_gemini.generation.sample import generate
 from megatron_gemini.generation.settings import SampleSettings
 

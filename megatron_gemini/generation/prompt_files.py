@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.data.samples.document import Item, Text
+from megatron_gemini.data.samples.items import Item, Text
 from megatron_gemini.registry import MODALITIES
 
 MAX_BYTES = 512 * 1024 * 1024

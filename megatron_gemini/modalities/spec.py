@@ -8,8 +8,8 @@ Shape suffixes: I items, P encoder inputs, C values of an input, S spans.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from megatron_gemini.config.run import RunConfig
     from megatron_gemini.contracts import Media
 
 Settings = TypeVar("Settings")
@@ -84,15 +85,52 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class ItemOperation(Generic[Settings, RawItem]):
+    """Something that can be done to every item of a modality in a sample, wherever it stands.
+
+    make: (the encoder's settings, **arguments) -> what changes an item, by the random numbers of a generator alone.
+        Arguments are numbers with defaults. Raises ValueError for one out of range.
+    random: whether it asks the generator. What does not is the same in every epoch.
+    """
+
+    make: Callable[..., Callable[[RawItem, np.random.Generator], RawItem]]
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class CodesSpec:
+    """How the model makes items of a modality: as runs of codes, from the vocabulary's range of the modality's name.
+
+    field: name of what holds an item's codes in samples and documents. members: as `ModalitySpec.members`.
+    size: settings -> codes in the range; 0 for a model that makes none. setting: the name of that setting.
+    length: settings -> codes of one item.
+    begin, end: control tokens around a run; a plugin leaves them open and gets free ones.
+    made_by: the program that adds codes to samples, for messages.
+    """
+
+    field: str
+    members: tuple[str, ...]
+    size: Callable[[RunConfig], int]
+    length: Callable[[RunConfig], int]
+    setting: str
+    begin: str = ""
+    end: str = ""
+    made_by: str = ""
+
+
+@dataclass(frozen=True)
 class ModalitySpec(Generic[Settings, RawItem]):
     """A kind of input that samples hold.
 
     encoder: name of its encoder; empty for text, which needs none. control: the control token that stands in the stream
-        for each of its embeddings; a new modality takes the next `reserved_n`.
+        for each of its embeddings; a plugin leaves it open and gets a free one (`registry.ModalityRegistry`).
     members: endings of the members of a tar, or columns of a table, that hold it, in the order of preference.
     files: the kinds of file in words, for `--help`.
     decode: a file's bytes -> the raw item; raises BadSample. prepare: -> the encoder's input. picture: of that, for
         reports.
+    sizes: a file's bytes -> its sizes by name, such as "image width", for a report of shards; raises BadSample.
+    operations: by the name that a source's list of operations gives them.
+    codes: how the model makes such items; None if it only reads them.
     """
 
     name: str
@@ -103,3 +141,6 @@ class ModalitySpec(Generic[Settings, RawItem]):
     decode: Callable[[bytes, Settings], RawItem] | None = None
     prepare: Callable[[RawItem, Settings], Prepared] | None = None
     picture: Callable[[Prepared, Settings], Picture] | None = None
+    sizes: Callable[[bytes], Mapping[str, float]] | None = None
+    operations: Mapping[str, ItemOperation[Settings, RawItem]] = field(default_factory=dict)
+    codes: CodesSpec | None = None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.random_stream import random_stream
 
 
 class MixtureSource(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.random_stream import random_stream
 
 WINDOW = 1 << 17
 _KEPT = 4  # windows: some lanes begin one, or an epoch, while others finish the one before

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.loading.order import Order
 from megatron_gemini.data.operations.pipeline import OperationPipeline
-from megatron_gemini.data.operations.registry import Setting
+from megatron_gemini.data.operations.spec import Sample, Setting
 from megatron_gemini.data.packing.pack import check_fits, row_limits
+from megatron_gemini.data.random_stream import random_stream
 from megatron_gemini.data.samples.decode import SampleDecoder, field_bytes
 from megatron_gemini.data.samples.document import Document, Encodes
-from megatron_gemini.data.samples.tasks import check_prompts, random_stream
+from megatron_gemini.data.samples.form import check_prompts
+from megatron_gemini.data.samples.kinds import made_as
+from megatron_gemini.data.samples.spec import TaskSpec
 from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.records import open_records
-from megatron_gemini.data.sources.schema import TASK_FIELDS, Schema
+from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.registry import MODALITIES
+from megatron_gemini.registry import MODALITIES, TASKS
 
 CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
 
@@ -43,16 +45,16 @@ class Cache:
 
     def __init__(self, limit: int) -> None:
         self.left = limit
-        self._fields: dict[tuple[str, int], dict[str, Any]] = {}
+        self._samples: dict[tuple[str, int], Sample] = {}
 
-    def get(self, label: str, sample: int) -> dict[str, Any] | None:
-        return self._fields.get((label, sample))
+    def get(self, label: str, number: int) -> Sample | None:
+        return self._samples.get((label, number))
 
-    def put(self, label: str, sample: int, fields: dict[str, Any]) -> None:
-        cost = sum(map(field_bytes, fields.values()))
+    def put(self, label: str, number: int, sample: Sample) -> None:
+        cost = sum(map(field_bytes, sample.fields.values()))
         if cost <= self.left:
             self.left -= cost
-            self._fields[label, sample] = fields
+            self._samples[label, number] = sample
 
 
 class DocumentSource:
@@ -71,21 +73,20 @@ class DocumentSource:
         cache: Cache,
         caption_dropout: float,
     ) -> None:
-        check_prompts(source.task, source.prompts, label)
-        _check_encoders(source.task, label, config)
+        task = TASKS.get(source.task)
+        check_prompts(task, source.prompts, label)
+        _check_settings(task, label, config)
         self.label, self.task, self.seed = label, source.task, config.train.seed
         self.weight, self.epochs, self.tokens = source.weight, source.epochs, source.tokens
         self.limits, self.cache = row_limits(config.data), cache
         try:
             self.schema = Schema.of(source)
-            decoder = SampleDecoder.from_config(config)
-            setting = Setting(
-                source.task, decoder, self.schema, layout, text_tokenizer, source.prompts, caption_dropout
-            )
+            decoder = SampleDecoder(config)
+            setting = Setting(decoder, self.schema, layout, text_tokenizer, source.prompts, caption_dropout)
             self.pipeline = OperationPipeline(source.operations, setting)
         except ValueError as error:
             raise ValueError(f"the data source {label!r}: {error}") from None
-        self.names = self.schema.members(source.task)
+        self.names = self.schema.members()
         self.shards = open_records(source, self.names, Path(config.train.output_dir) / "shard-index")
         self.order = Order(self.shards.bounds, self.seed, label, self.shards.window)
 
@@ -101,22 +102,20 @@ class DocumentSource:
         epoch, sample = self.sample_at(position)
         key = self.shards.keys[sample]
         random = random_stream(self.seed, "prompt", self.label, epoch, key)
-        document = self.pipeline.document(self.fields(sample), random)
+        document = self.pipeline.document(self.sample(sample), random)
         check_fits(document, self.limits)
         return document
 
-    def fields(self, sample: int) -> dict[str, Any]:
-        """What the sample is in every epoch, from the cache if it is there. Raises BadSample, FilteredSample."""
-        fields = self.cache.get(self.label, sample)
-        if fields is None:
-            members = self.shards.read(sample, self.names)
+    def sample(self, number: int) -> Sample:
+        """What a sample is in every epoch, from the cache if it is there. Raises BadSample, FilteredSample."""
+        sample = self.cache.get(self.label, number)
+        if sample is None:
+            members = self.shards.read(number, self.names)
             self.schema.check(members)
-            key = f"{self.label}/{self.shards.keys[sample]}"
-            fields = self.pipeline.fixed(
-                {"key": key, "members": members, "fetch": partial(read_named, self.shards, sample)}
-            )
-            self.cache.put(self.label, sample, fields)
-        return fields
+            key = f"{self.label}/{self.shards.keys[number]}"
+            sample = self.pipeline.fixed(Sample(key, members, partial(read_named, self.shards, number)))
+            self.cache.put(self.label, number, sample)
+        return sample
 
     def check_shards(self) -> None:
         """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly
@@ -127,7 +126,7 @@ class DocumentSource:
             reasons: Counter[str] = Counter()
             for sample in range(first, end):
                 try:
-                    self.fields(sample)
+                    self.sample(sample)
                     break
                 except BadSample as error:
                     reasons[error.reason] += 1
@@ -137,15 +136,18 @@ class DocumentSource:
                 raise ValueError(f"no sample of {path!r} can be used for {self.task} ({found}); the last one: {last}")
 
 
-def _check_encoders(task: str, label: str, config: RunConfig) -> None:
-    for name in TASK_FIELDS[task]:
+def _check_settings(task: TaskSpec, label: str, config: RunConfig) -> None:
+    """Raise ValueError for a task that needs an encoder, or codes, that the run does not have."""
+    for name in task.field_names:
         encoder = MODALITIES.get(name).encoder if name in MODALITIES else ""
         if encoder and not config.encoders[encoder].enabled:
             raise ValueError(
-                f"the data source {label!r} ({task}) needs encoders.{encoder}.enabled; enable it or leave the source out"
+                f"the data source {label!r} ({task.name}) needs encoders.{encoder}.enabled; enable it or leave the "
+                "source out"
             )
-        if name == "codes" and not config.image_tokenizer.codes:
+        made = made_as(name)
+        if made is not None and not made[1].size(config):
             raise ValueError(
-                f"the data source {label!r} ({task}) has images to draw, and image_tokenizer.codes is 0; "
-                "set it to the image tokenizer's codebook size or leave the source out"
+                f"the data source {label!r} ({task.name}) has items of {made[0].name} to make, and {made[1].setting} "
+                "is 0; set it to the tokenizer's codebook size or leave the source out"
             )

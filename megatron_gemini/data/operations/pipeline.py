@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_gemini.data.operations import media, text
-from megatron_gemini.data.operations.registry import OPERATIONS, Sample, Setting, make_operation
+from megatron_gemini.data.operations.make import make_operation
+from megatron_gemini.data.operations.spec import Sample, Setting
 from megatron_gemini.data.samples.document import Document
 
 USUAL_OPERATIONS = ("decode", "resize", "prepare", "format", "tokenize")
-assert all(name in OPERATIONS for name in USUAL_OPERATIONS), (media, text)  # which register them
 
 
 class OperationPipeline:
@@ -35,7 +34,7 @@ class OperationPipeline:
         self._none = np.random.default_rng(0)  # which a fixed operation never asks
 
     def fixed(self, sample: Sample) -> Sample:
-        """From `key`, `members` and perhaps `fetch` to what is the same in every epoch. Raises BadSample."""
+        """From `members`, and perhaps `fetch`, to what is the same in every epoch. Raises BadSample."""
         for operation in self._fixed:
             sample = operation(sample, self._none)
         return sample
@@ -44,4 +43,5 @@ class OperationPipeline:
         """From there to a document, by `random` alone. Raises BadSample."""
         for operation in self._random:
             sample = operation(sample, random)
-        return sample["document"]
+        assert sample.document is not None  # tokenize stands last
+        return sample.document

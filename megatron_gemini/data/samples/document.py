@@ -8,86 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, TypedDict
 
 import numpy as np
-import torch
 
 from megatron_gemini.config.encoders import EncoderConfig
-from megatron_gemini.contracts import IMAGE, TEXT, TokenLayout
+from megatron_gemini.contracts import TEXT, TokenLayout
+from megatron_gemini.data.samples.items import Codes, ColumnValue, EncoderInput, Example, Item, Text, Turn
+from megatron_gemini.data.samples.prepare import prepare
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.spec import ModalitySpec, Prepared
-from megatron_gemini.registry import CONNECTORS, ENCODERS, MODALITIES
+from megatron_gemini.registry import MODALITIES
 
 
 class Encodes(Protocol):
     """What is needed of a text tokenizer."""
 
     def encode(self, text: str) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ImageCodes:
-    """An output image as codes of the image tokenizer, each below the size of the layout's range."""
-
-    codes: tuple[int, ...]
-
-
-@runtime_checkable
-class RawItem(Protocol):
-    """An item of a modality before it is prepared: `Image`, `Video`, `Audio` and the like, each in its own folder."""
-
-    modality: ClassVar[str]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that its values take."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class EncoderInput:
-    """An item of a modality as its encoder takes it. It may stand in a document in the place of the raw item.
-
-    placeholder: the control token that stands for its embeddings. values_PC, grid, seconds: as in `contracts.Media`.
-    spans: lengths of the bidirectional spans that its placeholders form; none for an item whose connector gives a
-        memory, which has one causal placeholder in the stream and `memory` embeddings beside it.
-    """
-
-    modality: str
-    encoder: str
-    placeholder: str
-    values_PC: torch.Tensor
-    grid: tuple[int, int, int]
-    seconds: float
-    spans: tuple[int, ...]
-    memory: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return self.values_PC.nbytes
-
-    @property
-    def prepared(self) -> Prepared:
-        return Prepared(self.values_PC, self.grid, self.seconds)
-
-
-Item = Text | ImageCodes | EncoderInput | RawItem
-
-
-@dataclass(frozen=True, eq=False)
-class Turn:
-    """What one side of a conversation says; `answer`: the model does."""
-
-    answer: bool
-    items: Sequence[Item]
 
 
 @dataclass(frozen=True)
@@ -117,6 +53,7 @@ class Document:
     token_L: int64. loss_L: bool, whether the token is a target that counts. modality_L: int8, of the token itself.
     span_L: int32, 0 or the document's own span number from 1.
     media: encoder inputs in the order of their placeholders; media_begin: where each one's placeholders begin.
+    columns: what its task says of it beside its tokens, by name; `packing.columns` puts it into rows.
     """
 
     key: str
@@ -127,6 +64,7 @@ class Document:
     span_L: np.ndarray
     media: list[EncoderInput] = field(default_factory=list)
     media_begin: list[int] = field(default_factory=list)
+    columns: Mapping[str, ColumnValue] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.token_L)
@@ -139,38 +77,33 @@ class Document:
         return Size(len(self), inputs)
 
 
-def prepare(item: Item, encoders: Mapping[str, EncoderConfig]) -> Text | ImageCodes | EncoderInput:
-    """Turn a raw item into its encoder's input; text, codes and prepared inputs pass unchanged.
-
-    encoders: settings by name. Raises ValueError for an item whose encoder is off.
+def build_example(
+    example: Example,
+    *,
+    layout: TokenLayout,
+    text_tokenizer: Encodes,
+    encoders: Mapping[str, EncoderConfig],
+    key: str,
+) -> Document:
+    """The example as a document of a source: a conversation if it has turns, otherwise its two sides. Where there is
+    no answer, there is loss on the whole of it. Raises as `build_document` does.
     """
-    if isinstance(item, (Text, ImageCodes, EncoderInput)):
-        return item
-    spec = MODALITIES.get(item.modality)
-    section = encoders[spec.encoder]
-    if not section.enabled:
-        name = f"encoders.{spec.encoder}.enabled"
-        raise ValueError(f"{item.modality} input needs the {spec.encoder} encoder, and {name} is false")
-    assert spec.prepare is not None, spec.name
-    return encoder_input(spec, spec.prepare(item, section), section)
+    given = _Given(layout=layout, text_tokenizer=text_tokenizer, encoders=encoders, key=key)
+    if example.turns:
+        document = build_conversation(example.turns, **given)
+    else:
+        document = build_document(example.prompt, example.answer, loss_on_prompt=example.answer is None, **given)
+    document.columns = example.columns
+    return document
 
 
-def encoder_input(spec: ModalitySpec, prepared: Prepared, section: EncoderConfig) -> EncoderInput:
-    """A prepared item with its placeholders: as many as its encoder and connector make embeddings of it."""
-    connector = CONNECTORS.get(section.connector.kind)
-    spans_I, length_I = ENCODERS.get(spec.encoder).spans(np.array([prepared.grid], np.int64))
-    spans = (int(connector.length(length_I)[0]),) * int(spans_I[0])
-    memory = connector.reads is not None
-    return EncoderInput(
-        modality=spec.name,
-        encoder=spec.encoder,
-        placeholder=spec.control,
-        values_PC=prepared.values_PC,
-        grid=prepared.grid,
-        seconds=prepared.seconds,
-        spans=() if memory else spans,
-        memory=sum(spans) if memory else 0,
-    )
+class _Given(TypedDict):
+    """What every document is built with."""
+
+    layout: TokenLayout
+    text_tokenizer: Encodes
+    encoders: Mapping[str, EncoderConfig]
+    key: str
 
 
 def build_document(
@@ -252,23 +185,24 @@ class _Writer:
     def control(self, name: str, loss: bool) -> None:
         self.run([self.layout.control(name)], loss)
 
-    def item(self, item: Text | ImageCodes | EncoderInput, loss: bool, key: str) -> None:
+    def item(self, item: Text | Codes | EncoderInput, loss: bool, key: str) -> None:
         if isinstance(item, Text):
             self.run(self.text_tokenizer.encode(item.text), loss)
-        elif isinstance(item, ImageCodes):
+        elif isinstance(item, Codes):
             self.codes(item, loss, key)
         else:
             self.input(item)
 
-    def codes(self, item: ImageCodes, loss: bool, key: str) -> None:
-        codes = self.layout.code_range(IMAGE)
+    def codes(self, item: Codes, loss: bool, key: str) -> None:
+        marks, codes = MODALITIES.get(item.target).codes, self.layout.code_range(item.target)
+        assert marks is not None, f"no {item.target} can be made"
         outside = [code for code in item.codes if not 0 <= code < len(codes)]
         if outside or not item.codes:
-            what = f"image code {outside[0]}" if outside else "no image codes"
+            what = f"{item.target} code {outside[0]}" if outside else f"no {item.target} codes"
             raise BadSample("bad_codes", f"{key}: {what}; the codebook has 0..{len(codes) - 1}")
-        self.control("image_begin", loss)
-        self.run([codes[code] for code in item.codes], loss, IMAGE)
-        self.control("image_end", loss)
+        self.control(marks.begin, loss)
+        self.run([codes[code] for code in item.codes], loss, item.target)
+        self.control(marks.end, loss)
 
     def input(self, item: EncoderInput) -> None:
         self.media.append(item)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_gemini.data.sources.paths import is_url, open_binary
-from megatron_gemini.data.sources.records import Records
+from megatron_gemini.data.sources.spec import Records
 from megatron_gemini.data.sources.tar_index import MAX_MEMBER_BYTES
 from megatron_gemini.modalities.bad_sample import BadSample
 

@@ -8,8 +8,9 @@ from typing import BinaryIO
 import numpy as np
 
 from megatron_gemini.data.samples.decode_json import decode_json
+from megatron_gemini.data.sources.columns import RECORD, column_bytes
 from megatron_gemini.data.sources.paths import open_binary
-from megatron_gemini.data.sources.records import RECORD, column_bytes
+from megatron_gemini.data.sources.spec import FormatSpec
 from megatron_gemini.data.sources.table import Table
 from megatron_gemini.modalities.bad_sample import BadSample
 
@@ -80,3 +81,6 @@ def find_lines(file: BinaryIO) -> tuple[np.ndarray, int]:
         ended = piece.endswith(b"\n")
     lines = begins - 1 if ended else begins
     return np.concatenate(marks)[: -(-lines // _STEP)], lines
+
+
+JSONL = FormatSpec("jsonl", endings=(".jsonl", ".ndjson"), open=lambda paths, names, cache: JsonLines(paths))

@@ -7,8 +7,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_gemini.data.sources.columns import RECORD, column_bytes, is_binary
 from megatron_gemini.data.sources.paths import open_binary
-from megatron_gemini.data.sources.records import RECORD, column_bytes
+from megatron_gemini.data.sources.spec import FormatSpec
 from megatron_gemini.data.sources.table import Table
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 
@@ -62,7 +63,7 @@ class Parquet(Table):
             raise BadSample("bad_text", f"{self.key(sample)}: a text column is not UTF-8") from None
         found = {name: column_bytes(record[name]) for name in names if name in record}
         if RECORD in names:
-            found[RECORD] = column_bytes({name: value for name, value in record.items() if not _binary(value)})
+            found[RECORD] = column_bytes({name: value for name, value in record.items() if not is_binary(value)})
         return {name: value for name, value in found.items() if value is not None}
 
     def _footer(self, path: str, names: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -103,5 +104,4 @@ class Parquet(Table):
         return self._groups[file, group]
 
 
-def _binary(value: Any) -> bool:
-    return isinstance(value, bytes) or (isinstance(value, dict) and isinstance(value.get("bytes"), bytes))
+PARQUET = FormatSpec("parquet", endings=(".parquet", ".pq"), open=lambda paths, names, cache: Parquet(paths, names))

@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from megatron_gemini.config.data import FieldsConfig, SourceConfig
 from megatron_gemini.data.samples.decode_json import decode_json
-from megatron_gemini.data.sources.records import RECORD, column_bytes
+from megatron_gemini.data.samples.kinds import item_kinds
+from megatron_gemini.data.sources.columns import RECORD, column_bytes
 from megatron_gemini.modalities.bad_sample import FILTERED, FilteredSample
+from megatron_gemini.registry import TASKS
 
-IMAGE_ENDINGS = ("png", "jpg", "jpeg", "webp")
-# Where a field is looked for: members of tars first, then the usual names of columns.
-USUAL_NAMES: dict[str, tuple[str, ...]] = {
-    "text": ("txt", "text", "caption"),
-    "image": (*IMAGE_ENDINGS, "image"),
-    "codes": ("codes.json", "codes"),
-    "audio": ("wav", "flac", "mp3", "ogg", "audio"),
-    "video": ("mp4", "video"),
-    "items": (RECORD,),
-    "messages": (RECORD,),
-}
-TASK_FIELDS = {
-    "caption": ("image", "text"),
-    "generate": ("text", "codes"),
-    "transcribe": ("audio", "text"),
-    "speech_to_image": ("audio", "codes"),
-    "video_caption": ("video", "text"),
-    "interleave": ("items",),
-    "text": ("text",),
-    "chat": ("messages",),
-}
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+if TYPE_CHECKING:
+    from megatron_gemini.config.data import SourceConfig
+    from megatron_gemini.config.schema import Plain
+    from megatron_gemini.data.samples.spec import TaskSpec
+
+_ORDER: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
     ">": operator.gt,
     "<": operator.lt,
-    "==": operator.eq,
-    "!=": operator.ne,
 }
 _CONDITION = re.compile(r"\s*([\w.-]+)\s*(>=|<=|==|!=|>|<|\bnot in\b|\bin\b)\s*(.+?)\s*")
 
@@ -68,20 +50,19 @@ class Condition:
         name, compare, value = match.groups()
         several = compare.endswith("in")
         values = tuple(_plain(part.strip().strip("'\"")) for part in (value.split(",") if several else [value]))
-        if compare in (">=", "<=", ">", "<") and isinstance(values[0], str):
+        if compare in _ORDER and isinstance(values[0], str):
             raise ValueError(f"the filter {text!r} compares with {value!r}, which is no number")
         return cls(name, compare, values)
 
-    def holds(self, record: Mapping[str, Any]) -> bool:
+    def holds(self, record: Mapping[str, Plain]) -> bool:
         value = record.get(self.name)
         if value is None or isinstance(value, (dict, list)):
             return False
         found = _plain(str(value).lower() if isinstance(value, bool) else str(value))
-        if self.compare.endswith("in"):
-            return (found in self.values) == (self.compare == "in")
-        if self.compare in ("==", "!="):
-            return _COMPARE[self.compare](found, self.values[0])
-        return isinstance(found, float) and _COMPARE[self.compare](found, self.values[0])
+        if self.compare not in _ORDER:
+            return (found in self.values) == (self.compare in ("in", "=="))
+        limit = self.values[0]
+        return isinstance(found, float) and isinstance(limit, float) and _ORDER[self.compare](found, limit)
 
 
 def _plain(text: str) -> float | str:
@@ -94,21 +75,28 @@ def _plain(text: str) -> float | str:
 
 @dataclass(frozen=True)
 class Schema:
-    """names: of every field, where it is looked for, in order; `MEMBER:KEY` is a key of a JSON member."""
+    """Where the fields of a source's samples are, and which samples are wanted.
 
+    task: what the source is read for. names: of every field, where it is looked for, in order; `MEMBER:KEY` is a key
+    of a JSON member.
+    """
+
+    task: TaskSpec
     names: Mapping[str, Sequence[str]]
     conditions: tuple[Condition, ...] = ()
 
     @classmethod
     def of(cls, source: SourceConfig) -> Schema:
         """Raises ValueError for a filter that is no condition."""
-        given = {field.name: getattr(source.fields, field.name) for field in dataclasses.fields(FieldsConfig)}
-        names = {field: tuple(given[field]) or usual for field, usual in USUAL_NAMES.items()}
-        return cls(names, tuple(Condition.parse(text) for text in source.filters))
+        task = TASKS.get(source.task)
+        usual = {**item_kinds(), **{field.name: field.members for field in task.own_fields}}
+        names = {field: source.fields.get(field) or members for field, members in usual.items()}
+        return cls(task, names, tuple(Condition.parse(text) for text in source.filters))
 
-    def members(self, task: str) -> list[str]:
-        """Every member or column that the task's fields and the filters may need."""
-        wanted = [name.partition(":")[0] for field in TASK_FIELDS[task] for name in self.names[field]]
+    def members(self, *fields: str) -> list[str]:
+        """Every member or column that the fields, those of the task if there are none, and the filters may need."""
+        fields = fields or self.task.field_names
+        wanted = [name.partition(":")[0] for field in fields for name in self.names[field]]
         return list(dict.fromkeys([*wanted, *([RECORD] if self.conditions else [])]))
 
     def find(self, field: str, members: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
@@ -133,6 +121,3 @@ class Schema:
             if not (isinstance(record, dict) and condition.holds(record)):
                 value = json.dumps(record.get(condition.name))[:40] if isinstance(record, dict) else "no record"
                 raise FilteredSample(f"{FILTERED}{condition.name}", f"{condition.name} is {value}")
-
-
-USUAL = Schema(USUAL_NAMES)

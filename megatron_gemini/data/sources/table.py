@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.keys import Keys
-from megatron_gemini.data.sources.records import RECORD
 
 
 class Table:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_gemini.config.encoders import AudioConfig
+from megatron_gemini.modalities.audio.operations import speed
 from megatron_gemini.modalities.counting import attention, feed_forward, linear
-from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec, Picture, Prepared
+from megatron_gemini.modalities.spec import EncoderSpec, ItemOperation, ModalitySpec, Picture, Prepared
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FP32 = 4
 FRAMES_PER_SECOND = 100
+INSPECTED_SECONDS = 3600.0  # a shard may hold recordings that are too long for the model at hand
 
 
 def spans(grid_I3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,6 +60,12 @@ def decode(data: bytes, audio: AudioConfig) -> Audio:
     return Audio(decode_audio(data, audio.max_seconds))
 
 
+def sizes(data: bytes) -> dict[str, float]:
+    from megatron_gemini.modalities.audio.preprocess import SAMPLE_RATE, decode_audio
+
+    return {"audio seconds": len(decode_audio(data, INSPECTED_SECONDS)) / SAMPLE_RATE}
+
+
 def prepare(sound: Audio, audio: AudioConfig) -> Prepared:
     """Log-mel frames, 100 a second."""
     from megatron_gemini.modalities.audio.preprocess import log_mel
@@ -91,4 +99,6 @@ AUDIO = ModalitySpec(
     decode=decode,
     prepare=prepare,
     picture=picture,
+    sizes=sizes,
+    operations={"speed": ItemOperation(speed, random=True)},
 )

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.modalities.counting import attention, feed_forward, linear, spread
-from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec, Picture, Prepared
+from megatron_gemini.modalities.image.operations import crop, resize
+from megatron_gemini.modalities.spec import (
+    CodesSpec,
+    EncoderSpec,
+    Grid,
+    ItemOperation,
+    ModalitySpec,
+    Picture,
+    Prepared,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +55,7 @@ def image_patches(vision: VisionConfig) -> int:
     return (vision.max_side // vision.patch) ** 2
 
 
-def grids(vision: VisionConfig, count: int) -> list[tuple[int, int, int]]:
+def grids(vision: VisionConfig, count: int) -> list[Grid]:
     """Square images: a clip costs the sum of its frames."""
     return [(1, side, side) for side in spread(vision.max_side // vision.patch, count)]
 
@@ -62,6 +71,13 @@ def decode(data: bytes, vision: VisionConfig) -> Image:
     from megatron_gemini.modalities.image.preprocess import decode_image
 
     return Image(decode_image(data, shrink_to=vision.max_side))
+
+
+def sizes(data: bytes) -> dict[str, float]:
+    from megatron_gemini.modalities.image.preprocess import decode_image
+
+    height, width = decode_image(data).shape[:2]
+    return {"image width": width, "image height": height}
 
 
 def prepare(image: Image, vision: VisionConfig) -> Prepared:
@@ -109,4 +125,16 @@ IMAGE = ModalitySpec(
     decode=decode,
     prepare=prepare,
     picture=picture,
+    sizes=sizes,
+    operations={"resize": ItemOperation(resize), "crop": ItemOperation(crop, random=True)},
+    codes=CodesSpec(
+        field="codes",
+        members=("codes.json", "codes"),
+        size=lambda config: config.image_tokenizer.codes,
+        length=lambda config: config.image_tokenizer.codes_per_image,
+        setting="image_tokenizer.codes",
+        begin="image_begin",
+        end="image_end",
+        made_by="tools/encode_images.py",
+    ),
 )

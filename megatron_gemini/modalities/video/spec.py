@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.modalities.image.spec import picture, prepare_frames
-from megatron_gemini.modalities.spec import ModalitySpec, Prepared
+from megatron_gemini.modalities.spec import ItemOperation, ModalitySpec, Prepared
+from megatron_gemini.modalities.video.operations import frames, resize
 
 if TYPE_CHECKING:
     from megatron_gemini.modalities.video.item import Video
+
+INSPECTED_FRAMES = 8
 
 
 def decode(data: bytes, vision: VisionConfig) -> Video:
@@ -17,6 +20,13 @@ def decode(data: bytes, vision: VisionConfig) -> Video:
     from megatron_gemini.modalities.video.preprocess import decode_video
 
     return Video(*decode_video(data, vision.max_frames))
+
+
+def sizes(data: bytes) -> dict[str, float]:
+    from megatron_gemini.modalities.video.preprocess import decode_video
+
+    height, width = decode_video(data, INSPECTED_FRAMES)[0].shape[1:3]
+    return {"video width": width, "video height": height}
 
 
 def prepare(video: Video, vision: VisionConfig) -> Prepared:
@@ -35,4 +45,6 @@ VIDEO = ModalitySpec(
     decode=decode,
     prepare=prepare,
     picture=picture,
+    sizes=sizes,
+    operations={"resize": ItemOperation(resize), "frames": ItemOperation(frames)},
 )

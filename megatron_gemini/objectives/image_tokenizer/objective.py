@@ -13,11 +13,11 @@ from torch import nn
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Plain
-from megatron_gemini.data.loading.images import ImageLoader
 from megatron_gemini.engine.engine import WholeModelEngine
 from megatron_gemini.engine.synchronize import StepFingerprint, config_digest
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
 from megatron_gemini.objectives.base import Objective, mean
+from megatron_gemini.objectives.image_tokenizer.images import ImageLoader
 from megatron_gemini.objectives.image_tokenizer.spec import ImageTokenizerObjectiveConfig
 from megatron_gemini.parallel.topology import Topology
 

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.config.data import TASKS, SourceConfig
+from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader, lanes_of
 from megatron_gemini.data.loading.prefetch import Prefetch
+from megatron_gemini.registry import TASKS
 from tests.tiny_shards import FORM, LAYOUT, Characters, chat, document, png, run_config, sample, texts, wav, write_tar
 
 

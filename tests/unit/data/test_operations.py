@@ -7,34 +7,31 @@ from hypothesis import strategies as st
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
-from megatron_gemini.data.operations.media import size_within
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.data.operations.make import make_operation
 from megatron_gemini.data.operations.pipeline import USUAL_OPERATIONS, OperationPipeline
-from megatron_gemini.data.operations.registry import Setting, make_operation
+from megatron_gemini.data.operations.spec import Sample, Setting
+from megatron_gemini.data.random_stream import random_stream
 from megatron_gemini.data.samples.decode import SampleDecoder
-from megatron_gemini.data.samples.document import EncoderInput, Text, Turn
-from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.samples.items import EncoderInput, Text, Turn
+from megatron_gemini.data.samples.spec import Fields
 from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.modalities.audio.item import Audio
 from megatron_gemini.modalities.image.item import Image
+from megatron_gemini.modalities.image.operations import size_within
 from megatron_gemini.modalities.video.item import Video
 from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, LAYOUT, VISION, Characters, chat, png, sample
 
 
 def setting(task="caption", vision=VISION, audio=AUDIO, **source):
     schema = Schema.of(SourceConfig(shards="x", task=task, **source))
-    return Setting(
-        task,
-        SampleDecoder({"vision": vision, "audio": audio}, IMAGE_TOKENIZER),
-        schema,
-        LAYOUT,
-        Characters(),
-        caption_dropout=0.5,
-    )
+    config = RunConfig(encoders={"vision": vision, "audio": audio}, image_tokenizer=IMAGE_TOKENIZER)
+    return Setting(SampleDecoder(config), schema, LAYOUT, Characters(), caption_dropout=0.5)
 
 
 def apply(text, given, seed=0, **settings):
     operation, _ = make_operation(text, setting(**settings))
-    return operation(given, random_stream(seed))
+    return operation(Sample("k", fields=Fields(given)), random_stream(seed)).fields
 
 
 def pixels(*shape):
@@ -134,7 +131,7 @@ def test_a_caption_is_chosen_from_all_there_are():
 
 def document(task, members, operations=(), seed=0, **source):
     pipeline = OperationPipeline(operations, setting(task, **source))
-    fixed = pipeline.fixed({"key": "k", "members": members})
+    fixed = pipeline.fixed(Sample("k", members))
     return pipeline.document(fixed, random_stream(seed))
 
 
@@ -153,8 +150,8 @@ def test_a_list_of_the_users_own_replaces_the_usual_one():
 def test_only_what_stands_before_the_first_random_operation_is_fixed():
     operations = ("decode", "crop(smallest=0.2)", "prepare", "format", "tokenize")
     pipeline = OperationPipeline(operations, setting())
-    fixed = pipeline.fixed({"key": "k", "members": {**sample(3), "png": png(0, 30, 30)}})
-    assert isinstance(fixed["image"], Image)
+    fixed = pipeline.fixed(Sample("k", {**sample(3), "png": png(0, 30, 30)}))
+    assert isinstance(fixed.fields["image"], Image)
     first, again, other = (pipeline.document(fixed, random_stream(seed)) for seed in (0, 0, 1))
     assert (first.media[0].values_PC == again.media[0].values_PC).all()
     assert (

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_gemini.data.loading import order as order_module
 from megatron_gemini.data.loading.order import Order
-from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.random_stream import random_stream
 
 
 def bounds(counts):

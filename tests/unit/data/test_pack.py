@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from megatron_gemini.contracts import IMAGE, TEXT, RowFormat
 from megatron_gemini.data.packing.pack import check_fits, choose, fullest, pack
-from megatron_gemini.data.samples.document import ImageCodes, Size, Text, build_document
+from megatron_gemini.data.samples.document import Size, build_document
+from megatron_gemini.data.samples.items import Codes, Text
 from megatron_gemini.modalities.audio.item import Audio
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.item import Image
@@ -43,7 +44,7 @@ images = st.sampled_from([(8, 8), (4, 8), (20, 8), (3, 3)]).map(lambda size: Ima
 clips = st.integers(1, 3).map(lambda frames: Video(pixels(frames, 8, 4), 0.5))
 sounds = st.integers(1, 4000).map(lambda n: Audio(np.sin(np.arange(n) / 5).astype(np.float32)))
 drawings = st.lists(st.integers(0, len(LAYOUT.code_range("image")) - 1), min_size=1, max_size=5).map(
-    lambda codes: ImageCodes(tuple(codes))
+    lambda codes: Codes(IMAGE, tuple(codes))
 )
 items = st.lists(st.one_of(texts, images, clips, sounds, drawings), max_size=4)
 documents = st.one_of(
@@ -119,7 +120,7 @@ def test_loss_is_on_the_answer_and_its_end_only():
 
 
 def test_loss_weights_go_by_the_modality_of_the_target():
-    row = pack([build([Text("a")], [ImageCodes((3, 5))])], 12, FORM)
+    row = pack([build([Text("a")], [Codes(IMAGE, (3, 5))])], 12, FORM)
     first = LAYOUT.code_range("image").start
     answer = [*control("image_begin"), first + 3, first + 5, *control("image_end", "eos")]
     assert row.token_T[3:9].tolist() == [*control("model"), *answer]
@@ -129,7 +130,7 @@ def test_loss_weights_go_by_the_modality_of_the_target():
 
 
 def test_an_interleaved_document_learns_its_text_and_codes_but_no_placeholder():
-    row = pack([build([Image(pixels(8, 8)), Text("a"), ImageCodes((2,))], None, loss_on_prompt=True)], 10, FORM)
+    row = pack([build([Image(pixels(8, 8)), Text("a"), Codes(IMAGE, (2,))], None, loss_on_prompt=True)], 10, FORM)
     assert row.target_T[:9].tolist() == [
         *control("image") * 4,
         97,
@@ -171,7 +172,7 @@ def test_a_document_longer_than_a_row_is_a_bad_sample():
 @pytest.mark.parametrize("codes", [(16,), (-1,), ()])
 def test_codes_outside_the_codebook_are_a_bad_sample(codes):
     with pytest.raises(BadSample) as error:
-        build([], [ImageCodes(codes)])
+        build([], [Codes(IMAGE, codes)])
     assert error.value.reason == "bad_codes"
 
 

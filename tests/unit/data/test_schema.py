@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_gemini.config.data import FieldsConfig, SourceConfig
+from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.load import config_from_dict
 from megatron_gemini.data.sources.schema import Condition, Schema
 from megatron_gemini.modalities.bad_sample import FilteredSample
@@ -50,9 +50,9 @@ def test_what_is_no_condition_is_refused(text):
 
 
 def test_a_key_of_a_json_member_is_a_field():
-    fields = FieldsConfig(text=("json:caption", "txt"), image=("photo.jpg",))
+    fields = {"text": ("json:caption", "txt"), "image": ("photo.jpg",)}
     schema = Schema.of(SourceConfig(shards="x", fields=fields))
-    assert schema.members("caption") == ["photo.jpg", "json", "txt"]
+    assert schema.members() == ["photo.jpg", "json", "txt"]
     members = {"json": json.dumps(META).encode(), "txt": b"other"}
     assert schema.find("text", members) == [("json:caption", b"a cat"), ("txt", b"other")]
     assert schema.find("text", {"json": b"{}", "txt": b"other"}) == [("txt", b"other")]
@@ -60,5 +60,6 @@ def test_a_key_of_a_json_member_is_a_field():
 
 def test_an_unknown_field_is_told_with_the_nearest_one():
     values = {"data": {"sources": [{"shards": "x", "fields": {"txt": ["a"]}}]}}
-    with pytest.raises(ValueError, match=r"sources\.0\.fields\.txt is no setting; did you mean .*fields\.text"):
+    expected = r"sources\.0.*fields\.txt is no field of the task caption; did you mean text\?"
+    with pytest.raises(ValueError, match=expected):
         config_from_dict(values)

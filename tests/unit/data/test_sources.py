@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_gemini.config.data import FieldsConfig, SourceConfig
+from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
 from tests.tiny_shards import FORM, LAYOUT, Characters, png, run_config, wav, write_tar
 
@@ -37,7 +37,7 @@ def test_captioned_images_as_img2dataset_writes_them_are_filtered_by_their_metad
         shards=shard,
         prompts=("?",),
         name="laion",
-        fields=FieldsConfig(text=("json:caption", "txt")),
+        fields={"text": ("json:caption", "txt")},
         filters=("similarity >= 0.4", "NSFW in UNLIKELY, UNSURE"),
     )
     made = loader(source, max_bad_share=0.0)
@@ -60,7 +60,7 @@ def test_text_comes_from_json_lines_and_parquet(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two", "n": 3}\n')
     pq.write_table(pa.table({"body": ["three", "four", "five"]}), tmp_path / "b.parquet", row_group_size=1)
     assert documents(SourceConfig(shards=f"{tmp_path}/a.jsonl", task="text")) == {"|one|", "|two|"}
-    columns = FieldsConfig(text=("body",))
+    columns = {"text": ("body",)}
     source = SourceConfig(shards=f"{tmp_path}/*.parquet", task="text", fields=columns)
     assert documents(source) == {"|three|", "|four|", "|five|"}
 

@@ -5,19 +5,28 @@ import json
 import numpy as np
 import pytest
 
+from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.data.random_stream import random_stream
 from megatron_gemini.data.samples.decode import SampleDecoder
-from megatron_gemini.data.samples.document import EncoderInput, ImageCodes, Text
-from megatron_gemini.data.samples.tasks import PROMPTS, check_prompts, format_example, random_stream
-from megatron_gemini.data.sources.schema import USUAL
+from megatron_gemini.data.samples.form import check_prompts, form_example
+from megatron_gemini.data.samples.items import Codes, EncoderInput, Text
+from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.registry import TASKS
 from tests.tiny_shards import AUDIO, IMAGE_TOKENIZER, VISION, codes, document, png, sample, wav
 
-DECODER = SampleDecoder({"vision": VISION, "audio": AUDIO}, IMAGE_TOKENIZER)
+DECODER = SampleDecoder(RunConfig(encoders={"vision": VISION, "audio": AUDIO}, image_tokenizer=IMAGE_TOKENIZER))
 
 
 def question(task, seed=0, prompts=(), caption_dropout=0.0, members=None):
     members = members or (document(1) if task == "interleave" else sample(1))
-    return format_example(task, DECODER.decode(members, task, "k"), prompts, random_stream(seed), caption_dropout)
+    fields = DECODER.decode(members, "k", schema(task))
+    return form_example(TASKS.get(task), fields, prompts, random_stream(seed), caption_dropout)
+
+
+def schema(task):
+    return Schema.of(SourceConfig(shards="x", task=task))
 
 
 def kinds(items):
@@ -28,9 +37,9 @@ def kinds(items):
     ("task", "prompt", "answer"),
     [
         ("caption", ["image", Text], [Text]),
-        ("generate", [Text], [ImageCodes]),
+        ("generate", [Text], [Codes]),
         ("transcribe", ["audio", Text], [Text]),
-        ("speech_to_image", ["audio", Text], [ImageCodes]),
+        ("speech_to_image", ["audio", Text], [Codes]),
         ("video_caption", ["video", Text], [Text]),
     ],
 )
@@ -45,18 +54,21 @@ def test_each_task_asks_with_its_medium_and_is_answered_in_kind(task, prompt, an
 
 
 def test_whole_documents_have_no_answer():
-    assert question("text") == ([Text("number 1")], None)
+    asked = question("text")
+    assert (asked.prompt, asked.answer) == ([Text("number 1")], None)
     asked = question("interleave")
-    assert kinds(asked.prompt) == ["image", Text, ImageCodes]
+    assert kinds(asked.prompt) == ["image", Text, Codes]
     assert asked.answer is None
 
 
 def test_what_a_user_would_type_is_among_the_prompts():
-    seen = {task: {question(task, seed).prompt[-1].text for seed in range(60)} for task in PROMPTS}
+    prompts = {task.name: task.prompts for task in TASKS.entries() if task.prompts}
+    assert len(prompts) == 5
+    seen = {task: {question(task, seed).prompt[-1].text for seed in range(60)} for task in prompts}
     assert "draw number 1" in seen["generate"]
     assert "what is this?" in seen["caption"]
     assert "what was said?" in seen["transcribe"]
-    assert all(len(seen[task]) == len(choices) for task, choices in PROMPTS.items())
+    assert all(len(seen[task]) == len(choices) for task, choices in prompts.items())
 
 
 def test_prompts_of_the_source_replace_the_tasks_own():
@@ -78,16 +90,16 @@ def test_random_streams_depend_on_the_key_alone():
 
 
 def test_prompts_that_a_task_cannot_use_are_refused():
-    check_prompts("generate", ["draw {text}"], "s")
+    check_prompts(TASKS.get("generate"), ["draw {text}"], "s")
     with pytest.raises(ValueError, match=r"'draw it' of the data source 's' has no \{text\}"):
-        check_prompts("generate", ["draw it"], "s")
+        check_prompts(TASKS.get("generate"), ["draw it"], "s")
     with pytest.raises(ValueError, match="the task 'text' asks none"):
-        check_prompts("text", ["read"], "s")
+        check_prompts(TASKS.get("text"), ["read"], "s")
 
 
 def test_only_the_members_that_a_task_needs_are_read():
-    assert set(USUAL.members("caption")) & set(sample(0)) == {"png", "txt"}
-    assert set(USUAL.members("interleave")) & set(document(0)) == {"json"}
+    assert set(schema("caption").members()) & set(sample(0)) == {"png", "txt"}
+    assert set(schema("interleave").members()) & set(document(0)) == {"json"}
 
 
 @pytest.mark.parametrize(
@@ -114,5 +126,5 @@ def test_only_the_members_that_a_task_needs_are_read():
 )
 def test_a_bad_sample_has_one_reason_and_is_named(task, members, reason):
     with pytest.raises(BadSample, match=r"^k") as error:
-        DECODER.decode(members, task, "k")
+        DECODER.decode(members, "k", schema(task))
     assert error.value.reason == reason

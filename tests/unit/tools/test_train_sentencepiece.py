@@ -6,7 +6,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_gemini.config.data import FieldsConfig, SourceConfig
+from megatron_gemini.config.data import SourceConfig
 from tests.tiny_shards import chat, document, write_tar
 from tools.train_sentencepiece import Corpus, corpus_of, lines
 
@@ -22,7 +22,7 @@ def test_texts_of_tables_documents_and_conversations_are_read(tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps({"texts": ["four", None], "images": [None, "x.png"]}) + "\n")
     tar = write_tar(tmp_path / "d.tar", [("c", chat(5))])
     found, skipped = texts(
-        SourceConfig(shards=f"{tmp_path}/a.parquet", task="text", fields=FieldsConfig(text=("body",))),
+        SourceConfig(shards=f"{tmp_path}/a.parquet", task="text", fields={"text": ("body",)}),
         SourceConfig(shards=f"{tmp_path}/b.jsonl", task="text"),
         SourceConfig(shards=f"{tmp_path}/c.jsonl", task="interleave"),
         SourceConfig(shards=tar, task="chat"),

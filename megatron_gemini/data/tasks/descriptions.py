@@ -6,14 +6,22 @@ Nothing is read here: an entry is ("text", the text) or (kind, name of a member 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from megatron_gemini.contracts import IMAGE, TEXT
+from megatron_gemini.data.samples.kinds import item_kinds
 from megatron_gemini.modalities.bad_sample import BadSample
 
-KINDS = ("text", "image", "codes", "audio", "video")
-Entry = tuple[str, str]
+if TYPE_CHECKING:
+    from megatron_gemini.config.schema import Plain
+
+DOCUMENT_KEYS = ("items", "texts", "text_list")
+"""Of which a document's description has one, by its layout."""
+CONVERSATION_KEYS = ("messages", "conversations")
+Entry: TypeAlias = tuple[str, str]
 _ASSISTANT = ("assistant", "model", "gpt")
 _USER = ("user", "human", "system")
+_SHOWN = 80  # characters of strangers' data in an error
 
 
 class Said(NamedTuple):
@@ -23,7 +31,7 @@ class Said(NamedTuple):
     entries: list[Entry]
 
 
-def document_entries(description: Any) -> list[Entry]:
+def document_entries(description: Plain) -> list[Entry]:
     """What a document holds, in order.
 
     {"items": [{"text": "..."}, {"image": "NAME"}, ...]}; or {"text_list": [...], "image_info": [{"image_name": NAME,
@@ -45,12 +53,12 @@ def document_entries(description: Any) -> list[Entry]:
     return entries
 
 
-def conversation(description: Any) -> list[Said]:
+def conversation(description: Plain) -> list[Said]:
     """The turns of a conversation up to the model's last, those of one side that follow each other as one.
 
     {"messages": [{"role": ..., "content": ...}, ...]} or {"conversations": [{"from": ..., "value": ...}, ...]}, or the
     list alone. Content is text or a list of typed parts: {"type": "text", "text": ...}, {"type": "image", "image":
-    NAME}, the same with codes, audio and video. A system message belongs to the user's side.
+    NAME}, the same with codes and every modality. A system message belongs to the user's side.
     Raises BadSample: bad_json, no_answer.
     """
     if isinstance(description, Mapping):
@@ -61,7 +69,7 @@ def conversation(description: Any) -> list[Said]:
     for message in description:
         answer, entries = _message(message)
         if turns and turns[-1].answer == answer:
-            turns[-1].entries.extend([("text", "\n"), *entries])
+            turns[-1].entries.extend([(TEXT, "\n"), *entries])
         else:
             turns.append(Said(answer, entries))
     while turns and not turns[-1].answer:
@@ -71,56 +79,60 @@ def conversation(description: Any) -> list[Said]:
     return turns
 
 
-def _message(message: Any) -> Said:
+def _message(message: Plain) -> Said:
     if not isinstance(message, Mapping):
-        raise BadSample("bad_json", f"a message is a mapping, not {str(message)[:80]}")
+        raise BadSample("bad_json", f"a message is a mapping, not {_shown(message)}")
     role = message.get("role", message.get("from"))
     if role not in _ASSISTANT and role not in _USER:
-        raise BadSample("bad_json", f"the role {str(role)[:80]!r} is none of {', '.join(_USER + _ASSISTANT)}")
+        raise BadSample("bad_json", f"the role {_shown(role)!r} is none of {', '.join(_USER + _ASSISTANT)}")
     content = message.get("content", message.get("value"))
-    parts = [{"text": content}] if isinstance(content, str) else content
+    parts = [{TEXT: content}] if isinstance(content, str) else content
     if not isinstance(parts, Sequence) or not parts:
         raise BadSample("bad_json", "the content of a message is text or a list of parts")
     return Said(role in _ASSISTANT, [_part(part) for part in parts])
 
 
-def _part(part: Any) -> Entry:
+def _part(part: Plain) -> Entry:
     if isinstance(part, Mapping) and "type" in part:
         kind = part["type"]
-        if kind not in KINDS:
-            raise BadSample("bad_json", f"a part of the type {str(kind)[:80]!r}; there are {', '.join(KINDS)}")
+        if not isinstance(kind, str) or kind not in item_kinds():
+            raise BadSample("bad_json", f"a part of the type {_shown(kind)!r}; there are {', '.join(item_kinds())}")
         part = {kind: part.get(kind)}
     return _entry(part)
 
 
-def _entry(item: Any) -> Entry:
+def _entry(item: Plain) -> Entry:
     name, value = next(iter(item.items())) if isinstance(item, Mapping) and len(item) == 1 else ("", "")
-    if name not in KINDS or not isinstance(value, str):
-        raise BadSample("bad_json", f"an item is one of {', '.join(KINDS)}, with a string; not {str(item)[:80]}")
+    if name not in item_kinds() or not isinstance(value, str):
+        raise BadSample("bad_json", f"an item is one of {', '.join(item_kinds())}, with a string; not {_shown(item)}")
     return name, value
 
 
-def _mmc4(description: Mapping[str, Any]) -> list[Entry]:
+def _mmc4(description: Mapping[str, Plain]) -> list[Entry]:
     texts, images = _list(description, "text_list"), _list(description, "image_info")
     before: dict[int, list[Entry]] = {}
     for image in images:
         place = image.get("matched_text_index") if isinstance(image, Mapping) else None
-        if type(place) is not int or not 0 <= place < len(texts):
-            raise BadSample("bad_json", f"an image without its place in the text: {str(image)[:80]}")
-        before.setdefault(place, []).append(_entry({"image": image.get("image_name")}))
-    return [entry for i, text in enumerate(texts) for entry in (*before.get(i, ()), _entry({"text": text}))]
+        if not isinstance(image, Mapping) or type(place) is not int or not 0 <= place < len(texts):
+            raise BadSample("bad_json", f"an image without its place in the text: {_shown(image)}")
+        before.setdefault(place, []).append(_entry({IMAGE: image.get("image_name")}))
+    return [entry for i, text in enumerate(texts) for entry in (*before.get(i, ()), _entry({TEXT: text}))]
 
 
-def _obelics(description: Mapping[str, Any]) -> list[Entry]:
+def _obelics(description: Mapping[str, Plain]) -> list[Entry]:
     texts, images = _list(description, "texts"), _list(description, "images")
     if len(texts) != len(images):
         raise BadSample("bad_json", f"{len(texts)} texts and {len(images)} images; they stand beside each other")
-    both = [("text", text) if text is not None else ("image", image) for text, image in zip(texts, images, strict=True)]
+    both = [(TEXT, text) if text is not None else (IMAGE, image) for text, image in zip(texts, images, strict=True)]
     return [_entry({kind: value}) for kind, value in both]
 
 
-def _list(description: Mapping[str, Any], name: str) -> list[Any]:
+def _list(description: Mapping[str, Plain], name: str) -> list[Plain]:
     value = description.get(name)
     if not isinstance(value, list):
         raise BadSample("bad_json", f'it has no list "{name}"')
     return value
+
+
+def _shown(value: Plain) -> str:
+    return str(value)[:_SHOWN]

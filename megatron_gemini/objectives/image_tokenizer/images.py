@@ -17,12 +17,12 @@ import torch
 from megatron_gemini.config.check import divides
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.data.samples.tasks import random_stream
+from megatron_gemini.data.random_stream import random_stream
 from megatron_gemini.data.sources.paths import expand_shards
-from megatron_gemini.data.sources.schema import IMAGE_ENDINGS
 from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image, signed_pixels, square_image
+from megatron_gemini.modalities.image.spec import IMAGE
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class ImageLoader:
             (number, sample)
             for number, shards in enumerate(self.shards)
             for sample in range(len(shards))
-            if any(ending in shards.endings(sample) for ending in IMAGE_ENDINGS)
+            if any(ending in shards.endings(sample) for ending in IMAGE.members)
         ]
         if not self.samples:
             raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image (png, jpg, webp)")
@@ -108,7 +108,7 @@ class ImageLoader:
         return square_image(decode_image(data), self.config.image_tokenizer.image_size)
 
     def _ending(self, number: int, sample: int) -> list[str]:
-        return [ending for ending in IMAGE_ENDINGS if ending in self.shards[number].endings(sample)][:1]
+        return [ending for ending in IMAGE.members if ending in self.shards[number].endings(sample)][:1]
 
     def _skip(self, chosen: int, error: BadSample) -> None:
         """Count a bad image, and judge the share of distinct bad ones: every epoch meets the same ones again."""

@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_gemini.config.data import DataConfig, SourceConfig
 from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.data.loading.images import ImageLoader
+from megatron_gemini.objectives.image_tokenizer.images import ImageLoader
 from tests.end_to_end.dataset import write_tar
 
 

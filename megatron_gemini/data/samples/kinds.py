@@ -1,0 +1,58 @@
+"""Kinds of item: text, every modality, and every modality's codes. Each may be a field of a sample, or stand in a
+document."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_gemini.contracts import TEXT
+from megatron_gemini.data.samples.decode_json import decode_json
+from megatron_gemini.data.samples.items import Codes, Item, Text
+from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.spec import CodesSpec, ModalitySpec
+from megatron_gemini.modalities.text.preprocess import decode_text
+from megatron_gemini.registry import MODALITIES
+
+if TYPE_CHECKING:
+    from megatron_gemini.config.run import RunConfig
+
+
+def item_kinds() -> dict[str, tuple[str, ...]]:
+    """The kinds by name, with the members or columns that usually hold such an item."""
+    specs = MODALITIES.entries()
+    codes = [spec.codes for spec in specs if spec.codes is not None]
+    return {spec.name: spec.members for spec in specs} | {each.field: each.members for each in codes}
+
+
+def made_as(kind: str) -> tuple[ModalitySpec, CodesSpec] | None:
+    """The modality whose codes a kind is; None for one that is read as it is."""
+    found = ((spec, spec.codes) for spec in MODALITIES.entries())
+    return next(((spec, codes) for spec, codes in found if codes is not None and codes.field == kind), None)
+
+
+def decode_item(kind: str, data: bytes, config: RunConfig) -> Item:
+    """A member or file as an item, not yet prepared. Raises BadSample."""
+    if kind == TEXT:
+        return Text(decode_text(data))
+    made = made_as(kind)
+    if made is not None:
+        return decode_codes(data, *made, config)
+    spec = MODALITIES.get(kind)
+    assert spec.decode is not None, kind
+    return spec.decode(data, config.encoders[spec.encoder])
+
+
+def decode_codes(data: bytes, spec: ModalitySpec, codes: CodesSpec, config: RunConfig) -> Codes:
+    """`{"codes": [...]}`: the codes of one item, as many as it has. Raises BadSample: bad_codes, bad_json."""
+    value = decode_json(data)
+    given = value.get("codes") if isinstance(value, dict) else None
+    expected, size = codes.length(config), codes.size(config)
+    if not isinstance(given, list) or len(given) != expected:
+        found = f"{len(given)} codes" if isinstance(given, list) else "no list of codes"
+        raise BadSample("bad_codes", f"it holds {found}; an item of the modality {spec.name} has {expected}")
+    numbers = []
+    for code in given:
+        if type(code) is not int or not 0 <= code < size:  # of bool, which is an int to isinstance, none is a code
+            raise BadSample("bad_codes", f"{spec.name} code {str(code)[:20]}; the codebook has 0..{size - 1}")
+        numbers.append(code)
+    return Codes(spec.name, tuple(numbers))

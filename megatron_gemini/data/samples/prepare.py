@@ -1,0 +1,46 @@
+"""Raw items of modalities to their encoders' inputs, with the placeholders that the stream has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from megatron_gemini.config.encoders import EncoderConfig
+from megatron_gemini.data.samples.items import Codes, EncoderInput, Item, Text
+from megatron_gemini.modalities.spec import ModalitySpec, Prepared
+from megatron_gemini.registry import CONNECTORS, ENCODERS, MODALITIES
+
+
+def prepare(item: Item, encoders: Mapping[str, EncoderConfig]) -> Text | Codes | EncoderInput:
+    """Turn a raw item into its encoder's input; text, codes and prepared inputs pass unchanged.
+
+    encoders: settings by name. Raises ValueError for an item whose encoder is off.
+    """
+    if isinstance(item, (Text, Codes, EncoderInput)):
+        return item
+    spec = MODALITIES.get(item.modality)
+    section = encoders[spec.encoder]
+    if not section.enabled:
+        name = f"encoders.{spec.encoder}.enabled"
+        raise ValueError(f"{item.modality} input needs the {spec.encoder} encoder, and {name} is false")
+    assert spec.prepare is not None, spec.name
+    return encoder_input(spec, spec.prepare(item, section), section)
+
+
+def encoder_input(spec: ModalitySpec, prepared: Prepared, section: EncoderConfig) -> EncoderInput:
+    """A prepared item with its placeholders: as many as its encoder and connector make embeddings of it."""
+    connector = CONNECTORS.get(section.connector.kind)
+    spans_I, length_I = ENCODERS.get(spec.encoder).spans(np.array([prepared.grid], np.int64))
+    spans = (int(connector.length(length_I)[0]),) * int(spans_I[0])
+    memory = connector.reads is not None
+    return EncoderInput(
+        modality=spec.name,
+        encoder=spec.encoder,
+        placeholder=spec.control,
+        values_PC=prepared.values_PC,
+        grid=prepared.grid,
+        seconds=prepared.seconds,
+        spans=() if memory else spans,
+        memory=sum(spans) if memory else 0,
+    )
