@@ -17,7 +17,8 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import OptimizerConfig, TrainConfig
 from megatron_gemini.contracts import Batch, RowFormat, StepRows, TokenLayout
 from megatron_gemini.data.packing.pack import pack
-from megatron_gemini.data.samples.document import Document, ImageCodes, Text, build_document
+from megatron_gemini.data.samples.document import Document, build_document
+from megatron_gemini.data.samples.items import Codes, Text
 from megatron_gemini.engine.batch_exchange import BatchExchange
 from megatron_gemini.modalities.audio.item import Audio
 from megatron_gemini.modalities.image.item import Image
@@ -120,7 +121,7 @@ def _documents(random: np.random.Generator, row: int, encoders: Mapping[str, Enc
         picture = Image(random.integers(0, 256, (8, 12, 3), dtype=np.uint8))
         clip = Video(random.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8), 0.25)
         sound = Audio(random.standard_normal(6400).astype(np.float32) * 0.1)
-        codes = ImageCodes(tuple(int(code) for code in random.integers(0, 9, 4)))
+        codes = Codes("image", tuple(int(code) for code in random.integers(0, 9, 4)))
         documents += [([picture, Text("a")], [Text(words)]), ([Text("b")], [codes])]
         documents += [([clip], [Text("c")])] if row % 3 == 2 else [([sound], [codes])]
     return [

@@ -8,18 +8,35 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TypeAlias, cast
 
 from megatron_gemini.config.data import DataConfig
 from megatron_gemini.contracts import Batch, RowFormat
-from megatron_gemini.data.loading.mixture import Mixture
+from megatron_gemini.data.loading.mixture import Mixture, MixtureState
 from megatron_gemini.data.loading.source import DocumentSource
 from megatron_gemini.data.packing.pack import choose, pack, row_limits
 from megatron_gemini.data.samples.document import Document
 from megatron_gemini.modalities.bad_sample import BadSample
 
-Draw = Callable[["Lane", int, int], Document]  # of (lane, number of the source, position); raises BadSample
-Quarantined = tuple[str, int, str]  # label of the source, position, reason
+Draw: TypeAlias = Callable[["Lane", int, int], Document]
+"""(lane, number of the source, position) -> the document. Raises BadSample."""
+Quarantined: TypeAlias = tuple[str, int, str]
+"""(label of the source, position, reason) of a sample that must not be tried again."""
+
+
+class LaneState(MixtureState):
+    """What a lane needs to go on with the same rows; as JSON, in which tuples are lists.
+
+    rows: made so far. read: samples drawn. skipped: how many were left out, by source and reason. samples: of each
+    source, to tell that the data has changed. waiting: (label, position) of the documents without a row, oldest first.
+    """
+
+    rows: int
+    read: int
+    skipped: dict[str, dict[str, int]]
+    samples: dict[str, int]
+    waiting: list[tuple[str, int]]
+    quarantined: list[Quarantined]
 
 
 class Lane:
@@ -92,22 +109,23 @@ class Lane:
         self.skipped[label, reason] += 1
         return False
 
-    def state(self) -> dict[str, Any]:
-        """What `load_state` needs to go on with the same rows; plain numbers and strings."""
+    def state(self) -> LaneState:
         skipped: dict[str, dict[str, int]] = {}
         for (label, reason), count in sorted(self.skipped.items()):
             skipped.setdefault(label, {})[reason] = count
-        return {
-            "rows": self._rows,
-            "read": self.read,
-            "skipped": skipped,
+        waiting = [[self.sources[source].label, position] for source, position, _ in self._waiting]
+        quarantined = [[label, position, reason] for (label, position), reason in self._quarantined.items()]
+        return LaneState(
+            rows=self._rows,
+            read=self.read,
+            skipped=skipped,
             **self.mixture.state(),
-            "samples": {source.label: len(source) for source in self.sources},
-            "waiting": [[self.sources[source].label, position] for source, position, _ in self._waiting],
-            "quarantined": [[label, position, reason] for (label, position), reason in self._quarantined.items()],
-        }
+            samples={source.label: len(source) for source in self.sources},
+            waiting=cast("list[tuple[str, int]]", waiting),
+            quarantined=cast("list[Quarantined]", quarantined),
+        )
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: LaneState) -> None:
         """Go on where `state` was taken. Raises ValueError if the sources are not the same."""
         self.check_sources(state)
         numbers = {source.label: number for number, source in enumerate(self.sources)}
@@ -119,7 +137,7 @@ class Lane:
         for label, position in state["waiting"]:
             self._add(numbers[label], position)
 
-    def check_sources(self, state: dict[str, Any]) -> None:
+    def check_sources(self, state: LaneState) -> None:
         """Raise ValueError if the sources are not those of `state`."""
         now = {source.label: len(source) for source in self.sources}
         if state["samples"] != now:
@@ -129,15 +147,13 @@ class Lane:
             )
 
 
-def skipped_in(state: dict[str, Any]) -> Counter[tuple[str, str]]:
+def skipped_in(state: LaneState) -> Counter[tuple[str, str]]:
     """How many samples a lane had left out when `state` was taken, by (source, reason)."""
     by_label = state["skipped"].items()
     return Counter({(label, reason): count for label, reasons in by_label for reason, count in reasons.items()})
 
 
-def with_quarantined(
-    state: dict[str, Any], lane: int, lanes: int, quarantined: Iterable[Quarantined]
-) -> dict[str, Any]:
+def with_quarantined(state: LaneState, lane: int, lanes: int, quarantined: Iterable[Quarantined]) -> LaneState:
     """`state` of a lane, told of samples that must not be tried (again), as far as it has not drawn them yet."""
     waiting = {(label, position) for label, position in state["waiting"]}
     known = {(label, position): reason for label, position, reason in [*state["quarantined"], *quarantined]}
@@ -146,7 +162,7 @@ def with_quarantined(
         for (label, position), reason in known.items()
         if (position - lane) // lanes >= state["drawn"][label] or (label, position) in waiting
     ]
-    return {**state, "quarantined": ahead}
+    return {**state, "quarantined": cast("list[Quarantined]", ahead)}
 
 
 def _listed(samples: dict[str, int]) -> str:

@@ -7,11 +7,12 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TypeAlias, cast
 
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
-from megatron_gemini.data.loading.lane import skipped_in, with_quarantined
+from megatron_gemini.data.loading.lane import LaneState, skipped_in, with_quarantined
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import LaneReader, make_sources, skipped_table
 from megatron_gemini.data.loading.workers import Lanes, WorkerPool
@@ -19,7 +20,8 @@ from megatron_gemini.data.packing.wire import pinned
 from megatron_gemini.data.samples.document import Encodes
 
 logger = logging.getLogger(__name__)
-Step = tuple[dict[int, Batch], dict[str, Any]]  # this rank's rows by number, and the states of its lanes after them
+Step: TypeAlias = tuple[dict[int, Batch], dict[str, LaneState]]
+"""This rank's rows by number, and the states of its lanes after them."""
 
 
 def lanes_of(rank: int, ranks: int, lanes: int) -> range:
@@ -103,23 +105,24 @@ class Loader:
         batches, self._handed_out = self._ahead.next()
         return batches
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Plain]:
         """State of this rank's lanes after the rows handed out so far, by lane number as a string; fit for JSON.
 
         It names the samples that workers have given up since, so that whoever goes on from it does not try them.
         """
         lanes, quarantined = self._config.data.lanes, self._lanes.quarantined
-        return {
+        states = {
             number: with_quarantined(state, int(number), lanes, quarantined.get(int(number), []))
             for number, state in self._handed_out.items()
         }
+        return cast("dict[str, Plain]", states)
 
-    def load_state(self, lanes: Mapping[str, Any]) -> None:
+    def load_state(self, states: Mapping[str, Plain]) -> None:
         """Go on where the states of all lanes (the union over all ranks) were taken, also on other numbers of ranks.
 
         Raises ValueError when a lane is missing or the sources, lanes or rows_per_step are not the same.
         """
-        count = self._config.data.lanes
+        count, lanes = self._config.data.lanes, cast("Mapping[str, LaneState]", states)
         if set(lanes) != {str(number) for number in range(count)}:
             raise ValueError(f"the checkpoint has {len(lanes)} data lanes, not {count}; keep data.lanes {len(lanes)}")
         rows = sum(state["rows"] for state in lanes.values())
@@ -138,7 +141,7 @@ class Loader:
         self._first_row = rows
         self._begin(mine)
 
-    def _begin(self, states: dict[str, Any]) -> None:
+    def _begin(self, states: dict[str, LaneState]) -> None:
         """states: of this rank's lanes, which the next rows begin from."""
         self._handed_out, self._lanes = states, Lanes(dict(states))
         self._ahead = None

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, TypedDict
 
 from megatron_gemini.config.data import DataConfig
 from megatron_gemini.data.random_stream import random_stream
+
+
+class MixtureState(TypedDict):
+    """By the sources' labels: positions taken, credit, tokens of the documents. JSON keeps all of it exactly."""
+
+    drawn: dict[str, int]
+    credit: dict[str, float]
+    tokens: dict[str, int]
 
 
 class MixtureSource(Protocol):
@@ -87,8 +95,7 @@ class Mixture:
     def _position(self, source: int, draw: int) -> int:
         return self.number + self.lanes * draw
 
-    def state(self) -> dict[str, Any]:
-        """Plain numbers by the sources' labels, which JSON keeps exactly."""
+    def state(self) -> MixtureState:
         labels = [source.label for source in self.sources]
         return {
             "drawn": dict(zip(labels, self._drawn, strict=True)),
@@ -96,7 +103,7 @@ class Mixture:
             "tokens": dict(zip(labels, self._tokens, strict=True)),
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: MixtureState) -> None:
         """Go on where `state`, of the same sources, was taken."""
         labels = [source.label for source in self.sources]
         self._drawn = [state["drawn"][label] for label in labels]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
-from megatron_gemini.data.loading.lane import Lane
+from megatron_gemini.data.loading.lane import Lane, LaneState
 from megatron_gemini.data.loading.source import Cache, DocumentSource, source_labels
+from megatron_gemini.data.packing.columns import check_columns
 from megatron_gemini.data.samples.document import Document, Encodes
 from megatron_gemini.modalities.bad_sample import FILTERED, BadSample, FilteredSample
 
@@ -18,7 +19,8 @@ logger = logging.getLogger(__name__)
 FIRST_SAMPLES = 200  # before the share of bad ones is judged
 FEW_PASS = 10_000  # samples of a lane, of which a filter should have let one pass
 
-Watch = Callable[[int, int, int], None]  # told (lane, source, position) of what is about to be decoded
+Watch: TypeAlias = Callable[[int, int, int], None]
+"""Told (lane, number of the source, position) of what is about to be decoded."""
 
 
 def make_sources(config: RunConfig, layout: TokenLayout, tokenizer: Encodes, cache_bytes: int) -> list[DocumentSource]:
@@ -44,7 +46,7 @@ class LaneReader:
     ) -> None:
         """form: what the objective wants of rows. watch, done: called before and after a sample is read and decoded."""
         data = config.data
-        self._config, self.sources, self._watch, self._done = config, sources, watch, done
+        self._config, self._form, self.sources, self._watch, self._done = config, form, sources, watch, done
         self._told: set[tuple[str, str]] = set()
         self.lanes = {
             number: Lane(
@@ -60,16 +62,16 @@ class LaneReader:
             for number in lanes
         }
 
-    def row(self, number: int) -> tuple[Batch, dict[str, Any]]:
+    def row(self, number: int) -> tuple[Batch, LaneState]:
         """Row `number` of the run, which comes from lane number mod data.lanes, and the state of the lane after it."""
         lane = self.lanes[number % self._config.data.lanes]
         return lane.row(), lane.state()
 
-    def states(self) -> dict[str, Any]:
+    def states(self) -> dict[str, LaneState]:
         """State of every lane by its number as a string."""
         return {str(number): lane.state() for number, lane in self.lanes.items()}
 
-    def load_states(self, states: Mapping[str, Any]) -> None:
+    def load_states(self, states: Mapping[str, LaneState]) -> None:
         for number, lane in self.lanes.items():
             lane.load_state(states[str(number)])
 
@@ -77,7 +79,9 @@ class LaneReader:
         source = self.sources[number]
         self._watch(lane.number, number, position)
         try:
-            return source.document(position)
+            document = source.document(position)
+            check_columns(document, self._form.columns)
+            return document
         except BadSample as error:
             self._tell(source.label, error)
             if not isinstance(error, FilteredSample):

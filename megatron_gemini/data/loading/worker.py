@@ -5,25 +5,36 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import pickle
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 
 from megatron_gemini import plugins
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
+from megatron_gemini.data.loading.lane import LaneState
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import LaneReader, make_sources
 from megatron_gemini.data.packing.wire import to_bytes
 from megatron_gemini.data.samples.document import Encodes
 
 LANE, SOURCE, POSITION, STARTED = range(4)  # of what a worker says that it is decoding; STARTED 0: nothing
+
+
+class SharedFloats(Protocol):
+    """Numbers that two processes see."""
+
+    def __getitem__(self, place: int, /) -> float: ...
+
+    def __setitem__(self, place: int, value: float, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Work:
     cache_bytes: int
     ahead: int
     """Rows to make before they are asked for."""
-    states: dict[str, Any] | None
+    states: Mapping[str, LaneState] | None
     """Of its lanes; None at the beginning of a run."""
     first: int
     plugins: tuple[str, ...] = ()
@@ -49,15 +60,35 @@ class Work:
         mine = set(self.lanes)
         return (number for number in itertools.count(self.first) if number % self.config.data.lanes in mine)
 
+    def packed(self) -> Packed:
+        return Packed(self.plugins, pickle.dumps(self))
 
-def run_worker(work: Work, rows: Connection, lifeline: Connection, now_decoding: Any) -> None:
-    """The whole life of a worker process. now_decoding: four shared floats, see `LANE` and the following."""
+
+@dataclass(frozen=True)
+class Packed:
+    """Work on its way to a process, which loads the plugins before it unpacks the rest.
+
+    Unpickling imports the modules of whatever the configuration holds, in no particular order. A plugin's modality
+    would then get another control token than in the rank, where plugins are loaded in the order of their names.
+    """
+
+    plugins: tuple[str, ...]
+    content: bytes
+
+    def unpack(self) -> Work:
+        """Raises ValueError for a plugin that cannot be loaded."""
+        plugins.load(self.plugins)
+        return cast("Work", pickle.loads(self.content))
+
+
+def run_worker(packed: Packed, rows: Connection, lifeline: Connection, now_decoding: SharedFloats) -> None:
+    """The whole life of a worker process. now_decoding: four numbers, see `LANE` and the following."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the rank's business; its end is the end of this process too
     _end_with_parent(lifeline)
-    plugins.load(work.plugins)
-    torch.set_num_threads(1)
     try:
+        work = packed.unpack()
+        torch.set_num_threads(1)
         _send_rows(work, rows, now_decoding)
     except (BrokenPipeError, ConnectionResetError):
         pass
@@ -67,7 +98,7 @@ def run_worker(work: Work, rows: Connection, lifeline: Connection, now_decoding:
         _send_error(rows, f"a data worker failed:\n{traceback.format_exc()}")
 
 
-def _send_rows(work: Work, rows: Connection, now_decoding: Any) -> None:
+def _send_rows(work: Work, rows: Connection, now_decoding: SharedFloats) -> None:
     def watch(lane: int, source: int, position: int) -> None:
         now_decoding[LANE], now_decoding[SOURCE], now_decoding[POSITION] = lane, source, position
         now_decoding[STARTED] = time.monotonic()
@@ -81,14 +112,14 @@ def _send_rows(work: Work, rows: Connection, now_decoding: Any) -> None:
         reader.load_states(work.states)
     numbers = work.rows()
 
-    def make() -> tuple[int, Batch, dict[str, Any]]:
+    def make() -> tuple[int, Batch, LaneState]:
         number = next(numbers)
         return (number, *reader.row(number))
 
     ahead = Prefetch(make, work.ahead)
     while True:
         number, batch, state = ahead.next()
-        header, body = to_bytes(batch, {"row": number, "state": state})
+        header, body = to_bytes(batch, {"row": number, "state": cast("Plain", state)})
         rows.send_bytes(header)
         rows.send_bytes(body)
 

@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from typing import NamedTuple, cast
 
 import torch
 
 from megatron_gemini import plugins
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
-from megatron_gemini.data.loading.lane import Quarantined, with_quarantined
+from megatron_gemini.data.loading.lane import LaneState, Quarantined, with_quarantined
 from megatron_gemini.data.loading.source import source_labels
-from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, Work, run_worker
+from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, SharedFloats, Work, run_worker
 from megatron_gemini.data.packing.wire import from_bytes, parse_header
 from megatron_gemini.data.samples.document import Encodes
 
@@ -32,23 +34,40 @@ class PoolClosed(Exception):
     """The pool was closed while a row was being waited for."""
 
 
+class _Running(NamedTuple):
+    """A worker's process, with the ends of its pipes that this one holds. now_decoding: see `worker.run_worker`."""
+
+    process: ForkServerProcess
+    rows: Connection
+    lifeline: Connection
+    now_decoding: SharedFloats
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.rows.close()
+        self.lifeline.close()
+
+
 @dataclass(eq=False)
 class _Worker:
     """One worker's place, in which processes follow each other. deaths: in a row, with no sample to blame."""
 
     work: Work
-    process: Any = None
-    rows: Any = None
-    lifeline: Any = None
-    now_decoding: Any = None
+    running: _Running | None = None
     deaths: int = 0
+
+    def now(self) -> _Running:
+        if self.running is None:
+            raise PoolClosed
+        return self.running
 
 
 @dataclass
 class Lanes:
     """The lanes of a rank: their states after the rows received so far, and the samples given up in each."""
 
-    states: dict[str, Any]
+    states: dict[str, LaneState]
     quarantined: dict[int, list[Quarantined]] = field(default_factory=dict)
 
 
@@ -92,7 +111,7 @@ class WorkerPool:
         for worker in self._workers:
             self._start(worker)
 
-    def row(self, number: int) -> tuple[Batch, dict[str, Any]]:
+    def row(self, number: int) -> tuple[Batch, LaneState]:
         """Row `number` and the state of its lane after it. Each worker's rows must be asked for in their order.
 
         Raises ValueError for what ends the reading (see `LaneReader`), `PoolClosed` after `close`.
@@ -101,53 +120,57 @@ class WorkerPool:
         worker = self._of_lane[lane]
         while True:
             try:
-                header, batch = self._receive(worker)
+                made, state, batch = self._receive(worker.now())
                 break
             except (EOFError, OSError) as error:
                 self._replace(worker, slow=isinstance(error, TimeoutError))
-        assert header["row"] == number, (header["row"], number)
+        assert made == number, (made, number)
         worker.deaths = 0
-        state = header["state"]
         self._lanes.states[str(lane)] = state
         worker.work = replace(worker.work, first=number + 1)
         return batch, state
 
-    def _receive(self, worker: _Worker) -> tuple[dict[str, Any], Batch]:
-        """(extra, row). Raises TimeoutError for a sample that takes too long, EOFError or OSError for a dead worker."""
-        while not worker.rows.poll(_LOOK):
+    def _receive(self, running: _Running) -> tuple[int, LaneState, Batch]:
+        """(number of a row, state of its lane after it, the row).
+
+        Raises TimeoutError for a sample that takes too long, EOFError or OSError for a dead worker.
+        """
+        while not running.rows.poll(_LOOK):
             if self._closing.is_set():
                 raise PoolClosed
-            if self._late(worker):
+            if self._late(running):
                 raise TimeoutError
-        header = parse_header(worker.rows.recv_bytes())
+        header = parse_header(running.rows.recv_bytes())
         if header.get("error"):
-            raise ValueError(worker.rows.recv_bytes().decode(errors="replace"))
+            raise ValueError(running.rows.recv_bytes().decode(errors="replace"))
         body = torch.empty(header["bytes"], dtype=torch.uint8, pin_memory=self._pin)
-        worker.rows.recv_bytes_into(memoryview(body.numpy()))  # type: ignore[arg-type]
-        return header["extra"], from_bytes(header, body)
+        running.rows.recv_bytes_into(memoryview(body.numpy()))  # type: ignore[arg-type]
+        number, state = header["extra"]["row"], header["extra"]["state"]
+        return cast("int", number), cast("LaneState", state), from_bytes(header, body)
 
-    def _late(self, worker: _Worker) -> bool:
-        started = worker.now_decoding[STARTED]
+    def _late(self, running: _Running) -> bool:
+        started = running.now_decoding[STARTED]
         return started > 0 and time.monotonic() - started > self._config.data.sample_seconds
 
     def _replace(self, worker: _Worker, slow: bool) -> None:
         """End what is left of a worker, give up what it was decoding, and start another one in its place."""
         if self._closing.is_set():
             raise PoolClosed
-        self._end(worker)  # from here on, what it says of itself stays as it is
-        if worker.now_decoding[STARTED] > 0 and (not slow or self._late(worker)):
-            self._quarantine(worker, "too_slow" if slow else "worker_crashed")
+        ended = worker.now()
+        ended.end()  # from here on, what it says of itself stays as it is
+        if ended.now_decoding[STARTED] > 0 and (not slow or self._late(ended)):
+            self._quarantine(ended.now_decoding, "too_slow" if slow else "worker_crashed")
         elif not slow:  # a slow one had just finished its sample
             worker.deaths += 1
             if worker.deaths >= _DEATHS:
                 raise ValueError(
-                    f"a data worker ended {worker.deaths} times (status {worker.process.exitcode}), not while decoding "
+                    f"a data worker ended {worker.deaths} times (status {ended.process.exitcode}), not while decoding "
                     "a sample; does the machine have enough memory for data.workers processes?"
                 )
         self._start(worker)
 
-    def _quarantine(self, worker: _Worker, reason: str) -> None:
-        lane, source, position = (int(worker.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
+    def _quarantine(self, now_decoding: SharedFloats, reason: str) -> None:
+        lane, source, position = (int(now_decoding[place]) for place in (LANE, SOURCE, POSITION))
         label = self._labels[source]
         self._lanes.quarantined.setdefault(lane, []).append((label, position, reason))
         logger.warning("quarantined the sample at position %d of %s (%s); it is counted", position, label, reason)
@@ -160,23 +183,19 @@ class WorkerPool:
                 self._lanes.states[str(lane)], lane, self._config.data.lanes, quarantined
             )
         worker.work = replace(worker.work, states=states)
-        worker.rows, rows = self._context.Pipe(duplex=False)
-        lifeline, worker.lifeline = self._context.Pipe(duplex=False)
-        worker.now_decoding = self._context.RawArray("d", 4)
-        worker.process = self._context.Process(
-            target=run_worker, args=(worker.work, rows, lifeline, worker.now_decoding), name="data-worker", daemon=True
+        receiving, sending = self._context.Pipe(duplex=False)
+        watching, lifeline = self._context.Pipe(duplex=False)
+        now_decoding = cast("SharedFloats", self._context.RawArray("d", 4))
+        process = self._context.Process(
+            target=run_worker,
+            args=(worker.work.packed(), sending, watching, now_decoding),
+            name="data-worker",
+            daemon=True,
         )
-        worker.process.start()
-        rows.close()
-        lifeline.close()
-
-    @staticmethod
-    def _end(worker: _Worker) -> None:
-        if worker.process is not None:
-            worker.process.kill()
-            worker.process.join()
-            worker.rows.close()
-            worker.lifeline.close()
+        process.start()
+        sending.close()
+        watching.close()
+        worker.running = _Running(process, receiving, lifeline, now_decoding)
 
     def interrupt(self) -> None:
         """Let `row`, in whichever thread it waits, raise `PoolClosed`."""
@@ -186,6 +205,7 @@ class WorkerPool:
         """End the processes. Safe to call twice."""
         self.interrupt()
         for worker in self._workers:
-            self._end(worker)
-            worker.process = None
+            if worker.running is not None:
+                worker.running.end()
+                worker.running = None
         atexit.unregister(self.close)

@@ -13,7 +13,9 @@ import torch
 
 from megatron_gemini.config.data import DataConfig
 from megatron_gemini.contracts import Batch, Media, RowFormat
-from megatron_gemini.data.samples.document import Document, EncoderInput, Size
+from megatron_gemini.data.packing.columns import pack_columns
+from megatron_gemini.data.samples.document import Document, Size
+from megatron_gemini.data.samples.items import EncoderInput
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.registry import ENCODERS
 
@@ -79,7 +81,8 @@ def pack(documents: Sequence[Document], row_tokens: int, form: RowFormat) -> Bat
     """One row of `row_tokens` tokens that holds the documents (at least one) in this order, padded at its end.
 
     The weight of a target is that of its kind, 0 where its document puts no loss.
-    Raises BadSample("too_long") for a document longer than a row, ValueError when they do not fit together.
+    Raises BadSample("too_long") for a document longer than a row, BadSample("bad_column") for one whose columns are not
+    as `form` declares them, ValueError when they do not fit together.
     """
     for document in documents:
         check_fits(document, Size(row_tokens))
@@ -118,6 +121,7 @@ def pack(documents: Sequence[Document], row_tokens: int, form: RowFormat) -> Bat
         segment_T=torch.from_numpy(segment_T),
         span_T=torch.from_numpy(span_T),
         modality_T=torch.from_numpy(modality_T),
+        columns=pack_columns(documents, form.columns, row_tokens),
         media=_media(documents, begins),
         samples=[document.key for document in documents],
     )

@@ -92,7 +92,7 @@ def over_items(fields: Fields, change: Callable[[Item], Item]) -> Fields:
     changed: dict[int, Item] = {}
 
     def once(item: Item) -> Item:
-        if not isinstance(item, (EncoderInput, RawItem)):
+        if isinstance(item, (Text, Codes)):
             return item
         if id(item) not in changed:
             changed[id(item)] = change(item)
@@ -103,7 +103,7 @@ def over_items(fields: Fields, change: Callable[[Item], Item]) -> Fields:
             return Turn(value.answer, [once(item) for item in value.items])
         if isinstance(value, list):
             return [within(each) for each in value]
-        return once(value)
+        return once(value) if isinstance(value, (EncoderInput, RawItem)) else value
 
     return Fields({name: within(value) for name, value in fields.items()})
 

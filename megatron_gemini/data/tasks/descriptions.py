@@ -5,7 +5,7 @@ Nothing is read here: an entry is ("text", the text) or (kind, name of a member 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from megatron_gemini.contracts import IMAGE, TEXT
@@ -86,10 +86,11 @@ def _message(message: Plain) -> Said:
     if role not in _ASSISTANT and role not in _USER:
         raise BadSample("bad_json", f"the role {_shown(role)!r} is none of {', '.join(_USER + _ASSISTANT)}")
     content = message.get("content", message.get("value"))
-    parts = [{TEXT: content}] if isinstance(content, str) else content
-    if not isinstance(parts, Sequence) or not parts:
+    if isinstance(content, str):
+        return Said(role in _ASSISTANT, [(TEXT, content)])
+    if not isinstance(content, list) or not content:
         raise BadSample("bad_json", "the content of a message is text or a list of parts")
-    return Said(role in _ASSISTANT, [_part(part) for part in parts])
+    return Said(role in _ASSISTANT, [_part(part) for part in content])
 
 
 def _part(part: Plain) -> Entry:
@@ -97,7 +98,7 @@ def _part(part: Plain) -> Entry:
         kind = part["type"]
         if not isinstance(kind, str) or kind not in item_kinds():
             raise BadSample("bad_json", f"a part of the type {_shown(kind)!r}; there are {', '.join(item_kinds())}")
-        part = {kind: part.get(kind)}
+        return _entry({kind: part.get(kind)})
     return _entry(part)
 
 

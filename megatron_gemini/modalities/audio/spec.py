@@ -90,7 +90,7 @@ AUDIO_ENCODER = EncoderSpec(
     longest_item=lambda audio: int(audio.max_seconds * FRAMES_PER_SECOND),
     build=build,
 )
-AUDIO = ModalitySpec(
+AUDIO: ModalitySpec[AudioConfig, Audio] = ModalitySpec(
     name="audio",
     encoder="audio",
     control="audio",

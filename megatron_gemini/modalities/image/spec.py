@@ -116,7 +116,7 @@ VISION = EncoderSpec(
     build=build,
     grids=grids,
 )
-IMAGE = ModalitySpec(
+IMAGE: ModalitySpec[VisionConfig, Image] = ModalitySpec(
     name="image",
     encoder="vision",
     control="image",

@@ -36,7 +36,7 @@ def prepare(video: Video, vision: VisionConfig) -> Prepared:
     return prepare_frames(video.frames_FHW3, video.seconds_between_frames, vision)
 
 
-VIDEO = ModalitySpec(
+VIDEO: ModalitySpec[VisionConfig, Video] = ModalitySpec(
     name="video",
     encoder="vision",
     control="video",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.samples.document import Text
+from megatron_gemini.data.samples.items import Text
 from megatron_gemini.evaluation.answers import accuracy
 from megatron_gemini.evaluation.drawings import (
     Drawn,

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_gemini.checkpoint.inference import load_for_inference
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.samples.document import Text
+from megatron_gemini.data.samples.items import Text
 from megatron_gemini.generation.api import Answer, Drawing, Generator, split_answer
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.modalities.image.item import Image

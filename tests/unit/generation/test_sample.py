@@ -12,7 +12,8 @@ from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.packing.pack import pack
-from megatron_gemini.data.samples.document import Document, ImageCodes, Item, Text, build_document
+from megatron_gemini.data.samples.document import Document, build_document
+from megatron_gemini.data.samples.items import Codes, Item, Text
 from megatron_gemini.generation.sample import generate, guide
 from megatron_gemini.generation.sequences import (
     CachedSequences,
@@ -77,7 +78,7 @@ def prompts() -> list[Document]:
     return [
         document(Text("draw a seven")),
         document(Image(pixels[0]), Text("what is this?")),
-        document(Text("two "), Image(pixels[1]), ImageCodes((1, 2, 3, 4)), Text("clip"), Video(pixels, 0.5)),
+        document(Text("two "), Image(pixels[1]), Codes("image", (1, 2, 3, 4)), Text("clip"), Video(pixels, 0.5)),
         document(Audio(wave), Text("x")),
         document(),
     ]
