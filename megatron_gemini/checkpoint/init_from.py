@@ -15,16 +15,14 @@ import torch
 
 from megatron_gemini.checkpoint.directory import file_hash
 from megatron_gemini.checkpoint.extensions import FILE, Extensions
+from megatron_gemini.checkpoint.fragments import describe
 from megatron_gemini.checkpoint.names import NameMap, map_names
 from megatron_gemini.checkpoint.pieces import cut
-from megatron_gemini.checkpoint.training_state import describe
 from megatron_gemini.checkpoint.weights import WeightReader, find_weights, open_weights, verify_weights
 from megatron_gemini.config.init_from import WHOLE, InitFromConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.frozen import FrozenEngine
-from megatron_gemini.engine.internals.state import publish_masters
-from megatron_gemini.engine.internals.swapping import put_back
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 
@@ -153,5 +151,5 @@ def _fill(engine: Engine, source: _Source) -> None:
                 whole = source.reader.weight(source.names[fragment.name])
                 fragment.master().copy_(cut(whole, describe(fragment)))
         if isinstance(part, ZeroEngine):
-            publish_masters(part.deepspeed)
-            put_back(part.deepspeed)
+            part.wrapper.publish_masters()
+            part.wrapper.put_back()
