@@ -91,6 +91,7 @@ def _global_shapes(engine: Engine) -> Shapes:
 
 def _raise_first(engine: Engine, problem: str) -> None:
     """Raise the same ValueError on every rank if some rank has a problem."""
+    # Not `raise_together`, which sends a thousand bytes: names of parameters are long.
     problems = engine.gather(problem)
     for rank, said in enumerate(problems):
         if said:
@@ -138,6 +139,7 @@ def _listed(what: str, names: list[str], way_out: str) -> str:
 def _check_vocabulary(directory: Path, text_model: Path) -> None:
     """Raise ValueError where rows of the checkpoint's vocabulary stand for other tokens than they would here."""
     theirs = directory / "text.model"
+    # Two text models of the same size have the same shapes, and every row would be another piece's.
     if theirs.is_file() and text_model.is_file() and file_hash(theirs) != file_hash(text_model):
         raise ValueError(f"its vocabulary is not that of data.text_model {text_model}; set it to {theirs}")
     if (directory / FILE).is_file():
@@ -149,9 +151,9 @@ def _fill(engine: Engine, source: _Source) -> None:
     """Every piece that this rank has of what the source gives, and what the forward reads of it."""
     for part in _parts(engine):
         for fragment in part.fragments:
-            if fragment.count and fragment.name in source.names:
+            if fragment.count and fragment.name in source.names:  # ZeRO-3 gives the last ranks nothing of a small one
                 whole = source.reader.weight(source.names[fragment.name])
                 fragment.master().copy_(cut(whole, describe(fragment)))
-        if isinstance(part, ZeroEngine):
+        if isinstance(part, ZeroEngine):  # the forward reads other memory than the optimizer's masters
             publish_masters(part.deepspeed)
             put_back(part.deepspeed)
