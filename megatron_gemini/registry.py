@@ -27,9 +27,11 @@ Entry = TypeVar("Entry")
 
 
 def nearest(name: str, known: Sequence[str], others: str = "") -> str:
-    """The way out for an unknown name, as the end of a message. others: where there may be more of them."""
+    """The way out for an unknown name, as the end of a message. others: how there can be more than those known."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}{others}"
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(known)}{others and f', {others}'}"
 
 
 class Registry(Generic[Entry]):
@@ -61,7 +63,7 @@ class Registry(Generic[Entry]):
 
     def nearest(self, name: str) -> str:
         """The way out for an unknown name, as the end of a message."""
-        return nearest(name, self._order, ", and --plugin MODULE adds others")
+        return nearest(name, self._order, "and --plugin MODULE adds others")
 
     def get(self, name: str) -> Entry:
         """The entry of a name. Raises a ValueError as `check`."""

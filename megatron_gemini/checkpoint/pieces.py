@@ -10,15 +10,28 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class PieceJson(TypedDict):
+    """A `Piece` in a JSON file."""
+
+    name: str
+    start: int
+    count: int
+    shard_shape: Sequence[int]
+    sharded_dim: int | None
+    shard_start: int
+    global_shape: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -38,33 +51,45 @@ class Piece:
     global_shape: tuple[int, ...]
 
     @staticmethod
-    def from_json(value: dict) -> Piece:
-        value = dict(value)
-        for key in ("shard_shape", "global_shape"):
-            value[key] = tuple(int(size) for size in value[key])
-        return Piece(**value)
+    def from_json(value: PieceJson) -> Piece:
+        return Piece(
+            value["name"],
+            value["start"],
+            value["count"],
+            tuple(map(int, value["shard_shape"])),
+            value["sharded_dim"],
+            value["shard_start"],
+            tuple(map(int, value["global_shape"])),
+        )
 
-    def to_json(self) -> dict:
-        return asdict(self)
+    def to_json(self) -> PieceJson:
+        return cast(PieceJson, asdict(self))
 
 
 class PieceReader:
-    """Whole parameters out of the pieces of a checkpoint directory."""
+    """Whole parameters out of the pieces of a checkpoint directory.
 
-    def __init__(self, directory: Path) -> None:
+    role: of the model beside the policy that is read (`engine/roles.py`); "" reads the policy, and nothing of the
+        others. Names are those of the model itself.
+    """
+
+    def __init__(self, directory: Path, role: str = "") -> None:
         """Raises `ValueError` that names the file when a description is missing or unreadable."""
-        self.directory = directory
+        self.directory, self._prefix = directory, f"{role}:" if role else ""
         self._where: dict[str, list[tuple[Path, Piece]]] = defaultdict(list)
-        self._files: dict[Path, Any] = {}
+        self._files: dict[Path, safe_open] = {}
         for description in sorted(directory.glob("rank-*.json")):
             try:
                 pieces = [Piece.from_json(value) for value in json.loads(description.read_text())["pieces"]]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{description} is not a readable description of pieces: {error}") from error
             for piece in pieces:
-                self._where[piece.name].append((description.with_suffix(".safetensors"), piece))
+                found, _, name = piece.name.rpartition(":")
+                if found == role:
+                    self._where[name].append((description.with_suffix(".safetensors"), piece))
         if not self._where:
-            raise ValueError(f"{directory} holds no rank-*.json; it is not a checkpoint of this trainer")
+            what = f"nothing of the role {role}" if role else "no rank-*.json; it is not a checkpoint of this trainer"
+            raise ValueError(f"{directory} holds {what}")
 
     def names(self) -> list[str]:
         return sorted(self._where)
@@ -100,7 +125,9 @@ class PieceReader:
         flat = torch.empty(math.prod(shape), dtype=torch.float32)
         filled = 0
         for path, piece in entries:
-            flat[piece.start : piece.start + piece.count] = self._tensor(path, f"{kind}/{name}", piece.count)
+            flat[piece.start : piece.start + piece.count] = self._tensor(
+                path, f"{kind}/{self._prefix}{name}", piece.count
+            )
             filled += piece.count
         if filled != flat.numel():
             raise ValueError(

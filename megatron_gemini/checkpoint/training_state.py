@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,13 +14,15 @@ from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.extensions import Extensions, check_resumable
-from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, Piece, PieceReader, cut
+from megatron_gemini.checkpoint.fragments import check_shapes, describe, fill
+from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, PieceJson, PieceReader
 from megatron_gemini.engine.engine import Engine
-from megatron_gemini.engine.internals.fragments import Fragment
-from megatron_gemini.engine.internals.state import ensure_moments, has_moments, publish_masters, set_step_count
-from megatron_gemini.engine.internals.swapping import put_back
+from megatron_gemini.engine.module_engine import ModuleEngine
+from megatron_gemini.engine.settings import Json
 from megatron_gemini.engine.zero import ZeroEngine
-from megatron_gemini.parallel.parameters import placement_of
+
+ROLES = "roles.json"
+"""What each role beside the policy began as, where there are any."""
 
 # What is put beside the weights: a file or directory to copy, a text, or a function that writes to a path.
 Asset = Path | str | Callable[[Path], None]
@@ -35,21 +36,7 @@ class RunState:
     tokens: int = 0
     seconds: float = 0.0
     optimizer_steps: int = 0
-    data: dict[str, Any] = field(default_factory=dict)
-
-
-def describe(fragment: Fragment) -> Piece:
-    """The piece that a rank's fragment is in a checkpoint."""
-    placement = placement_of(fragment.parameter)
-    return Piece(
-        fragment.name,
-        fragment.start,
-        fragment.count,
-        fragment.shard_shape,
-        placement.sharded_dim,
-        placement.start if placement.sharded_dim is not None else 0,
-        tuple(placement.global_shape),
-    )
+    data: dict[str, Json] = field(default_factory=dict)
 
 
 def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset], keep: int) -> Path:
@@ -76,6 +63,9 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
         }
         layout.write_text(temporary / "state.json", json.dumps(state))
         Extensions.of(engine.config).write(temporary)
+        if engine.roles:
+            origins = {name: role.origin for name, role in engine.roles.items()}
+            layout.write_text(temporary / ROLES, json.dumps(origins))
         layout.seal(temporary)
         layout.publish(temporary, final, keep)
     _barrier()
@@ -89,25 +79,28 @@ def _barrier() -> None:
 
 def _write_rank(engine: Engine, stem: Path, progress: RunState) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    pieces: list[Fragment] = []
-    for part in engine.parts:
-        moments = MOMENTS if has_moments(part.deepspeed) else ()
+    pieces: list[PieceJson] = []
+    for role, part in _saved(engine):
+        kinds = (WEIGHT, *(MOMENTS if isinstance(part, ZeroEngine) and part.wrapper.has_moments() else ()))
         for fragment in part.owned():
-            tensors[f"{WEIGHT}/{fragment.name}"] = fragment.master().detach().to("cpu", torch.float32).clone()
-            for key in moments:
-                tensors[f"{key}/{fragment.name}"] = fragment.moment(key).detach().to("cpu", torch.float32).clone()
-            pieces.append(fragment)
-        put_back(part.deepspeed)
-    for frozen in engine.frozen:
-        for fragment in frozen.owned():
-            tensors[f"{WEIGHT}/{fragment.name}"] = fragment.master().detach().to("cpu", torch.float32).clone()
-            pieces.append(fragment)
+            piece = describe(fragment, role)
+            pieces.append(piece.to_json())
+            for kind in kinds:
+                held = fragment.master() if kind == WEIGHT else fragment.moment(kind)
+                # A copy also on a CPU: what lies on a disk comes in one group at a time, in the same memory.
+                tensors[f"{kind}/{piece.name}"] = held.detach().to("cpu", torch.float32).clone()
+        if isinstance(part, ZeroEngine):
+            part.wrapper.put_back()
     save_file(tensors, stem.with_suffix(".safetensors"))
-    description = {
-        "pieces": [describe(fragment).to_json() for fragment in pieces],
-        "data": progress.data,
-    }
-    layout.write_text(stem.with_suffix(".json"), json.dumps(description))
+    layout.write_text(stem.with_suffix(".json"), json.dumps({"pieces": pieces, "data": progress.data}))
+
+
+def _saved(engine: Engine) -> Iterator[tuple[str, ModuleEngine]]:
+    """(role, engine) of all that a checkpoint holds, the policy's role being ""."""
+    yield from (("", part) for part in (*engine.parts, *engine.frozen))
+    for role in engine.roles.values():
+        if role.in_checkpoints:
+            yield from ((role.spec.name, part) for part in role.engines)
 
 
 def _add(target: Path, source: Asset) -> None:
@@ -131,52 +124,47 @@ def load(engine: Engine, directory: Path) -> RunState:
         layout.verify(directory)
     _barrier()
     check_resumable(directory, engine.config)
-    reader = PieceReader(directory)
-    frozen = [fragment for part in engine.frozen for fragment in part.fragments]
-    everything = [fragment for part in engine.parts for fragment in part.fragments] + frozen
-    check_shapes({fragment.name: describe(fragment).global_shape for fragment in everything}, reader)
+    _check_origins(engine, directory)
+    readers = {role: PieceReader(directory, role) for role in dict.fromkeys(role for role, _ in _saved(engine))}
+    for role, part in _saved(engine):
+        check_shapes(part.fragments, readers[role])
     progress = read_progress(directory)
-    for part in engine.parts:
-        _fill(part, reader, progress.optimizer_steps)
-    for fragment in frozen:
-        if fragment.count:
-            fragment.master().copy_(cut(reader.read(WEIGHT, fragment.name), describe(fragment)))
+    for role, part in _saved(engine):
+        if isinstance(part, ZeroEngine):
+            _fill(part, readers[role], progress.optimizer_steps)
+        else:
+            fill(part.fragments, readers[role])
     return progress
+
+
+def _check_origins(engine: Engine, directory: Path) -> None:
+    """Raise `ValueError` if a role that the checkpoint does not hold began as something else there than here."""
+    recorded: dict[str, str] = {}
+    if (directory / ROLES).is_file():
+        recorded = json.loads((directory / ROLES).read_text())
+    for name, role in engine.roles.items():
+        there = recorded.get(name, role.origin)
+        if not role.in_checkpoints and there != role.origin:
+            raise ValueError(
+                f"in {directory} the role {name} is {there}, here it is {role.origin}; "
+                "give it the weights that the run began with"
+            )
 
 
 def _fill(part: ZeroEngine, reader: PieceReader, optimizer_steps: int) -> None:
     if optimizer_steps:
-        ensure_moments(part.deepspeed)
-        set_step_count(part.deepspeed, optimizer_steps)
-    for fragment in part.fragments:
-        if not fragment.count:
-            continue
-        piece = describe(fragment)
-        fragment.master().copy_(cut(reader.read(WEIGHT, fragment.name), piece))
-        for key in MOMENTS if optimizer_steps else ():
-            fragment.moment(key).copy_(cut(reader.read(key, fragment.name), piece))
-    publish_masters(part.deepspeed)
-    put_back(part.deepspeed)
-
-
-def check_shapes(expected: dict[str, tuple[int, ...]], reader: PieceReader) -> None:
-    """Raise `ValueError` at the first parameter that the checkpoint lacks or holds in another shape."""
-    stored = set(reader.names())
-    for name, shape in expected.items():
-        if name not in stored:
-            raise ValueError(f"{reader.directory} has no parameter {name} {shape}; it is of another model")
-        if reader.shape(name) != shape:
-            raise ValueError(
-                f"{reader.directory} holds {name} with shape {reader.shape(name)}, the model has {shape}; "
-                "use the configuration that it was trained with"
-            )
+        part.wrapper.ensure_moments()
+        part.wrapper.set_step_count(optimizer_steps)
+    fill(part.fragments, reader, (WEIGHT, *MOMENTS) if optimizer_steps else (WEIGHT,))
+    part.wrapper.publish_masters()
+    part.wrapper.put_back()
 
 
 def read_progress(directory: Path) -> RunState:
     """Where the run was when it was saved, with the states of all data lanes."""
     try:
         state = json.loads((directory / "state.json").read_text())
-        data: dict[str, Any] = {}
+        data: dict[str, Json] = {}
         for description in sorted(directory.glob("rank-*.json")):
             data.update(json.loads(description.read_text())["data"])
         return RunState(**state, data=data)

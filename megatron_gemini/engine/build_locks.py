@@ -23,20 +23,16 @@ def remove_stale_locks() -> list[Path]:
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world  # torchrun's, DeepSpeed's
     if here != world or not Path("/proc/self").exists():
         return []
-    stale = _not_held(_locks())
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    stale = _not_held([*root.glob("*/lock"), *root.glob("*/*/lock")])
     if stale:
         time.sleep(1.0)  # who is just letting go has closed its lock before it removes it
         stale = _not_held(stale)
     for lock in stale:
         lock.unlink(missing_ok=True)
     return stale
-
-
-def _locks() -> list[Path]:
-    from torch.utils.cpp_extension import get_default_build_root
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    return [*root.glob("*/lock"), *root.glob("*/*/lock")]
 
 
 def _not_held(locks: Iterable[Path]) -> list[Path]:

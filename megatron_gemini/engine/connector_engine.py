@@ -17,6 +17,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.encoder_engine import encoder_settings, engine_config
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
+from megatron_gemini.engine.settings import JsonObject
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.encoders import Connectors, Encoded, is_frozen, output_width
 
@@ -30,9 +31,7 @@ class ConnectorEngine:
     there is none. frozen: those that are not, whole on every rank, since gradients may pass through them.
     """
 
-    def __init__(
-        self, config: RunConfig, groups: EngineGroups, decoder: dict[str, object], device: torch.device
-    ) -> None:
+    def __init__(self, config: RunConfig, groups: EngineGroups, decoder: JsonObject, device: torch.device) -> None:
         self.config, self.device = config, device
         names = config.enabled_encoders
         fixed = [name for name in names if config.encoders[name].connector.frozen]

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.engine.settings import Json, JsonObject, section
 
 # Decided elsewhere, so a user's JSON must not switch them on.
 REFUSED = {
@@ -22,14 +22,14 @@ REFUSED = {
 }
 
 
-def deepspeed_config(config: RunConfig, microbatches: int, ranks: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, microbatches: int, ranks: int) -> JsonObject:
     """The dictionary for `deepspeed.initialize`.
 
     microbatches: of one rank and global step; ranks: those over which ZeRO divides and averages.
     Raises `ValueError` where the JSON of `engine.deepspeed_config` contradicts the run's configuration.
     """
     decided = decided_values(config, microbatches, ranks)
-    merged: dict[str, Any] = {}
+    merged: JsonObject = {}
     if config.engine.deepspeed_config:
         merged = read_json(config.engine.deepspeed_config)
     refuse(merged, config.engine.deepspeed_config)
@@ -37,26 +37,25 @@ def deepspeed_config(config: RunConfig, microbatches: int, ranks: int) -> dict[s
     agree(merged, decided, config.engine.deepspeed_config)
     merge(merged, decided)
     leave_to_deepspeed(merged)
-    zero = merged["zero_optimization"]
-    if zero["stage"] == 3:
-        zero.setdefault("stage3_param_persistence_threshold", 0)
+    if config.engine.zero_stage == 3:
+        # By default DeepSpeed keeps parameters of up to 100,000 elements whole on every rank.
+        section(merged, "zero_optimization").setdefault("stage3_param_persistence_threshold", 0)
     merged.setdefault("steps_per_print", 10**9)  # the trainer prints its own progress
+    # Else DeepSpeed refuses torch's AdamW for an optimizer that is offloaded; `engine.adam` decides.
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     merged.setdefault("zero_allow_untested_optimizer", True)
     return merged
 
 
-def decided_values(config: RunConfig, microbatches: int, ranks: int) -> dict[str, Any]:
+def decided_values(config: RunConfig, microbatches: int, ranks: int) -> JsonObject:
     """What the run's configuration determines, in DeepSpeed's vocabulary."""
     engine = config.engine
-    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    zero: JsonObject = {"stage": engine.zero_stage}
     for key, device in (("offload_optimizer", engine.offload_optimizer), ("offload_param", engine.offload_parameters)):
         if device != "none":
-            zero[key] = {"device": device}
-        if device == "nvme":
-            zero[key]["nvme_path"] = engine.nvme_path
-    decided: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,
+            zero[key] = {"device": device} | ({"nvme_path": engine.nvme_path} if device == "nvme" else {})
+    decided: JsonObject = {
+        "train_micro_batch_size_per_gpu": 1,  # a packed row, or a rank's images
         "gradient_accumulation_steps": microbatches,
         "train_batch_size": microbatches * ranks,
         "gradient_clipping": engine.gradient_clipping,
@@ -72,7 +71,7 @@ def decided_values(config: RunConfig, microbatches: int, ranks: int) -> dict[str
     return decided
 
 
-def read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> JsonObject:
     """A JSON object from a file, or a `ValueError` that names the file."""
     try:
         value = json.loads(Path(path).read_text())
@@ -83,35 +82,37 @@ def read_json(path: str) -> dict[str, Any]:
     return value
 
 
-def refuse(user: dict[str, Any], path: str) -> None:
+def refuse(user: JsonObject, path: str) -> None:
     """Raise on a section that something else decides, unless it is off."""
     for key, reason in REFUSED.items():
-        section = user.get(key)
-        if section and not (isinstance(section, dict) and section.get("enabled") in (False, "auto")):
+        value = user.get(key)
+        if value and not (isinstance(value, dict) and value.get("enabled") in (False, "auto")):
             raise ValueError(f"{path} sets {key}; remove it: {reason}")
 
 
-def check_optimizer(section: dict[str, Any] | None, config: RunConfig) -> None:
+def check_optimizer(user: Json, config: RunConfig) -> None:
     """Raise where the JSON's optimizer section contradicts the run's; the trainer makes the optimizer itself."""
-    if section is None:
+    if user is None:
         return
     path, chosen = config.engine.deepspeed_config, config.optimizer
-    if section.get("type", "auto").lower() not in ("adamw", "auto"):
-        raise ValueError(f"{path} sets optimizer.type {section['type']!r}; the trainer's optimizer is AdamW")
-    ours = {
+    if not isinstance(user, dict):
+        raise ValueError(f"{path} sets optimizer to {user!r}; it must be an object")
+    if str(user.get("type", "auto")).lower() not in ("adamw", "auto"):
+        raise ValueError(f"{path} sets optimizer.type {user['type']!r}; the trainer's optimizer is AdamW")
+    ours: JsonObject = {
         "lr": chosen.lr,
         "betas": [chosen.beta1, chosen.beta2],
         "eps": chosen.eps,
         "weight_decay": chosen.weight_decay,
     }
-    params = section.get("params", {})
+    params = _below(user, "params", f"{path} sets optimizer.")
     agree({k: v for k, v in params.items() if k in ours}, ours, f"{path} (optimizer.params)")
     unknown = sorted(set(params) - set(ours) - {"torch_adam", "adam_w_mode"})
     if unknown:
         raise ValueError(f"{path} sets optimizer.params.{unknown[0]}, which the trainer does not pass on; remove it")
 
 
-def agree(user: dict[str, Any], decided: dict[str, Any], path: str, prefix: str = "") -> None:
+def agree(user: JsonObject, decided: JsonObject, path: str, prefix: str = "") -> None:
     """Raise where a value of the user's JSON is neither "auto" nor what the run's configuration says."""
     for key, ours in decided.items():
         if key not in user or user[key] == "auto":
@@ -127,24 +128,36 @@ def agree(user: dict[str, Any], decided: dict[str, Any], path: str, prefix: str 
                 'make them equal or write "auto"'
             )
     if prefix == "zero_optimization.":
+        # What the run does not offload is not among the decided values, so the loop above has passed it over.
         for key in ("offload_optimizer", "offload_param"):
-            if user.get(key, {}).get("device", "none") not in ("none", "auto") and key not in decided:
+            device = _below(user, key, f"{path} sets {prefix}").get("device", "none")
+            if device not in ("none", "auto") and key not in decided:
                 raise ValueError(
-                    f"{path} sets {prefix}{key}.device to {user[key]['device']!r}, the run's configuration none; "
+                    f"{path} sets {prefix}{key}.device to {device!r}, the run's configuration none; "
                     f"set engine.{key.replace('offload_param', 'offload_parameters')} or remove it"
                 )
 
 
-def merge(user: dict[str, Any], decided: dict[str, Any]) -> None:
+def _below(user: JsonObject, key: str, sets: str) -> JsonObject:
+    """The object that the user's JSON has at `key`, empty where there is none or it is left to us."""
+    value = user.get(key, "auto")
+    if value == "auto":
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{sets}{key} to {value!r}; it must be an object")
+    return value
+
+
+def merge(user: JsonObject, decided: JsonObject) -> None:
     """Write the decided values into the user's dictionary, section by section."""
     for key, value in decided.items():
-        if isinstance(value, dict) and isinstance(user.get(key), dict):
-            merge(user[key], value)
+        if isinstance(value, dict) and isinstance(below := user.get(key), dict):
+            merge(below, value)
         else:
             user[key] = value
 
 
-def leave_to_deepspeed(settings: dict[str, Any]) -> None:
+def leave_to_deepspeed(settings: JsonObject) -> None:
     """Drop what is still "auto": DeepSpeed's own default holds. An offload to "auto" that nobody asked for is none."""
     for key, value in list(settings.items()):
         if value == "auto" or (isinstance(value, dict) and value.get("device") == "auto"):
@@ -153,10 +166,3 @@ def leave_to_deepspeed(settings: dict[str, Any]) -> None:
             leave_to_deepspeed(value)
             if not value and key in REFUSED:
                 del settings[key]
-
-
-def size_swap_buffers(settings: dict[str, Any], largest: int) -> None:
-    """Give weights on NVMe buffers of the `largest` parameter, in elements; DeepSpeed's own take 2 GB an engine."""
-    section = settings["zero_optimization"].get("offload_param", {})
-    if section.get("device") == "nvme":
-        section.setdefault("buffer_size", -(-largest // 1024) * 1024)

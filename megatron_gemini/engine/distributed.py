@@ -21,6 +21,7 @@ def choose_device() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
+    # DeepSpeed chooses its accelerator when it is imported, by what is installed.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return torch.device("cpu")
 
@@ -32,22 +33,19 @@ def join(device: torch.device) -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for key, value in alone.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    if not dist.is_initialized():
-        remove_stale_locks()
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
-        if device.type == "cpu":
-            _forget_shared_memory()
-
-
-def _forget_shared_memory() -> None:
-    """Take away the name of the shared memory of DeepSpeed's CPU collectives, once every rank has mapped it.
-
-    DeepSpeed never does, and 66 MiB a rank would stay behind after every run.
-    """
-    dist.barrier()
-    job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{job}_{dist.get_rank()}").unlink(missing_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+    if dist.is_initialized():
+        return
+    remove_stale_locks()
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    if device.type == "cpu":
+        # Take away the name of the shared memory of DeepSpeed's CPU collectives, once every rank has mapped it.
+        # DeepSpeed never does, and 66 MiB a rank would stay behind after every run.
+        dist.barrier()
+        job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{job}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
 def leave() -> None:
@@ -62,13 +60,7 @@ def end_process(status: int = 0) -> NoReturn:
     Gloo's threads give tensors back some time after their collective. One that needs the interpreter for it while that
     is being torn down aborts the process (pytorch/pytorch#190489), and a run that ended well looks like one that died.
     """
-    atexit._run_exitfuncs()
+    atexit._run_exitfuncs()  # `os._exit` would leave them out, and what is in the streams' buffers
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

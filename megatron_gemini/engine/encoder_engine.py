@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -14,59 +12,37 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Media
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
-from megatron_gemini.engine.internals import gathering
+from megatron_gemini.engine.settings import JsonObject, at_stage, second_engine, section
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.models.encoders import Encoders, dummy_media, is_frozen
 
-_OF_THE_DECODER = ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger")
 _BUCKETS = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size")
 _DEFAULT_BUCKET = 500_000_000
 
 
 def engine_config(config: RunConfig) -> RunConfig:
     """`config` with the ZeRO stage of the encoders, and without the offloading that the stage cannot have."""
-    engine, stage = config.engine, config.encoder_engines.zero_stage
-    stage = engine.zero_stage if stage < 0 else stage
-    optimizer = engine.offload_optimizer if stage > 0 else "none"
-    parameters = engine.offload_parameters if stage == 3 else "none"
-    engine = dataclasses.replace(
-        engine, zero_stage=stage, offload_optimizer=optimizer, offload_parameters=parameters, adam=_adam(config, stage)
-    )
-    return dataclasses.replace(config, engine=engine)
+    stage = config.encoder_engines.zero_stage
+    stage = config.engine.zero_stage if stage < 0 else stage
+    return dataclasses.replace(config, engine=at_stage(config.engine, stage))
 
 
-def _adam(config: RunConfig, stage: int) -> Any:
-    """DeepSpeed's CPU Adam is there for an optimizer that is offloaded; engine.adam means the decoder's."""
-    return "auto" if stage == 0 and config.engine.adam == "deepspeed" else config.engine.adam
-
-
-def encoder_settings(decoder: dict[str, Any], config: RunConfig, world: int, parameters: int) -> dict[str, Any]:
+def encoder_settings(decoder: JsonObject, config: RunConfig, world: int, parameters: int) -> JsonObject:
     """DeepSpeed's dictionary for an encoder of `parameters` elements, made from that of the decoder.
 
-    Its batch keys are those of `world` data-parallel ranks, monitors and profilers are off, so that each is there once,
-    and no bucket is larger than the encoder.
+    Its batch keys are those of `world` data-parallel ranks, and no bucket is larger than the encoder.
     """
-    settings = {key: value for key, value in copy.deepcopy(decoder).items() if key not in _OF_THE_DECODER}
-    ours = engine_config(config).engine
-    zero = settings["zero_optimization"]
-    zero["stage"] = ours.zero_stage
-    for key, device in (("offload_optimizer", ours.offload_optimizer), ("offload_param", ours.offload_parameters)):
-        if device == "none":
-            zero.pop(key, None)
+    settings = second_engine(decoder, engine_config(config).engine)
+    zero = section(settings, "zero_optimization")
     for key in _BUCKETS:
-        zero[key] = min(zero.get(key, _DEFAULT_BUCKET), parameters)
-    if ours.zero_stage == 3:
-        zero.setdefault("stage3_param_persistence_threshold", 0)
-    if ours.precision == "bf16" and ours.zero_stage:
-        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    else:
-        settings.pop("data_types", None)
-    settings |= {
+        given = zero.get(key, _DEFAULT_BUCKET)
+        # DeepSpeed allocates its buckets whole, whatever the size of the module.
+        zero[key] = min(given, parameters) if isinstance(given, int | float) else given
+    return settings | {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the engine is told which backward is the last one
         "train_batch_size": world,
     }
-    return settings
 
 
 class EncoderEngine:
@@ -78,7 +54,7 @@ class EncoderEngine:
     """
 
     def __init__(
-        self, config: RunConfig, name: str, groups: EngineGroups, decoder: dict[str, Any], device: torch.device
+        self, config: RunConfig, name: str, groups: EngineGroups, decoder: JsonObject, device: torch.device
     ) -> None:
         self.config, self.name, self.device, self.trained = config, name, device, not is_frozen(config, name)
         self.recompute = config.encoder_engines.recompute
@@ -86,7 +62,7 @@ class EncoderEngine:
             parameters = sum(p.numel() for p in Encoders(config, (name,)).parameters())
         settings = encoder_settings(decoder, config, groups.data_size, parameters)
         ours, scales = engine_config(config), {"": config.encoders[name].lr_scale}
-        self.engine: ZeroEngine | FrozenEngine
+        self.engine: ZeroEngine[[str, Media], torch.Tensor] | FrozenEngine[[str, Media], torch.Tensor]
         if self.trained:
             self.engine = ZeroEngine(lambda: Encoders(config, (name,)), ours, groups, settings, device, scales)
         else:
@@ -125,8 +101,8 @@ class EncoderEngine:
         if not self.engine.gathers or forwards < 2:
             yield
             return
-        gathering.hold(self.engine.deepspeed)
+        self.engine.hold()
         try:
             yield
         finally:
-            gathering.release(self.engine.deepspeed)
+            self.engine.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -23,10 +24,13 @@ from megatron_gemini.models.stage import DecoderStage, LossOutput, Part, StageIn
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 
+if TYPE_CHECKING:
+    from megatron_gemini.engine.pipeline import Pipeline
+
 Collect = Callable[[LossOutput], None]
 
 
-class MultimodalEngine(Engine):
+class MultimodalEngine(Engine[StepRows, LossOutput]):
     """Trains a `Gemini` of `config`, whatever the layout of ranks."""
 
     def __init__(
@@ -35,20 +39,23 @@ class MultimodalEngine(Engine):
         """loss: the objective's, of the last stage's hidden states."""
         super().__init__(config, topology, device)
         self.layout, self.layers, self.loss = layout, LayerFactory(topology), loss
+        self.settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
         self.encoder_engines = EncoderEngines(config, topology, device, self._reading(stages))
-        settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         self.decoder = [
-            ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), settings, device)
+            ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), self.settings, device)
             for part in stages[topology.pipeline_rank :: topology.pipeline_size]
         ]
         self.parts = [*self.decoder, *self.encoder_engines.parts]
         self.frozen = self.encoder_engines.frozen
-        self.pipeline = None
+        self.pipeline: Pipeline[LossOutput] | None = None
         if topology.pipeline_size > 1:
             from megatron_gemini.engine.pipeline import Pipeline
 
-            self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self._between_stages())
+            self.between = self._between_stages()
+            self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self.between)
+        self.prepare: Callable[[list[StageInput]], None] = lambda rows: None
+        """What is done with a step's rows before the decoder sees them, as by the roles that its loss depends on."""
 
     def _stage(self, part: Part) -> Callable[[], DecoderStage]:
         return lambda: DecoderStage(self.config, self.layout, self.layers, part, self.loss)
@@ -73,12 +80,13 @@ class MultimodalEngine(Engine):
         waiting.
         """
         rows = self._rows(step.rows, self.encoder_engines.forward(step, training=True))
+        self.prepare(rows)
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         if self.pipeline is not None:
             self.pipeline.run(rows, collect, scale)
         else:
             for index, row in enumerate(rows):
-                output = self.decoder[0].forward(row=row)
+                output = cast(LossOutput, self.decoder[0].forward(row=row))  # the whole decoder gives a loss
                 self.decoder[0].backward(output.loss * scale, boundary=index == len(rows) - 1)
                 collect(output)
         self.encoder_engines.backward()
@@ -88,11 +96,12 @@ class MultimodalEngine(Engine):
             for part in self.parts:
                 stack.enter_context(part.evaluating())
             rows = self._rows(step.rows, self.encoder_engines.forward(step, training=False))
+            self.prepare(rows)
             if self.pipeline is not None:
                 self.pipeline.run(rows, collect, None)
                 return
             for row in rows:
-                collect(self.decoder[0].forward(row=row))
+                collect(cast(LossOutput, self.decoder[0].forward(row=row)))
 
     def _rows(self, batches: Sequence[Batch], embeddings: Sequence[RowEmbeddings]) -> list[StageInput]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)

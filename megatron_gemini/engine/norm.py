@@ -22,11 +22,13 @@ def global_norm(owned: Sequence[Fragment], device: torch.device) -> torch.Tensor
 
     owned: the pieces that this rank answers for, over all its engines.
     """
+    # In float64: where ZeRO cuts a parameter, and how many ranks add up, must not show in the first seven digits.
     total = torch.zeros((), dtype=torch.float64, device=device)
+    # Group by group: of those on a disk only one is in memory, and the views of the one before are void.
     for _, pieces in itertools.groupby(owned, key=lambda fragment: fragment.group):
         gradients = [gradient.float() for piece in pieces if (gradient := piece.gradient()) is not None]
         if gradients:
-            norms = torch._foreach_norm(gradients)
+            norms = torch._foreach_norm(gradients)  # one kernel for many small tensors
             total += torch.stack([norm.to(device) for norm in norms]).double().square().sum()
     if dist.is_initialized():
         dist.all_reduce(total)
@@ -41,4 +43,5 @@ def clip_gradients(pieces: Sequence[Fragment], norm: torch.Tensor, bound: float)
     for fragment in pieces:
         gradient = fragment.gradient()
         if gradient is not None:
+            # As torch's clip_grad_norm_ has it.
             gradient.mul_((bound / (norm + 1e-6)).to(gradient.device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -11,17 +11,22 @@ from torch import nn
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.parallel.parameters import placement_of
 
-LR_SCALE = "lr_scale"
-"""Key of a parameter group: its learning rate as a multiple of that of a step."""
+
+class ParameterGroup(TypedDict):
+    """As torch's optimizers take them. lr_scale: the learning rate as a multiple of that of a step."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+    lr_scale: float
 
 
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, lr_scales: Mapping[str, float]
-) -> list[dict[str, Any]]:
+) -> list[ParameterGroup]:
     """Trainable parameters in groups. Matrices decay; vectors (norms, biases) and embeddings do not.
 
-    A weight that another pipeline stage also holds is a group of its own, so that ZeRO-1 and 2, which cut a group
-    without regard to its parameters, cut it at the same places on both.
+    A weight that another pipeline stage also holds is a group of its own. ZeRO-1 and 2 cut a group without regard to
+    its parameters, and must cut this weight at the same places on both stages.
     lr_scales: of parameters by the beginning of their names; 1 for others.
     """
     groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
@@ -35,18 +40,18 @@ def parameter_groups(
         scale = next((scale for begin, scale in lr_scales.items() if name.startswith(begin)), 1.0)
         groups.setdefault((order, weight_decay if decays else 0.0, scale), []).append(parameter)
     return [
-        {"params": params, "weight_decay": decay, LR_SCALE: scale}
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
         for (_, decay, scale), params in sorted(groups.items(), key=lambda each: each[0])
     ]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: RunConfig, on_gpu: bool) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[ParameterGroup], config: RunConfig, on_gpu: bool) -> torch.optim.Optimizer:
     """torch's fused AdamW, or DeepSpeed's CPU Adam where `engine.adam` says so."""
     chosen, offloaded = config.optimizer, config.engine.offload_optimizer != "none"
     # Some of DeepSpeed's wrappers step once on zero gradients while they are built: a rate of 0 keeps the weights.
-    arguments: dict[str, Any] = {"lr": 0.0, "betas": (chosen.beta1, chosen.beta2), "eps": chosen.eps}
+    rate, betas = 0.0, (chosen.beta1, chosen.beta2)
     if config.engine.adam == "deepspeed" or (config.engine.adam == "auto" and offloaded and on_gpu):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(groups, fused=True, **arguments)
+        return DeepSpeedCPUAdam(groups, lr=rate, betas=betas, eps=chosen.eps, adamw_mode=True)
+    return torch.optim.AdamW([{**group} for group in groups], lr=rate, betas=betas, eps=chosen.eps, fused=True)

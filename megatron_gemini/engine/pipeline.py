@@ -1,6 +1,6 @@
 """The one file that touches the internals of torch.distributed.pipelining. Checked with torch 2.13.
 
-The schedules are torch's; what a stage does with a microbatch is ours: forward and backward go through the stage's ZeRO
+The schedules are torch's; what a stage does with a microbatch is ours: forward and backward go through the stage's
 engine. One more thing is changed: buffers for what other ranks send are made when they are asked for and dropped once
 they are used, where torch keeps those of all microbatches for ever.
 """
@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Generic, TypedDict, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch.distributed import pipelining
 from torch.distributed.pipelining import schedules, stage
 
-from megatron_gemini.engine.internals import gathering
+from megatron_gemini.engine.module_engine import Between, HasLoss, ModuleEngine
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.topology import Topology
 
-Collect = Callable[[Any], None]
+Row = TypeVar("Row")
+Output = TypeVar("Output")
+
 _STAGE_METHODS = (
     "_get_recv_ops",
     "_retrieve_recv_activations",
@@ -28,9 +31,15 @@ _STAGE_METHODS = (
     "backward_maybe_with_nosync",
     "clear_runtime_states",
 )
-
-
 _RECEIVED = ("is_root_arg", "buffer", "tensor_meta")
+
+
+class _Backward(TypedDict):
+    """What torch hands a stage for a backward."""
+
+    stage_output: torch.Tensor | tuple[torch.Tensor, ...]
+    output_grads: tuple[torch.Tensor, ...] | None
+    input_values: list[torch.Tensor]
 
 
 def check_torch() -> None:
@@ -45,135 +54,151 @@ def check_torch() -> None:
         )
 
 
-class _Stage(pipelining.PipelineStage):
-    """torch's stage, whose computation is a ZeRO engine's.
+class _Stage(pipelining.PipelineStage, Generic[Output]):
+    """torch's stage, whose computation is an engine's.
 
     like: a tensor of the shape and dtype of what stages hand on. hold: gather the engine's weights once for all
     forwards of a step and once for all backwards, which a breadth-first order allows.
     """
 
     def __init__(
-        self, engine: ZeroEngine, index: int, stages: int, like: torch.Tensor, topology: Topology, hold: bool
+        self,
+        engine: ModuleEngine[..., Output | Between],
+        index: int,
+        stages: int,
+        like: torch.Tensor,
+        topology: Topology,
+        hold: bool,
     ) -> None:
+        # Inputs and outputs by example, or torch would run every stage once to see their shapes.
         super().__init__(engine.module, index, stages, like.device, like, like, group=topology.pipeline_group)
         self.engine, self.hold = engine, hold and engine.gathers
-        self.collect: Collect = lambda output: None
+        self.collect: Callable[[Output], None] = lambda output: None
         self.microbatches = self.forwards = self.backwards = 0
 
-    def begin(self, microbatches: int, collect: Collect, backward: bool) -> None:
+    def begin(self, microbatches: int, collect: Callable[[Output], None], backward: bool) -> None:
         """Before the first microbatch of a step."""
         self.clear_runtime_states()
         self.has_backward = backward
         self.microbatches, self.collect = microbatches, collect
         self.forwards = self.backwards = 0
 
-    def forward_maybe_with_nosync(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_maybe_with_nosync(self, *args: torch.Tensor, **kwargs: Row) -> tuple[torch.Tensor, ...]:
         self._before(self.forwards)
         output = self.engine.forward(*args, **kwargs)
         self.forwards += 1
         self._after(self.forwards)
         if not self.is_last:
-            return output
-        self.collect(output)
-        return (output.loss,)
+            return cast(Between, output)
+        result = cast(Output, output)
+        self.collect(result)
+        return (cast(HasLoss, result).loss,) if self.has_backward else ()
 
-    def backward_maybe_with_nosync(self, backward_type: Any, bwd_kwargs: Any, last_backward: bool = False) -> Any:
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, torch.Tensor], last_backward: bool = False
+    ) -> tuple[tuple[torch.Tensor | None, ...], None]:
         assert backward_type == "full", "ZeRO reduces gradients as they come: no schedule may split the backward"
+        assert isinstance(self.engine, ZeroEngine), "a frozen model has no backward"
         self._before(self.backwards)
-        output, grads = bwd_kwargs["stage_output"], bwd_kwargs["output_grads"]
-        if grads is not None:  # a scalar whose gradients are those received, for the engine's one way to go backward
-            output = sum((y * grad).sum() for y, grad in zip(output, grads, strict=True))
-        self.engine.backward(output, last_backward)
+        given = cast(_Backward, bwd_kwargs)
+        output, grads = given["stage_output"], given["output_grads"]
+        if grads is not None:
+            # A scalar whose gradients are those received, for the engine's one way to go backward: DeepSpeed divides
+            # a gradient that it is handed directly by the number of microbatches, once a stage.
+            output = torch.stack([(y * grad).sum() for y, grad in zip(output, grads, strict=True)]).sum()
+        self.engine.backward(cast(torch.Tensor, output), last_backward)
         self.backwards += 1
         self._after(self.backwards)
-        inputs = bwd_kwargs["input_values"]  # what came from the stage before, and the row
+        inputs = given["input_values"]  # what came from the stage before, and the row
         return tuple(value.grad if isinstance(value, torch.Tensor) else None for value in inputs), None
 
     def _before(self, done: int) -> None:
         if self.hold and done == 0:
-            gathering.hold(self.engine.deepspeed)
+            self.engine.hold()
 
     def _after(self, done: int) -> None:
         if self.hold and done == self.microbatches:
-            gathering.release(self.engine.deepspeed)
+            self.engine.release()
 
-    def _get_recv_ops(self, recv_infos: Any) -> Any:
+    def _get_recv_ops(self, recv_infos: tuple[stage._RecvInfo, ...]) -> list[dist.P2POp]:
         for info in recv_infos:
-            if not info.is_root_arg:
-                meta = info.tensor_meta
+            meta = info.tensor_meta
+            if not info.is_root_arg and meta is not None:
+                # On demand: with 32 microbatches torch would hold 32 of each.
                 info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
         return super()._get_recv_ops(recv_infos)
 
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
         tensors = super()._retrieve_recv_activations(fwd_chunk_id)
-        return self._taken(self.args_recv_info[fwd_chunk_id], tensors)
-
-    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        return self._taken(self.grad_recv_info[bwd_chunk_id], super()._retrieve_recv_grads(bwd_chunk_id))
-
-    @staticmethod
-    def _taken(recv_infos: Any, tensors: Any) -> Any:
-        for info in recv_infos:
-            info.buffer = None
+        self._drop(self.args_recv_info[fwd_chunk_id])
         return tensors
 
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> tuple[torch.Tensor, ...]:
+        tensors = super()._retrieve_recv_grads(bwd_chunk_id)
+        self._drop(self.grad_recv_info[bwd_chunk_id])
+        return tensors
 
-class Pipeline:
+    @staticmethod
+    def _drop(recv_infos: tuple[stage._RecvInfo, ...]) -> None:
+        for info in recv_infos:
+            info.buffer = None
+
+
+class Pipeline(Generic[Output]):
     """The stages of this rank in one schedule.
 
     engines: this rank's virtual stages, in order; each module's forward(h or nothing, row=...) returns (h,) or, on the
-        last stage, something with a `.loss`. like: see `_Stage`. Raises RuntimeError where torch lacks what this needs.
+        last stage, an Output, which has a `.loss` where there is a backward. like: see `_Stage`.
+    Raises RuntimeError where torch lacks what this needs.
     """
 
-    def __init__(self, engines: Sequence[ZeroEngine], topology: Topology, schedule: str, like: torch.Tensor) -> None:
+    def __init__(
+        self,
+        engines: Sequence[ModuleEngine[..., Output | Between]],
+        topology: Topology,
+        schedule: str,
+        like: torch.Tensor,
+    ) -> None:
         check_torch()
-        self.topology, self.schedule = topology, schedule
-        stages = topology.pipeline_size * len(engines)
-        self.stages = [
-            _Stage(
-                engine,
-                topology.pipeline_rank + number * topology.pipeline_size,
-                stages,
-                like,
-                topology,
-                schedule == "breadth_first",
-            )
-            for number, engine in enumerate(engines)
+        self.schedule = schedule
+        stages, hold = topology.pipeline_size * len(engines), schedule == "breadth_first"
+        self.stages: list[_Stage[Output]] = [
+            _Stage(engine, topology.pipeline_rank + n * topology.pipeline_size, stages, like, topology, hold)
+            for n, engine in enumerate(engines)
         ]
-        self._schedules: dict[tuple[int, bool], Any] = {}
+        self._schedules: dict[tuple[int, bool], schedules._PipelineSchedule] = {}
 
-    def run(self, rows: Sequence[Any], collect: Collect, scale: float | None) -> None:
+    def run(self, rows: Sequence[Row], collect: Callable[[Output], None], scale: float | None) -> None:
         """All rows through all stages; with a scale also the backward of scale * loss of each.
 
         collect: called with every output of the last stage, on its rank.
         """
-        backward = scale is not None
         for one in self.stages:
-            one.begin(len(rows), collect, backward)
-        schedule = self._schedule(len(rows), backward)
-        schedule._loss_fn = (lambda output, _: output[0] * scale) if backward else None
-        arguments: dict[str, Any] = {"kwarg_mbs": [{"row": row} for row in rows]}
-        if backward:
-            arguments |= {"target_mbs": [None] * len(rows), "return_outputs": False}
-        schedule._step_microbatches(**arguments)
+            one.begin(len(rows), collect, scale is not None)
+        key = (len(rows), scale is not None)
+        if key not in self._schedules:
+            self._schedules[key] = self._new_schedule(*key)
+        schedule, inputs = self._schedules[key], [{"row": row} for row in rows]
+        # Not `step`, which cuts one batch into microbatches; these are there already, and no tensors.
+        if scale is None:
+            schedule._step_microbatches(kwarg_mbs=inputs)
+        else:
+            schedule._loss_fn = lambda output, _: output[0] * scale
+            schedule._step_microbatches(kwarg_mbs=inputs, target_mbs=[None] * len(rows), return_outputs=False)
+        # What torch keeps of a step until the next one: inputs and outputs of all microbatches.
         for one in self.stages:
             one.clear_runtime_states()
 
-    def _schedule(self, microbatches: int, backward: bool) -> Any:
-        key = (microbatches, backward)
-        if key not in self._schedules:
-            self._schedules[key] = self._new_schedule(microbatches, backward)
-        return self._schedules[key]
-
-    def _new_schedule(self, microbatches: int, backward: bool) -> Any:
+    def _new_schedule(self, microbatches: int, backward: bool) -> schedules._PipelineSchedule:
+        # A schedule is forward-only if it is made without a loss; `run` puts the real one in its place.
+        # The loss is a sum that has been divided by the step's weight, so torch must not scale gradients.
         loss = (lambda output, _: output[0]) if backward else None
+        breadth_first = self.schedule == "breadth_first"
         if len(self.stages) == 1:
-            if not backward:
-                one: Any = schedules._ScheduleForwardOnly
-            else:
-                one = schedules.ScheduleGPipe if self.schedule == "breadth_first" else schedules.Schedule1F1B
-            return one(self.stages[0], microbatches, loss_fn=loss, scale_grads=False)
-        many: Any = schedules.ScheduleInterleaved1F1B
-        if self.schedule == "breadth_first" or not backward:
-            many = schedules.ScheduleLoopedBFS
-        return many(self.stages, microbatches, loss_fn=loss, scale_grads=False)
+            one = schedules.ScheduleGPipe if breadth_first else schedules.Schedule1F1B
+            return (one if backward else schedules._ScheduleForwardOnly)(
+                self.stages[0], microbatches, loss_fn=loss, scale_grads=False
+            )
+        # Without a backward there is nothing to interleave it with, and the simpler order will do.
+        many = schedules.ScheduleLoopedBFS if breadth_first or not backward else schedules.ScheduleInterleaved1F1B
+        return many(list(self.stages), microbatches, loss_fn=loss, scale_grads=False)

@@ -61,7 +61,7 @@ class EncoderSpec(Generic[Settings]):
     largest_item: Callable[[Settings], int]
     longest_item: Callable[[Settings], int]
     build: Callable[[Settings], nn.Module]
-    grids: Callable[[Settings, int], list[tuple[int, int, int]]] | None = None
+    grids: Callable[[Settings, int], list[Grid]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,6 @@ Shape suffixes: X rows of all items back to back, D width, N heads, H head width
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -17,23 +16,34 @@ from megatron_gemini.parallel.parameters import Init, constant, declare, normal,
 EPS = 1e-6
 
 
-Layer = TypeVar("Layer", bound=nn.Module)
+def declare_layer(layer: nn.Module, weight: Init) -> None:
+    """Declare that a layer of torch's begins with `weight`, and its bias, if any, with zeros.
 
-
-def declared(layer: Layer, weight: Init) -> Layer:
-    """`layer` with its weight declared to begin as `weight` and its bias, if any, with zeros."""
+    To be called in the constructor of a subclass, see `declare`.
+    """
     for name, parameter in layer.named_parameters():
         declare(parameter, weight if name == "weight" else zeros())
-    return layer
+
+
+class _Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, bias: bool, weight: Init) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        declare_layer(self, weight)
+
+
+class _LayerNorm(nn.LayerNorm):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=EPS)
+        declare_layer(self, constant(1.0))
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = True, gain: float = 1.0) -> nn.Linear:
     """A linear layer that begins with weights of deviation gain / sqrt(inputs)."""
-    return declared(nn.Linear(inputs, outputs, bias=bias), normal(gain / math.sqrt(inputs)))
+    return _Linear(inputs, outputs, bias, normal(gain / math.sqrt(inputs)))
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
-    return declared(nn.LayerNorm(width, eps=EPS), constant(1.0))
+    return _LayerNorm(width)
 
 
 class SelfAttention(nn.Module):

@@ -73,12 +73,14 @@ class _DeclaredParameter(nn.Parameter):
 
 
 def declare(parameter: nn.Parameter, init: Init, placement: Placement | None = None) -> nn.Parameter:
-    """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it."""
+    """Attach `init` and `placement` (whole on every rank if None) to a parameter; returns it.
+
+    Without a placement it must be called in the constructor of the parameter's module: as soon as that returns, ZeRO-3
+    partitions the parameter, which is empty from then on.
+    """
     declared = cast(_DeclaredParameter, parameter)
     declared.init = init
-    # Not `parameter.shape`: under ZeRO-3 a torch module's parameters are partitioned as soon as it is built, and empty
-    # until gathered.
-    declared.placement = placement or Placement(None, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+    declared.placement = placement or Placement(None, tuple(parameter.shape))
     return parameter
 
 
@@ -105,6 +107,10 @@ def new_sharded_parameter(ranks: TensorRanks, dim: int, *shape: int, init: Init)
 
 def placement_of(parameter: nn.Parameter) -> Placement:
     return cast(_DeclaredParameter, parameter).placement
+
+
+def init_of(parameter: nn.Parameter) -> Init:
+    return cast(_DeclaredParameter, parameter).init
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import training_state
+from megatron_gemini.checkpoint.fragments import describe
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.checkpoint.pieces import WEIGHT
 from megatron_gemini.config.init_from import InitFromConfig
@@ -56,7 +57,7 @@ def keep_gradients(engine: MultimodalEngine, directory: Path) -> None:
     stem = directory / f"rank-{engine.topology.rank:05d}"
     tensors = {f"{WEIGHT}/{f.name}": f.gradient().narrow(0, 0, f.count).float().clone() for f in owned}
     save_file(tensors, stem.with_suffix(".safetensors"))
-    pieces = [training_state.describe(fragment).to_json() for fragment in owned]
+    pieces = [describe(fragment).to_json() for fragment in owned]
     stem.with_suffix(".json").write_text(json.dumps({"pieces": pieces}))
 
 

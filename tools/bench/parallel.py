@@ -222,7 +222,7 @@ def pipeline(pairs: int) -> dict[str, Any]:
 def optimizer_step(model: nn.Module, batch: Batch, config: RunConfig) -> Step:
     """Forward, backward, clipping and AdamW in plain torch."""
     groups = parameter_groups(model.named_parameters(), config.optimizer.weight_decay, {})
-    optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW([{**group} for group in groups], lr=1e-5, fused=True)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -2,32 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+import inspect
+from collections.abc import Iterable
+from functools import reduce
+from typing import NamedTuple
+
+from megatron_gemini.engine.internals.types import DeepSpeedObject
 
 CHECKED = "0.19"
-_RELIED_ON = {
-    1: ("get_param_id", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
-    2: ("get_param_id", "averaged_gradients", "update_lp_params", "clear_backward_seen_flag"),
-    3: (
-        "get_param_id",
-        "grad_position",
-        "fp32_partitioned_groups_flat",
-        "_get_param_partition_rank",
-        "_get_fp32_grad_state_partition",
-        "_get_norm_groups",
-        "_swappable_optimizer_subgroup",
-        "clear_backward_seen_flag",
+
+_PARTITIONING = "deepspeed.runtime.zero.partition_parameters"
+MODULES = {
+    "deepspeed.runtime.zero.utils": ("assert_ints_same_as_other_ranks",),
+    "deepspeed.runtime.zero.stage3": ("assert_ints_same_as_other_ranks",),
+    "deepspeed.runtime.zero.partitioned_param_coordinator": ("assert_ints_same_as_other_ranks",),
+    _PARTITIONING: (
+        "assert_ints_same_as_other_ranks",
+        "ZeroParamStatus.AVAILABLE",
+        "ZeroParamStatus.NOT_AVAILABLE",
+        # The five things that `all_gather_coalesced` may return.
+        "AllGatherHandle.wait",
+        "AllGatherCoalescedHandle.wait",
+        "MultipleAllGatherHandles.wait",
+        "NoGatherHandle.wait",
+        "NoGatherCoalescedHandle.wait",
     ),
+    "deepspeed.utils.groups": ("mpu",),
 }
+"""What is used of DeepSpeed's modules, beside the objects of `types`."""
 
 
-def check(engine: Any) -> None:
-    """Raise RuntimeError that names what this release of DeepSpeed no longer has of what is used here."""
-    if type(engine.optimizer).__name__ == "BF16_Optimizer":  # which takes the place of ZeRO-1's in bf16
-        return
-    for name in _RELIED_ON.get(engine.zero_optimization_stage(), ()):
-        if not hasattr(engine.optimizer, name):
-            raise changed(f"{type(engine.optimizer).__name__}.{name}")
+class Use(NamedTuple):
+    """An object of DeepSpeed's, and the class of `types` that lists what is used of it."""
+
+    thing: DeepSpeedObject
+    listed: type
+
+
+def members(listed: type) -> list[str]:
+    """The attributes and methods that a class of `types` lists, those of the Protocols that it extends included."""
+    names: list[str] = []
+    for one in listed.__mro__:
+        if one.__module__ == listed.__module__:
+            names += inspect.get_annotations(one)
+            names += [name for name, value in vars(one).items() if inspect.isfunction(value)]
+    return [name for name in dict.fromkeys(names) if not name.startswith("__")]
+
+
+def require(uses: Iterable[Use]) -> None:
+    """Raise RuntimeError that names the first thing that the installed DeepSpeed lacks of what is used of it.
+
+    uses: in an order in which each can be found by what the ones before have been found to have. The modules are
+        checked in any case.
+    """
+    for module, names in MODULES.items():
+        for name in names:
+            try:
+                reduce(getattr, name.split("."), importlib.import_module(module))
+            except (ImportError, AttributeError) as error:
+                raise changed(f"{module}.{name}") from error
+    # One at a time: a generator goes on to the next use with what this one has been found to have.
+    for thing, listed in uses:
+        for name in members(listed):
+            if not hasattr(thing, name):
+                raise changed(f"{type(thing).__name__}.{name}")
 
 
 def changed(name: str) -> RuntimeError:

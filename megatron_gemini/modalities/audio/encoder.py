@@ -19,7 +19,7 @@ from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
 from megatron_gemini.modalities.transformer import (
     FeedForward,
     SelfAttention,
-    declared,
+    declare_layer,
     layer_norm,
     linear,
     sinusoids,
@@ -107,8 +107,8 @@ class Subsample(nn.Module):
 
     def __init__(self, mels: int, width: int) -> None:
         super().__init__()
-        self.first = _convolution(mels, width)
-        self.second = _convolution(width, width)
+        self.first = _Conv1d(mels, width, 3, stride=2, bias=True)
+        self.second = _Conv1d(width, width, 3, stride=2, bias=True)
 
     def forward(self, values_PM: torch.Tensor, frames_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(float[O, D], int64 rows of each clip)."""
@@ -132,9 +132,12 @@ def _halved_mask(full: Gaps, x_MS: torch.Tensor) -> torch.Tensor:
     return x_MS.new_zeros(x_MS.shape[-1]).index_fill(0, _halved(full.slot_X), 1.0)
 
 
-def _convolution(inputs: int, outputs: int) -> nn.Conv1d:
-    layer = nn.Conv1d(inputs, outputs, kernel_size=3, stride=2, padding=1)
-    return declared(layer, normal(1.0 / math.sqrt(3 * inputs)))
+class _Conv1d(nn.Conv1d):
+    """A convolution that begins with weights of deviation 1 / sqrt(inputs of an output)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, bias: bool) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
+        declare_layer(self, normal(1.0 / math.sqrt(kernel * inputs // groups)))
 
 
 class ConformerBlock(nn.Module):
@@ -166,8 +169,7 @@ class ConvolutionModule(nn.Module):
     def __init__(self, width: int, kernel: int, gain: float = 1.0) -> None:
         super().__init__()
         self.gate = linear(width, 2 * width, bias=False)
-        depthwise = nn.Conv1d(width, width, kernel, groups=width, padding=kernel // 2, bias=False)
-        self.depthwise = declared(depthwise, normal(1.0 / math.sqrt(kernel)))
+        self.depthwise = _Conv1d(width, width, kernel, groups=width, bias=False)
         self.norm = layer_norm(width)
         self.out = linear(width, width, bias=False, gain=gain)
 

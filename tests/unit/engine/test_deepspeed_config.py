@@ -55,8 +55,18 @@ def test_an_offload_left_to_us_is_off_where_we_do_not_offload(tmp_path: Path) ->
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "lr to 1.0"),
         ({"fp16": {"enabled": True}}, "sets fp16"),
         ({"scheduler": {"type": "WarmupLR"}}, "sets scheduler"),
+        ({"zero_optimization": 3}, "zero_optimization to 3; it must be an object"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param to 'cpu'; it must be an object"),
+        ({"optimizer": "AdamW"}, "optimizer to 'AdamW'; it must be an object"),
+        ({"optimizer": {"type": "AdamW", "params": [1]}}, r"optimizer.params to \[1\]; it must be an object"),
     ],
 )
 def test_a_contradiction_is_named(tmp_path: Path, user: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         merged(tmp_path, user)
+
+
+@pytest.mark.parametrize("value", ["auto", {"device": "auto"}])
+def test_an_offload_that_is_left_to_us_contradicts_nothing(tmp_path: Path, value: object) -> None:
+    found = merged(tmp_path, {"zero_optimization": {"offload_param": value}}, offload_parameters="none")
+    assert "offload_param" not in found["zero_optimization"]

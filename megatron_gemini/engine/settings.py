@@ -1,0 +1,73 @@
+"""DeepSpeed's dictionary: its type, what is read of it, and how one engine's becomes another's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TypeAlias
+
+from megatron_gemini.config.engine import EngineConfig
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+JsonObject: TypeAlias = dict[str, Json]
+
+# There once a run: the policy's engine has them.
+_ONCE = ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger")
+
+
+def section(settings: JsonObject, *keys: str) -> JsonObject:
+    """The object below `keys`, itself and not a copy; an empty one where there is none.
+
+    Raises ValueError that names the key where something else is there.
+    """
+    for number, key in enumerate(keys):
+        below = settings.get(key, {})
+        if not isinstance(below, dict):
+            raise ValueError(f"DeepSpeed's {'.'.join(keys[: number + 1])} is {below!r}; it must be an object")
+        settings = below
+    return settings
+
+
+def zero_stage(settings: JsonObject) -> int:
+    """The ZeRO stage of an engine with these settings."""
+    stage = section(settings, "zero_optimization")["stage"]
+    assert isinstance(stage, int), stage
+    return stage
+
+
+def size_swap_buffers(settings: JsonObject, largest: int) -> None:
+    """Give weights on NVMe buffers of the `largest` parameter, in elements; DeepSpeed's own take 2 GB an engine."""
+    offload = section(settings, "zero_optimization", "offload_param")
+    if offload.get("device") == "nvme":
+        offload.setdefault("buffer_size", -(-largest // 1024) * 1024)
+
+
+def at_stage(engine: EngineConfig, stage: int) -> EngineConfig:
+    """The engine section with another ZeRO stage, and without the offloading that the stage cannot have."""
+    optimizer = engine.offload_optimizer if stage > 0 else "none"
+    parameters = engine.offload_parameters if stage == 3 else "none"
+    # DeepSpeed's CPU Adam is there for an optimizer that is offloaded.
+    adam = "auto" if optimizer == "none" and engine.adam == "deepspeed" else engine.adam
+    return dataclasses.replace(
+        engine, zero_stage=stage, offload_optimizer=optimizer, offload_parameters=parameters, adam=adam
+    )
+
+
+def second_engine(settings: JsonObject, engine: EngineConfig) -> JsonObject:
+    """The settings of one engine for another with the ZeRO stage and the offloads of `engine`.
+
+    What a user has set beside that holds for both, but for monitors and profilers, so that each is there once.
+    """
+    settings = {key: value for key, value in copy.deepcopy(settings).items() if key not in _ONCE}
+    zero = section(settings, "zero_optimization")
+    zero["stage"] = engine.zero_stage
+    for key, device in (("offload_optimizer", engine.offload_optimizer), ("offload_param", engine.offload_parameters)):
+        if device == "none":
+            zero.pop(key, None)
+    if engine.zero_stage == 3:
+        zero.setdefault("stage3_param_persistence_threshold", 0)
+    if engine.precision == "bf16" and engine.zero_stage:
+        settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    else:  # ZeRO-0 has no float32 sums: DeepSpeed adds up its gradients in the weights' own precision
+        settings.pop("data_types", None)
+    return settings
