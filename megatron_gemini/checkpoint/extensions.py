@@ -29,8 +29,8 @@ _NAME = re.compile(r"\w[\w.-]*")
 class Extensions:
     """Names of one model.
 
-    plugins: all that were loaded, in order. connectors: kind, by enabled encoder. control_tokens: by what they stand for,
-    as in `registry.ModalityRegistry.control_tokens`, of all that the model reads or makes; others are in no row.
+    plugins: all that were loaded, in order. connectors: kind, by enabled encoder. control_tokens: by what they stand
+    for, as in `registry.ModalityRegistry.control_tokens`, of all that the model reads or makes; others are in no row.
     """
 
     plugins: tuple[str, ...]

@@ -97,7 +97,7 @@ def test_a_control_token_of_another_modality_names_both(run, modality) -> None:
     for attempt in (lambda: load_for_inference(run), lambda: load(engine(), step_directory(run, 1))):
         with pytest.raises(
             ValueError,
-            match=r"the control token reserved_0 stands for series, here for thermal; .* in their order: none",
+            match=r"reserved_0 stands for series, here for thermal; .* in their order: none",
         ):
             attempt()
 
