@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 1  # of the index, the pieces and the state together
 _STEP = re.compile(r"step-(\d{8})$")
 
 
@@ -78,7 +78,7 @@ def resolve(path: Path) -> Path:
 
 def file_hash(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # block by block: a file may be larger than the memory
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -117,6 +117,7 @@ def verify(directory: Path) -> None:
         # The index may be a stranger's, and no name in it may lead out of the directory.
         if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
             raise ValueError(f"{directory}: {name} is missing; the checkpoint is damaged{_way_out(directory)}")
+        # The size first: it tells a copy that was cut off without reading it.
         if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
             raise ValueError(
                 f"{path} is not what was saved (its hash differs); the checkpoint is damaged{_way_out(directory)}"
@@ -147,5 +148,5 @@ def publish(temporary: Path, final: Path, keep: int) -> None:
     os.replace(pointer.with_suffix(".tmp"), pointer)
     clear_unfinished(final.parent.parent)
     steps = [path for path in complete_steps(final.parent.parent) if step_of(path) <= step_of(final)]
-    for old in steps[:-keep]:
+    for old in steps[:-keep]:  # last: whatever ends the process before leaves one checkpoint too many, not too few
         shutil.rmtree(old)

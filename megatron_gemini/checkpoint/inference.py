@@ -47,9 +47,11 @@ class Loaded:
 def load_for_inference(path: str | Path) -> Loaded:
     """The model of a step directory or of a run directory (its newest complete checkpoint).
 
-    Raises ValueError, in one line, for a path without a complete checkpoint, a file whose hash differs from the
-    index, a plugin that is not loaded, a control token that stands for another modality now, a configuration that does
-    not fit, or parameters of other names or shapes than the configuration's.
+    Raises ValueError, in one line, for
+
+    - a path without a complete checkpoint, or a file whose hash differs from the index;
+    - a plugin that is not loaded, or a control token that stands for something else now;
+    - a configuration that does not fit, or parameters of other names or shapes than the configuration's.
     """
     directory = resolve(Path(path))
     verify(directory)

@@ -144,7 +144,7 @@ def _fill(engine: Engine, source: _Source) -> None:
     """Every piece that this rank has of what the source gives, and what the forward reads of it."""
     for part in (*engine.parts, *engine.frozen):
         for fragment in part.fragments:
-            if fragment.count and fragment.name in source.names:  # ZeRO-3 gives the last ranks nothing of a small one
+            if fragment.count and fragment.name in source.names:
                 whole = source.reader.weight(source.names[fragment.name])
                 fragment.master().copy_(cut(whole, describe(fragment)))
         if isinstance(part, ZeroEngine):  # the forward reads other memory than the optimizer's masters
