@@ -28,8 +28,8 @@ class ModelConfig:
     norm_eps: float = 1e-6
     # As in Gemma. Image codes are ids of the same vocabulary, so that the one table reads and writes them too.
     tie_embeddings: bool = True
-    # Narrow models set their own, near 1 / sqrt(width). At a width of 128 the loss of captions after 125 to 150 steps was
-    # 0.69 with 0.02 and 0.22 with 0.1 (docs/log.md).
+    # Narrow models set their own, near 1 / sqrt(width). At a width of 128 the loss of captions was 0.69 with 0.02 and
+    # 0.22 with 0.1 after 125 to 150 steps (docs/log.md).
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
