@@ -151,7 +151,7 @@ def _paragraphs(text: str, begins: str) -> Iterator[tuple[int, str]]:
         after_blank = blank
         if not blank and not code:
             first = first if lines else number
-            lines.append(line)
+            lines.append(re.sub(rf"^\s*{_ITEM}", "", line))
 
 
 def count(*folders: Path) -> Counts:

@@ -1,22 +1,30 @@
-"""What documents say of the code is so: examples, links, paths, settings and commands."""
+"""What documents say of the code is so: examples, links, paths, settings and YAML."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_gemini.config.convert import SettingSource, partial
+from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.schema import Section, below, names_below
+from megatron_gemini.config.schema import Kind, Section, below, names_below
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXTENDING = ROOT / "docs/extending.md"
-SUFFIXES = r"\.(?:py|sh|yaml|json|md|png|slurm|txt|toml)"
+PLUGIN = ROOT / "tests/extension/plugin.py"
 TOP = ("docs", "examples", "megatron_gemini", "tests", "tools")
+SUFFIX = r"\.(?:py|sh|yaml|json|md|png|slurm|txt|toml)"
+FENCE = re.compile(r"```(\w*)\n(.*?)\n```", re.S)
 EXAMPLE = re.compile(r"`([^`\n]+)`:\n\n```python\n(.*?)\n```", re.S)
 
 
@@ -24,42 +32,45 @@ def ids(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def without_fences(text: str) -> str:
+    return FENCE.sub("", text)
+
+
 def code_of(text: str) -> list[str]:
-    """What stands as code in a document: in backquotes, in fences, and in lines that are indented by four."""
-    fences = re.findall(r"```\w*\n(.*?)```", text, re.S)
-    rest = re.sub(r"```.*?```", "", text, flags=re.S)
+    """What stands as code in a document: in fences, in backquotes, and in lines that are indented by four."""
+    rest = without_fences(text)
+    fences = [code for _, code in FENCE.findall(text)]
     return [*fences, *re.findall(r"`([^`]+)`", rest), *re.findall(r"^    (.*)$", rest, re.M)]
 
 
 def links(text: str) -> Iterator[tuple[str, str]]:
     """(file, heading) of every link that is no address; either may be empty."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.S)):
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_fences(text)):
         if "://" not in target:
             file, _, heading = target.partition("#")
             yield file, heading
 
 
 def anchors(text: str) -> set[str]:
-    """What a link to a heading of the document may say after its #, as GitHub makes it."""
-    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    """What a link to a heading of the document says after its #, as GitHub makes it."""
+    titles = re.findall(r"^#+ (.*)$", without_fences(text), re.M)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_every_example_of_extending_is_in_the_file_that_it_names():
-    found = EXAMPLE.findall(EXTENDING.read_text())
-    assert len(found) == EXTENDING.read_text().count("```python"), "an example without the name of its file above it"
+    text = EXTENDING.read_text()
+    found = EXAMPLE.findall(text)
+    assert len(found) == text.count("```python"), "an example has no file's name in the line above it"
     for name, example in found:
-        assert example in (ROOT / name).read_text(), f"{name} has no longer what docs/extending.md shows of it"
+        assert example in (ROOT / name).read_text(), f"{name} no longer has what docs/extending.md shows of it"
 
 
-def test_every_file_of_the_extension_is_shown():
+def test_extending_shows_every_file_that_the_plugin_registers_from():
     shown = {name for name, _ in EXAMPLE.findall(EXTENDING.read_text())}
-    plugin = ROOT / "tests/extension/plugin.py"
-    imported = {
-        node.module for node in ast.walk(ast.parse(plugin.read_text())) if isinstance(node, ast.ImportFrom) and node.module
-    }
-    own = {name for name in imported if name.startswith("tests.extension.")}
-    assert {f"{name.replace('.', '/')}.py" for name in own} <= shown
+    tree = ast.parse(PLUGIN.read_text())
+    modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    own = {f"{module.replace('.', '/')}.py" for module in modules if module.startswith("tests.extension.")}
+    assert own <= shown
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
@@ -73,53 +84,84 @@ def test_links_lead_to_files_and_headings(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
 def test_paths_exist(path):
-    """A path with a folder is below the project, the package or, for a test's file, what the document says of it."""
+    """Those that begin with a folder of the project or of the package, without a pattern in them."""
     for code in code_of(path.read_text()):
-        for name in re.findall(rf"(?<![\w./*{{-])[\w.-]+(?:/[\w.-]+)*(?:/|{SUFFIXES}\b)(?![\w*{{./])", code):
-            first, slash, _ = name.partition("/")
-            ours = first in TOP or (ROOT / "megatron_gemini" / first).is_dir()
-            if slash and ours and not (first == "data" and name.endswith("/")):
-                exists = any((base / name).exists() for base in (ROOT, ROOT / "megatron_gemini"))
-                assert exists, f"{ids(path)} speaks of {name}"
+        for name in re.findall(rf"(?<![\w./*{{-])(?:[\w.-]+/)+(?:[\w.-]+{SUFFIX}\b)?(?![\w*{{./])", code):
+            first = name.partition("/")[0]
+            # `data/` is also what a folder of a user's is called in examples.
+            ours = first in TOP or ((ROOT / "megatron_gemini" / first).is_dir() and not re.fullmatch(r"data/", name))
+            if ours:
+                found = any((base / name).exists() for base in (ROOT, ROOT / "megatron_gemini"))
+                assert found, f"{ids(path)} speaks of {name}"
 
 
 def test_the_map_of_the_code_is_complete():
-    block = next(code for code in re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(), re.M) if "registry.py" in code)
-    package, found = "", set()
-    for indent, name in re.findall(r"^    (  )?([\w./]+)  ", block.replace("megatron_gemini/\n", "megatron_gemini/  \n"), re.M):
-        if not indent:
-            package = name
-        place = f"{package}{name}" if indent else name
-        assert (ROOT / place).exists(), place
-        found.add(place.rstrip("/"))
-    folders = [each for each in (ROOT / "megatron_gemini").iterdir() if (each / "__init__.py").exists()]
-    assert {ids(each) for each in folders} <= found
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("## A map of the code") :]
+    lines = re.findall(r"^    (  )?([\w./]+)(?:  .*)?$", section[: section.index("\n\n|")], re.M)
+    folder, found = "", set()
+    for inside, name in lines:
+        folder = folder if inside else name
+        place = ROOT / (folder + name if inside else name)
+        assert place.exists(), ids(place)
+        found.add(place)
+    packages = {each.parent for each in (ROOT / "megatron_gemini").glob("*/__init__.py")}
+    assert packages <= found
 
 
 def setting_exists(name: str) -> bool:
-    """Whether a dotted name leads to a setting or a section, with NAME and numbers for what the user chooses."""
-    kind = Section(RunConfig)
+    """Whether a dotted name leads to a setting or a section; NAME stands for what the user chooses."""
+    kind: Kind | None = Section(RunConfig)
     for part in name.split("."):
-        if not names_below(kind) and below(kind, "x") is None:
+        choices = names_below(kind) or [part]
+        kind = below(kind, choices[0] if part == "NAME" else part)
+        if kind is None:
             return False
-        inner = below(kind, part)
-        if inner is None and part == "NAME":
-            inner = below(kind, "vision") or below(kind, "x")
-        if inner is None:
-            return False
-        kind = inner
     return True
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
-def test_settings_exist(path):
-    """Every --section.field, and every section.field in backquotes whose section is one of the configuration's."""
+def unknown_settings(text: str) -> list[str]:
+    """Every --section.field, and every section.field in backquotes, that is no setting though its section is one."""
+    named = [name for code in code_of(text) for name in re.findall(r"(?<!\S)--([a-z_]+(?:\.\w+)+)", code)]
+    quoted = [
+        re.fullmatch(r"([a-z_]+(?:\.\w+)+)(?:: .*)?", code) for code in re.findall(r"`([^`]+)`", without_fences(text))
+    ]
+    named += [match[1] for match in quoted if match and not re.search(rf"{SUFFIX}$", match[1])]
     sections = names_below(Section(RunConfig))
-    for code in code_of(path.read_text()):
-        named = re.findall(r"(?<!\S)--([a-z_]+(?:\.\w+)+)", code)
-        whole = re.fullmatch(r"([a-z_]+(?:\.\w+)+)(?:: .*)?", code)
-        if whole and not re.search(rf"{SUFFIXES}$", whole[1]) and "_" + whole[1].split(".")[-1] != "_py":
-            named.append(whole[1])
-        for name in named:
-            if name.split(".")[0] in sections:
-                assert setting_exists(name), f"{ids(path)} speaks of the setting {name}"
+    return [name for name in named if name.split(".")[0] in sections and not setting_exists(name)]
+
+
+def wrong_yaml(text: str) -> list[str]:
+    """What is wrong with the settings in the YAML of a document: of a run, of a source, or a list of sources."""
+    problems = []
+    for language, code in FENCE.findall(text):
+        if language != "yaml":
+            continue
+        read = yaml.safe_load(code)
+        whole = isinstance(read, dict) and set(read) <= {*names_below(Section(RunConfig)), "preset"}
+        section = RunConfig if whole else SourceConfig
+        for mapping in read if isinstance(read, list) else [read]:
+            try:
+                partial(mapping, Section(section), SettingSource(""))
+            except ValueError as error:
+                problems.append(str(error))
+    return problems
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != EXTENDING], ids=ids)
+def test_settings_exist(path):
+    text = path.read_text()
+    assert not unknown_settings(text) + wrong_yaml(text)
+
+
+def test_settings_of_the_extension_exist():
+    """In a process of its own, since a plugin stays loaded."""
+    code = (
+        "import tests.extension.plugin\n"
+        "from tests.unit.test_documents import EXTENDING, unknown_settings, wrong_yaml\n"
+        "text = EXTENDING.read_text()\n"
+        "found = unknown_settings(text) + wrong_yaml(text)\n"
+        "assert not found, found\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
