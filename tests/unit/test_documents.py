@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_gemini.config.convert import SettingSource, partial
-from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.config.schema import Kind, Section, below, names_below
+from megatron_gemini.config.schema import Chosen, Kind, Section, below, names_below
+from megatron_gemini.models.presets import preset
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -111,13 +111,14 @@ def test_the_map_of_the_code_is_complete():
 
 def setting_exists(name: str) -> bool:
     """Whether a dotted name leads to a setting or a section; NAME stands for what the user chooses."""
-    kind: Kind | None = Section(RunConfig)
+    found: list[Kind] = [Section(RunConfig)]
     for part in name.split("."):
-        choices = names_below(kind) or [part]
-        kind = below(kind, choices[0] if part == "NAME" else part)
-        if kind is None:
-            return False
-    return True
+        inner = [below(kind, names_below(kind)[0] if part == "NAME" and names_below(kind) else part) for kind in found]
+        # Where a section's `kind` decides, the settings of all its kinds exist.
+        choices = [kind.registry.names if isinstance(kind, Chosen) else [""] for kind in inner]
+        pairs = [(kind, choice) for kind, names in zip(inner, choices, strict=True) for choice in names]
+        found = [Section(kind.of(choice)) if isinstance(kind, Chosen) else kind for kind, choice in pairs if kind]
+    return bool(found)
 
 
 def unknown_settings(text: str) -> list[str]:
@@ -131,36 +132,38 @@ def unknown_settings(text: str) -> list[str]:
     return [name for name in named if name.split(".")[0] in sections and not setting_exists(name)]
 
 
-def wrong_yaml(text: str) -> list[str]:
+def wrong_yaml(text: str, folder: Path) -> list[str]:
     """What is wrong with the settings in the YAML of a document: of a run, of a source, or a list of sources."""
     problems = []
     for language, code in FENCE.findall(text):
         if language != "yaml":
             continue
         read = yaml.safe_load(code)
-        whole = isinstance(read, dict) and set(read) <= {*names_below(Section(RunConfig)), "preset"}
-        section = RunConfig if whole else SourceConfig
-        for mapping in read if isinstance(read, list) else [read]:
-            try:
-                partial(mapping, Section(section), SettingSource(""))
-            except ValueError as error:
-                problems.append(str(error))
+        if not isinstance(read, dict) or not set(read) <= {*names_below(Section(RunConfig)), "preset"}:
+            sources = read if isinstance(read, list) else [read]
+            read = {"data": {"sources": [{"shards": "x.tar", **source} for source in sources]}}
+        file = folder / "run.yaml"
+        file.write_text(yaml.safe_dump(read))
+        try:
+            load_config(["--config", str(file)], presets=preset)
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path != EXTENDING], ids=ids)
-def test_settings_exist(path):
+def test_settings_exist(path, tmp_path):
     text = path.read_text()
-    assert not unknown_settings(text) + wrong_yaml(text)
+    assert unknown_settings(text) + wrong_yaml(text, tmp_path) == []
 
 
-def test_settings_of_the_extension_exist():
+def test_settings_of_the_extension_exist(tmp_path):
     """In a process of its own, since a plugin stays loaded."""
     code = (
-        "import tests.extension.plugin\n"
+        "import pathlib, tests.extension.plugin\n"
         "from tests.unit.test_documents import EXTENDING, unknown_settings, wrong_yaml\n"
         "text = EXTENDING.read_text()\n"
-        "found = unknown_settings(text) + wrong_yaml(text)\n"
+        f"found = unknown_settings(text) + wrong_yaml(text, pathlib.Path({str(tmp_path)!r}))\n"
         "assert not found, found\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
