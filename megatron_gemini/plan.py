@@ -9,8 +9,9 @@ from pathlib import Path
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.load import load_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import IMAGE, TokenLayout
+from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.generation.options import OptionParser
+from megatron_gemini.modalities.code_ranges import code_ranges
 from megatron_gemini.models.presets import TEXT_PIECES, preset
 from megatron_gemini.planning.files import check_path, write_plan
 from megatron_gemini.planning.hardware import GPUS
@@ -52,7 +53,7 @@ def token_layout(config: RunConfig, text_pieces: int | None) -> TokenLayout:
         from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 
         text_pieces = TextTokenizer(config.data.text_model).size
-    return TokenLayout(TEXT_PIECES if text_pieces is None else text_pieces, ((IMAGE, config.image_tokenizer.codes),))
+    return TokenLayout(TEXT_PIECES if text_pieces is None else text_pieces, code_ranges(config))
 
 
 def _plan(config: RunConfig, layout: TokenLayout, options: argparse.Namespace) -> int:

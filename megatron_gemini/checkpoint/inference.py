@@ -18,7 +18,8 @@ from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, find_weights, open_weights, verify_weights
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import IMAGE, TokenLayout
+from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.modalities.code_ranges import code_ranges
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.gemini import Gemini
@@ -57,7 +58,7 @@ def load_for_inference(path: str | Path) -> Loaded:
     verify(directory)
     config = read_checkpoint_config(directory)
     text_tokenizer = TextTokenizer(directory / "text.model")
-    layout = TokenLayout(text_tokenizer.size, ((IMAGE, config.image_tokenizer.codes),))
+    layout = TokenLayout(text_tokenizer.size, code_ranges(config))
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
     fill(model, PieceReader(directory), directory)
     tokenizer = load_image_tokenizer(directory / "image_tokenizer") if config.image_tokenizer.codes else None
