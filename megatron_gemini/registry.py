@@ -7,13 +7,10 @@ Plugins (`plugins.py`) register the object itself.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-from megatron_gemini.contracts import CONTROL_TOKENS
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 if TYPE_CHECKING:  # types only: this file is below the packages that it names
     from megatron_gemini.connectors.spec import ConnectorSpec
@@ -28,19 +25,22 @@ Entry = TypeVar("Entry")
 
 
 def nearest(name: str, known: Sequence[str], others: str = "") -> str:
-    """The way out for an unknown name, as the end of a message. others: where there may be more of them."""
+    """The way out for an unknown name, as the end of a message. others: how there can be more than those known."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}{others}"
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"there are {', '.join(known)}{others and f', {others}'}"
 
 
 class Registry(Generic[Entry]):
     """Entries of one kind by name, in a fixed order: the built-in ones as listed, then plugins' as registered.
 
-    what: the kind in words, for messages. built_in: `module:ATTRIBUTE` by name.
+    what: the kind in words, for messages. built_in: `module:ATTRIBUTE` by name. completed_by: the place of a function
+    (name, entry) -> entry, which fills in what an entry leaves open when it is registered; empty for none.
     """
 
-    def __init__(self, what: str, built_in: Mapping[str, str]) -> None:
-        self.what = what
+    def __init__(self, what: str, built_in: Mapping[str, str], completed_by: str = "") -> None:
+        self.what, self._completed_by = what, completed_by
         self._places = dict(built_in)
         self._entries: dict[str, Entry] = {}
         self._order = list(built_in)
@@ -62,14 +62,13 @@ class Registry(Generic[Entry]):
 
     def nearest(self, name: str) -> str:
         """The way out for an unknown name, as the end of a message."""
-        return nearest(name, self._order, ", and --plugin MODULE adds others")
+        return nearest(name, self._order, "and --plugin MODULE adds others")
 
     def get(self, name: str) -> Entry:
         """The entry of a name. Raises a ValueError as `check`."""
         self.check(name)
         if name not in self._entries:
-            module, _, attribute = self._places[name].partition(":")
-            self._entries[name] = getattr(importlib.import_module(module), attribute)
+            self._entries[name] = cast("Entry", _imported(self._places[name]))
         return self._entries[name]
 
     def entries(self) -> list[Entry]:
@@ -80,6 +79,9 @@ class Registry(Generic[Entry]):
         """Add an entry, as a plugin does when it is imported. Raises a ValueError for a name that is taken."""
         if name in self:
             raise ValueError(f"there is a {self.what} {name!r} already; choose another name")
+        if self._completed_by:
+            complete = cast("Callable[[str, Entry], Entry]", _imported(self._completed_by))
+            entry = complete(name, entry)
         self._entries[name] = entry
         self._order.append(name)
 
@@ -90,47 +92,9 @@ class Registry(Generic[Entry]):
         del self._entries[name]
 
 
-class ModalityRegistry(Registry["ModalitySpec"]):
-    """Modalities, of which those of plugins get control tokens that are still free."""
-
-    def register(self, name: str, entry: ModalitySpec) -> None:
-        """As `Registry.register`. A control token that the entry leaves open becomes the next `reserved_n`.
-
-        The order of registration decides, which is that of the plugins: every process loads them in the same one.
-        Raises a ValueError for a token that another modality has, and when no `reserved_n` is left.
-        """
-        taken = set(self.control_tokens().values())
-        if entry.encoder:
-            entry = dataclasses.replace(entry, control=self._take_token(name, entry.control, taken))
-        if entry.codes is not None:
-            begin, end = (self._take_token(name, token, taken) for token in (entry.codes.begin, entry.codes.end))
-            entry = dataclasses.replace(entry, codes=dataclasses.replace(entry.codes, begin=begin, end=end))
-        super().register(name, entry)
-
-    def _take_token(self, name: str, wanted: str, taken: set[str]) -> str:
-        # Codes begin behind the control tokens, so that a new one would change the ids of a trained model's codes.
-        free = [token for token in CONTROL_TOKENS if token.startswith("reserved_") and token not in taken]
-        token = wanted or (free[0] if free else "")
-        if not token:
-            raise ValueError(f"no control token is left for the {self.what} {name!r}; load fewer plugins that add one")
-        if token in taken or token not in CONTROL_TOKENS:
-            why = "another modality's" if token in taken else "none of `contracts.CONTROL_TOKENS`"
-            raise ValueError(f"the control token {token!r} of the {self.what} {name!r} is {why}; leave it open")
-        taken.add(token)
-        return token
-
-    def control_tokens(self) -> dict[str, str]:
-        """Names of the control tokens in force, by what they stand for.
-
-        A modality's own name is that of its placeholder; NAME_begin and NAME_end are around its codes.
-        """
-        found: dict[str, str] = {}
-        for spec in self.entries():
-            if spec.control:
-                found[spec.name] = spec.control
-            if spec.codes is not None:
-                found |= {f"{spec.name}_begin": spec.codes.begin, f"{spec.name}_end": spec.codes.end}
-        return found
+def _imported(place: str) -> object:
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 _D = "megatron_gemini.data"
@@ -142,7 +106,7 @@ _O = "megatron_gemini.objectives"
 ENCODERS: Registry[EncoderSpec] = Registry(
     "encoder", {"vision": f"{_M}.image.spec:VISION", "audio": f"{_M}.audio.spec:AUDIO_ENCODER"}
 )
-MODALITIES = ModalityRegistry(
+MODALITIES: Registry[ModalitySpec] = Registry(
     "modality",
     {
         "text": f"{_M}.text.spec:TEXT",
@@ -150,6 +114,7 @@ MODALITIES = ModalityRegistry(
         "video": f"{_M}.video.spec:VIDEO",
         "audio": f"{_M}.audio.spec:AUDIO",
     },
+    completed_by=f"{_M}.control_tokens:with_control_tokens",
 )
 CONNECTORS: Registry[ConnectorSpec] = Registry("connector", {"linear": "megatron_gemini.connectors.linear.spec:LINEAR"})
 OBJECTIVES: Registry[ObjectiveSpec] = Registry(

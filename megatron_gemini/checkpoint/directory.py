@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 INDEX = "index.json"
-FORMAT = 1
+FORMAT = 1  # of the index, the pieces and the state together
 _STEP = re.compile(r"step-(\d{8})$")
 
 
@@ -41,7 +41,7 @@ def step_of(directory: Path) -> int:
 def complete_steps(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.match(path.name) and is_complete(path)]
-    return sorted(found, key=step_of)
+    return sorted(found, key=step_of)  # a directory lists its entries in any order
 
 
 def is_complete(directory: Path) -> bool:
@@ -52,6 +52,7 @@ def newest(run: Path) -> Path | None:
     """The checkpoint that `latest` names; the newest complete one where `latest` is missing or names none."""
     pointer = run / "checkpoints" / "latest"
     steps = complete_steps(run)
+    # A copy of the run may lack the pointer or have an old one, which must not hide the checkpoints that are there.
     if pointer.is_file():
         named = pointer.read_text(errors="replace").strip()
         for path in steps:
@@ -77,7 +78,7 @@ def resolve(path: Path) -> Path:
 
 def file_hash(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # block by block: a file may be larger than the memory
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -92,6 +93,7 @@ def write_text(path: Path, text: str) -> None:
 def seal(directory: Path) -> None:
     """Flush every file to the disk, then write the index of names, sizes and hashes that makes a directory complete."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
+    # A rename may reach the disk before contents that were not flushed: the name would then stand for empty files.
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -112,8 +114,10 @@ def verify(directory: Path) -> None:
         raise ValueError(f"{directory} has format {form}; this version reads format {FORMAT}")
     for name, entry in entries.items():
         path = directory / name
+        # The index may be a stranger's, and no name in it may lead out of the directory.
         if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
             raise ValueError(f"{directory}: {name} is missing; the checkpoint is damaged{_way_out(directory)}")
+        # The size first: it tells a copy that was cut off without reading it.
         if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
             raise ValueError(
                 f"{path} is not what was saved (its hash differs); the checkpoint is damaged{_way_out(directory)}"
@@ -134,14 +138,15 @@ def publish(temporary: Path, final: Path, keep: int) -> None:
 
     Later steps than this one, of a run that was begun anew, are left to the user.
     """
-    if final.exists():
+    if final.exists():  # of a run that was begun anew; no system call puts a directory in the place of a full one
         replaced = temporary_directory(final.parent.parent, step_of(final)).with_suffix(".old.tmp")
         os.replace(final, replaced)
     os.replace(temporary, final)
     pointer = final.parent / "latest"
+    # Beside it and renamed, so that a reader finds the old name or the new one, never an empty file.
     write_text(pointer.with_suffix(".tmp"), final.name + "\n")
     os.replace(pointer.with_suffix(".tmp"), pointer)
     clear_unfinished(final.parent.parent)
     steps = [path for path in complete_steps(final.parent.parent) if step_of(path) <= step_of(final)]
-    for old in steps[:-keep]:
+    for old in steps[:-keep]:  # last: whatever ends the process before leaves one checkpoint too many, not too few
         shutil.rmtree(old)

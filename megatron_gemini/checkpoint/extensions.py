@@ -9,7 +9,6 @@ Names in a checkpoint are only compared with those that are there. None is impor
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -30,8 +29,8 @@ _NAME = re.compile(r"\w[\w.-]*")
 class Extensions:
     """Names of one model.
 
-    plugins: all that were loaded, in order. connectors: kind, by enabled encoder. control_tokens: by modality that an
-    enabled encoder reads; the others are in no row.
+    plugins: all that were loaded, in order. connectors: kind, by enabled encoder. control_tokens: by what they stand
+    for, as in `registry.ModalityRegistry.control_tokens`, of all that the model reads or makes; others are in no row.
     """
 
     plugins: tuple[str, ...]
@@ -42,13 +41,12 @@ class Extensions:
     @staticmethod
     def of(config: RunConfig) -> Extensions:
         """Those in force now, in a run of `config`."""
-        enabled = config.enabled_encoders
-        return Extensions(
-            plugins.loaded(),
-            config.objective.kind,
-            {name: config.encoders[name].connector.kind for name in enabled},
-            {spec.name: spec.control for spec in MODALITIES.entries() if spec.control and spec.encoder in enabled},
-        )
+        kinds = {name: config.encoders[name].connector.kind for name in config.enabled_encoders}
+        used = {spec.name for spec in MODALITIES.entries() if spec.encoder in kinds}
+        makes = [spec for spec in MODALITIES.entries() if spec.codes is not None and spec.codes.size(config)]
+        used |= {f"{spec.name}_{end}" for spec in makes for end in ("begin", "end")}
+        tokens = {meaning: token for meaning, token in MODALITIES.control_tokens().items() if meaning in used}
+        return Extensions(plugins.loaded(), config.objective.kind, kinds, tokens)
 
     @staticmethod
     def read(directory: Path) -> Extensions:
@@ -57,7 +55,7 @@ class Extensions:
             found = json.loads((directory / FILE).read_text())
             named, objective = tuple(found["plugins"]), found["objective"]
             tables = dict(found["connectors"]), dict(found["control_tokens"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # KeyError's text is the bare key: hence its repr
             raise ValueError(f"{directory} has no readable {FILE}: {error!r}; it is not of this version") from error
         texts = [*named, objective, *(text for table in tables for pair in table.items() for text in pair)]
         for text in texts:  # they come from a stranger, and messages repeat them as parts of commands
@@ -69,22 +67,25 @@ class Extensions:
         write_text(directory / FILE, json.dumps(asdict(self), indent=1))
 
     def check_tokens(self, origin: Path) -> None:
-        """Raise ValueError unless every control token of this checkpoint still stands for the same modality."""
-        for modality, token in self.control_tokens.items():
-            for spec in MODALITIES.entries():
-                if spec.control == token and spec.name != modality:
-                    raise ValueError(
-                        f"in {origin} the control token {token} stands for the modality {modality}, here for "
-                        f"{spec.name}; load the plugin that registers the one without that of the other"
-                    )
-                if spec.control != token and spec.name == modality:
-                    raise ValueError(
-                        f"in {origin} the modality {modality} has the control token {token}, here {spec.control}; "
-                        "load the release of its plugin that the checkpoint was made with"
-                    )
+        """Raise ValueError unless every control token of this checkpoint still stands for the same."""
+        here = MODALITIES.control_tokens()
+        meanings = {token: meaning for meaning, token in here.items()}
+        # Plugins get the next free tokens, so that another plugin, or another order of them, moves all that follow.
+        options = " ".join(f"--plugin {name}" for name in self.plugins)
+        way_out = f"load the plugins that it was made with, in their order: {options or 'none'}"
+        for meaning, token in self.control_tokens.items():
+            if meanings.get(token, meaning) != meaning:
+                raise ValueError(
+                    f"in {origin} the control token {token} stands for {meaning}, here for {meanings[token]}; {way_out}"
+                )
+            if here.get(meaning, token) != token:
+                raise ValueError(
+                    f"in {origin} {meaning} has the control token {token}, here {here[meaning]}; {way_out}"
+                )
 
     def check_same(self, now: Extensions, origin: Path) -> None:
         """Raise ValueError unless a run that is made of `now` can go on from this checkpoint."""
+        # Parameters of the same names and shapes may mean something else: no comparison of tensors would tell.
         anew = "set it back, or begin a run with another train.output_dir and take the weights by init_from"
         if self.objective != now.objective:
             raise ValueError(
@@ -104,21 +105,15 @@ class Extensions:
 
 
 def read_checkpoint_config(directory: Path) -> RunConfig:
-    """The configuration in a checkpoint, with the encoders that it was made with and no others.
+    """The configuration in a checkpoint.
 
-    Raises ValueError for a plugin that is not loaded, before the configuration is read, or for a control token that
-    stands for another modality now.
+    Raises ValueError for a plugin that is not loaded, or a control token that stands for something else now, before the
+    configuration is read.
     """
     recorded = Extensions.read(directory)
     plugins.check(recorded.plugins, str(directory))
     recorded.check_tokens(directory)
-    config = read_config(directory / "config.yaml")
-    # An encoder of a plugin that came later is enabled by default, and the checkpoint has no weights for it.
-    encoders = {
-        name: section if name in recorded.connectors else dataclasses.replace(section, enabled=False)
-        for name, section in config.encoders.items()
-    }
-    return dataclasses.replace(config, encoders=encoders)
+    return read_config(directory / "config.yaml")
 
 
 def check_resumable(directory: Path, config: RunConfig) -> None:

@@ -43,9 +43,10 @@ def fill(fragments: Sequence[Fragment], reader: PieceReader, kinds: Sequence[str
     The shapes must have been checked.
     """
     for fragment in fragments:
-        if not fragment.count:
+        if not fragment.count:  # ZeRO-3 cuts into equal pieces, of which a small parameter fills the first only
             continue
         piece = describe(fragment)
         for kind in kinds:
             target = fragment.master() if kind == WEIGHT else fragment.moment(kind)
+            # Whole and then cut, one at a time: the checkpoint's pieces end where other ranks wanted them to.
             target.copy_(cut(reader.read(kind, fragment.name), piece))

@@ -15,10 +15,11 @@ from torch import nn
 from megatron_gemini.checkpoint.directory import resolve, verify
 from megatron_gemini.checkpoint.extensions import Extensions, read_checkpoint_config
 from megatron_gemini.checkpoint.pieces import PieceReader
-from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, WholeReader
+from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, find_weights, open_weights, verify_weights
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.contracts import IMAGE, TokenLayout
+from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.modalities.code_ranges import code_ranges
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.gemini import Gemini
@@ -47,18 +48,21 @@ class Loaded:
 def load_for_inference(path: str | Path) -> Loaded:
     """The model of a step directory or of a run directory (its newest complete checkpoint).
 
-    Raises ValueError, in one line, for a path without a complete checkpoint, a file whose hash differs from the
-    index, a plugin that is not loaded, a control token that stands for another modality now, a configuration that does
-    not fit, or parameters of other names or shapes than the configuration's.
+    Raises ValueError, in one line, for
+
+    - a path without a complete checkpoint, or a file whose hash differs from the index;
+    - a plugin that is not loaded, or a control token that stands for something else now;
+    - a configuration that does not fit, or parameters of other names or shapes than the configuration's.
     """
     directory = resolve(Path(path))
     verify(directory)
     config = read_checkpoint_config(directory)
     text_tokenizer = TextTokenizer(directory / "text.model")
-    layout = TokenLayout(text_tokenizer.size, ((IMAGE, config.image_tokenizer.codes),))
+    layout = TokenLayout(text_tokenizer.size, code_ranges(config))
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
     fill(model, PieceReader(directory), directory)
     tokenizer = load_image_tokenizer(directory / "image_tokenizer") if config.image_tokenizer.codes else None
+    # Two files say how many codes there are. Only a tokenizer that was put in later makes them differ.
     if tokenizer is not None and tokenizer.config.codes != config.image_tokenizer.codes:
         raise ValueError(
             f"{directory}: the image tokenizer has {tokenizer.config.codes} codes, "
@@ -73,21 +77,14 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
     path: what `save_weights` wrote, a run or step directory of the tokenizer's own training, or one of a model that
     carries its tokenizer. Raises ValueError as `load_for_inference`.
     """
-    directory, reader = _tokenizer_reader(Path(path))
+    directory = find_weights(Path(path))
+    verify_weights(directory)
+    carried = directory / "image_tokenizer"
+    if carried.is_dir():
+        directory = carried
     tokenizer = ImageTokenizer(read_checkpoint_config(directory).image_tokenizer)
-    fill(tokenizer, reader, directory)
+    fill(tokenizer, open_weights(directory), directory)
     return tokenizer.eval()
-
-
-def _tokenizer_reader(path: Path) -> tuple[Path, WeightReader]:
-    if (path / WEIGHTS).is_file():
-        return path, WholeReader(path / WEIGHTS)
-    step = resolve(path)
-    verify(step)
-    carried = step / "image_tokenizer"
-    if (carried / WEIGHTS).is_file():
-        return carried, WholeReader(carried / WEIGHTS)
-    return step, PieceReader(step)
 
 
 def save_weights(module: nn.Module, config: RunConfig, directory: Path) -> None:
@@ -106,6 +103,7 @@ def fill(module: nn.Module, reader: WeightReader, directory: Path) -> None:
     Raises ValueError that names the first parameters that only one side has, or that differ in shape, with both.
     """
     wanted, there = dict(module.named_parameters()), set(reader.names())
+    # Both ways: a model without a layer that was trained would still answer, and badly.
     wrong = [f"{name} is not in the checkpoint" for name in wanted.keys() - there]
     wrong += [f"{name} is not in the model" for name in there - wanted.keys()]
     for name in wanted.keys() & there:
@@ -115,5 +113,5 @@ def fill(module: nn.Module, reader: WeightReader, directory: Path) -> None:
     if wrong:
         more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ValueError(f"{directory} does not fit its own config.yaml: {'; '.join(sorted(wrong)[:SHOWN])}{more}")
-    for name, parameter in wanted.items():
+    for name, parameter in wanted.items():  # one at a time: the largest is all that memory holds beside the model
         parameter.copy_(reader.weight(name))

@@ -15,16 +15,13 @@ import torch
 
 from megatron_gemini.checkpoint.directory import file_hash
 from megatron_gemini.checkpoint.extensions import FILE, Extensions
+from megatron_gemini.checkpoint.fragments import describe
 from megatron_gemini.checkpoint.names import NameMap, map_names
 from megatron_gemini.checkpoint.pieces import cut
-from megatron_gemini.checkpoint.training_state import describe
 from megatron_gemini.checkpoint.weights import WeightReader, find_weights, open_weights, verify_weights
 from megatron_gemini.config.init_from import WHOLE, InitFromConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.engine import Engine
-from megatron_gemini.engine.frozen import FrozenEngine
-from megatron_gemini.engine.internals.state import publish_masters
-from megatron_gemini.engine.internals.swapping import put_back
 from megatron_gemini.engine.zero import ZeroEngine
 from megatron_gemini.parallel.parameters import placement_of
 
@@ -73,14 +70,10 @@ def initialize(engine: Engine) -> list[str]:
     return [source.told_as for source in sources]
 
 
-def _parts(engine: Engine) -> list[ZeroEngine | FrozenEngine]:
-    return [*engine.parts, *engine.frozen]
-
-
 def _global_shapes(engine: Engine) -> Shapes:
     """Global shape by name of every parameter of the whole model, also of what other pipeline ranks hold."""
     mine: dict[str, tuple[int, ...]] = {}
-    for part in _parts(engine):
+    for part in (*engine.parts, *engine.frozen):
         if part.groups.data_rank == part.groups.model_rank == 0:  # once is enough, of thousands of ranks
             mine |= {name: tuple(placement_of(p).global_shape) for name, p in part.module.named_parameters()}
     whole: dict[str, tuple[int, ...]] = {}
@@ -91,6 +84,7 @@ def _global_shapes(engine: Engine) -> Shapes:
 
 def _raise_first(engine: Engine, problem: str) -> None:
     """Raise the same ValueError on every rank if some rank has a problem."""
+    # Not `raise_together`, which sends a thousand bytes: names of parameters are long.
     problems = engine.gather(problem)
     for rank, said in enumerate(problems):
         if said:
@@ -138,6 +132,7 @@ def _listed(what: str, names: list[str], way_out: str) -> str:
 def _check_vocabulary(directory: Path, text_model: Path) -> None:
     """Raise ValueError where rows of the checkpoint's vocabulary stand for other tokens than they would here."""
     theirs = directory / "text.model"
+    # Two text models of the same size have the same shapes, and every row would be another piece's.
     if theirs.is_file() and text_model.is_file() and file_hash(theirs) != file_hash(text_model):
         raise ValueError(f"its vocabulary is not that of data.text_model {text_model}; set it to {theirs}")
     if (directory / FILE).is_file():
@@ -147,11 +142,11 @@ def _check_vocabulary(directory: Path, text_model: Path) -> None:
 @torch.no_grad()
 def _fill(engine: Engine, source: _Source) -> None:
     """Every piece that this rank has of what the source gives, and what the forward reads of it."""
-    for part in _parts(engine):
+    for part in (*engine.parts, *engine.frozen):
         for fragment in part.fragments:
             if fragment.count and fragment.name in source.names:
                 whole = source.reader.weight(source.names[fragment.name])
                 fragment.master().copy_(cut(whole, describe(fragment)))
-        if isinstance(part, ZeroEngine):
-            publish_masters(part.deepspeed)
-            put_back(part.deepspeed)
+        if isinstance(part, ZeroEngine):  # the forward reads other memory than the optimizer's masters
+            part.wrapper.publish_masters()
+            part.wrapper.put_back()

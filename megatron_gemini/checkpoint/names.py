@@ -23,7 +23,7 @@ def stars(name: Parts, pattern: Parts) -> Parts | None:
     """What `*` stands for where `name` begins with `pattern`; None where it does not."""
     if len(name) < len(pattern):
         return None
-    pairs = list(zip(name, pattern, strict=False))
+    pairs = list(zip(name, pattern, strict=False))  # what is left of the name stays behind the pattern
     if any(wanted not in (ANY, part) for part, wanted in pairs):
         return None
     return tuple(part for part, wanted in pairs if wanted == ANY)
@@ -68,7 +68,7 @@ def map_names(section: InitFromConfig, wanted: Sequence[str], there: Sequence[st
         for rule in section.rename:
             rest = rename(rest, rule)
         target = ".".join((*module, *rest))
-        if target in sources:
+        if target in sources:  # whichever came last would win, by the order of the alphabet
             raise ValueError(f"rename makes {target} of both {sources[target]} and {name}")
         if target in ours:
             sources[target] = name

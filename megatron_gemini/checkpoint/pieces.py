@@ -1,8 +1,8 @@
 """A checkpoint's tensors: every rank writes the pieces it owns, any layout reads them back.
 
 A piece is a range of one parameter's flattened tensor-parallel shard, as float32: the master weights and Adam's two
-moments. Beside the safetensors file of a rank lies a JSON that says where each piece belongs in the global tensor,
-so that another number of ranks, or a single process, can assemble whole parameters, one at a time.
+moments. Beside the safetensors file of a rank lies a JSON that says where each piece belongs in the global tensor. So
+another number of ranks, or a single process, can assemble whole parameters, one at a time.
 """
 
 from __future__ import annotations
@@ -77,13 +77,15 @@ class PieceReader:
         """Raises `ValueError` that names the file when a description is missing or unreadable."""
         self.directory, self._prefix = directory, f"{role}:" if role else ""
         self._where: dict[str, list[tuple[Path, Piece]]] = defaultdict(list)
+        # Kept open: each is a memory map, of which reading a piece touches the piece's own pages only.
         self._files: dict[Path, safe_open] = {}
-        for description in sorted(directory.glob("rank-*.json")):
+        for description in sorted(directory.glob("rank-*.json")):  # so that every rank's error names the same file
             try:
                 pieces = [Piece.from_json(value) for value in json.loads(description.read_text())["pieces"]]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{description} is not a readable description of pieces: {error}") from error
             for piece in pieces:
+                # `engine/roles.py` lets no role's name have a colon, and a parameter's has none either.
                 found, _, name = piece.name.rpartition(":")
                 if found == role:
                     self._where[name].append((description.with_suffix(".safetensors"), piece))
@@ -102,6 +104,7 @@ class PieceReader:
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """float32[global shape] of `weight`, `exp_avg` or `exp_avg_sq`."""
+        # Zeros would pass for weights where a rank's file was not copied, so what was written is counted instead.
         whole = torch.empty(self.shape(name), dtype=torch.float32)
         shards: dict[int, list[tuple[Path, Piece]]] = defaultdict(list)
         for path, piece in self._where[name]:
@@ -153,6 +156,7 @@ def _place(whole: torch.Tensor, shard: torch.Tensor, piece: Piece) -> int:
     if piece.sharded_dim is None:
         whole.copy_(shard)
         return whole.numel()
+    # How many rows pad the vocabulary depends on the number of tensor-parallel ranks: they belong to no global tensor.
     dim = piece.sharded_dim
     kept = max(0, min(shard.shape[dim], whole.shape[dim] - piece.shard_start))
     target = whole.narrow(dim, min(piece.shard_start, whole.shape[dim]), kept)

@@ -35,7 +35,7 @@ class RunState:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    optimizer_steps: int = 0
+    optimizer_steps: int = 0  # fewer than `step` where a norm was not finite; Adam's bias correction needs this count
     data: dict[str, Json] = field(default_factory=dict)
 
 
@@ -49,9 +49,9 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
     if rank == 0:
         layout.clear_unfinished(run)
         temporary.mkdir(parents=True)
-    _barrier()
+    _barrier()  # what a killed save left is gone before anybody writes
     _write_rank(engine, temporary / f"rank-{rank:05d}", progress)
-    _barrier()
+    _barrier()  # the seal is over the files of all ranks
     if rank == 0:
         for name, source in assets.items():
             _add(temporary / name, source)
@@ -68,7 +68,7 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
             layout.write_text(temporary / ROLES, json.dumps(origins))
         layout.seal(temporary)
         layout.publish(temporary, final, keep)
-    _barrier()
+    _barrier()  # a rank that ended before would make the launcher end rank 0 within its save
     return final
 
 
@@ -81,17 +81,20 @@ def _write_rank(engine: Engine, stem: Path, progress: RunState) -> None:
     tensors: dict[str, torch.Tensor] = {}
     pieces: list[PieceJson] = []
     for role, part in _saved(engine):
+        # Before the first update there are no moments, and a resume begins with fresh ones as well.
         kinds = (WEIGHT, *(MOMENTS if isinstance(part, ZeroEngine) and part.wrapper.has_moments() else ()))
         for fragment in part.owned():
             piece = describe(fragment, role)
             pieces.append(piece.to_json())
             for kind in kinds:
                 held = fragment.master() if kind == WEIGHT else fragment.moment(kind)
+                # float32 at any precision: bf16 weights would lose what has been added below their last bit.
                 # A copy also on a CPU: what lies on a disk comes in one group at a time, in the same memory.
                 tensors[f"{kind}/{piece.name}"] = held.detach().to("cpu", torch.float32).clone()
         if isinstance(part, ZeroEngine):
             part.wrapper.put_back()
     save_file(tensors, stem.with_suffix(".safetensors"))
+    # Each rank writes the state of its own data lanes too, so that nothing has to be gathered.
     layout.write_text(stem.with_suffix(".json"), json.dumps({"pieces": pieces, "data": progress.data}))
 
 
@@ -117,12 +120,13 @@ def _add(target: Path, source: Asset) -> None:
 def load(engine: Engine, directory: Path) -> RunState:
     """Fill the engine from a checkpoint of any layout; returns where the run was.
 
-    Raises `ValueError` that names the parameter and both shapes when the checkpoint is of another model, the file when
-    it is damaged, or the plugin, control token, encoder, connector or objective that is another one now.
+    Raises `ValueError` that names the parameter and both shapes when the checkpoint is of another model, or the file
+    when it is damaged. The same for a plugin, control token, encoder, connector or objective that is another one now.
     """
     if engine.topology.rank == 0:
-        layout.verify(directory)
+        layout.verify(directory)  # by one rank: it reads every byte, of files that all ranks share
     _barrier()
+    # First: that a plugin is missing says more than that a parameter is.
     check_resumable(directory, engine.config)
     _check_origins(engine, directory)
     readers = {role: PieceReader(directory, role) for role in dict.fromkeys(role for role, _ in _saved(engine))}
@@ -130,10 +134,15 @@ def load(engine: Engine, directory: Path) -> RunState:
         check_shapes(part.fragments, readers[role])
     progress = read_progress(directory)
     for role, part in _saved(engine):
+        kinds: tuple[str, ...] = (WEIGHT,)
+        if isinstance(part, ZeroEngine) and progress.optimizer_steps:
+            part.wrapper.ensure_moments()
+            part.wrapper.set_step_count(progress.optimizer_steps)
+            kinds = (WEIGHT, *MOMENTS)
+        fill(part.fragments, readers[role], kinds)
         if isinstance(part, ZeroEngine):
-            _fill(part, readers[role], progress.optimizer_steps)
-        else:
-            fill(part.fragments, readers[role])
+            part.wrapper.publish_masters()
+            part.wrapper.put_back()
     return progress
 
 
@@ -149,15 +158,6 @@ def _check_origins(engine: Engine, directory: Path) -> None:
                 f"in {directory} the role {name} is {there}, here it is {role.origin}; "
                 "give it the weights that the run began with"
             )
-
-
-def _fill(part: ZeroEngine, reader: PieceReader, optimizer_steps: int) -> None:
-    if optimizer_steps:
-        part.wrapper.ensure_moments()
-        part.wrapper.set_step_count(optimizer_steps)
-    fill(part.fragments, reader, (WEIGHT, *MOMENTS) if optimizer_steps else (WEIGHT,))
-    part.wrapper.publish_masters()
-    part.wrapper.put_back()
 
 
 def read_progress(directory: Path) -> RunState:

@@ -42,7 +42,7 @@ class WholeReader:
         return tuple(self._file.get_slice(name).get_shape())
 
     def weight(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name).float()
+        return self._file.get_tensor(name).float()  # files of other tools have bf16
 
 
 def find_weights(path: Path) -> Path:

@@ -61,7 +61,7 @@ class EncoderSpec(Generic[Settings]):
     largest_item: Callable[[Settings], int]
     longest_item: Callable[[Settings], int]
     build: Callable[[Settings], nn.Module]
-    grids: Callable[[Settings, int], list[tuple[int, int, int]]] | None = None
+    grids: Callable[[Settings, int], list[Grid]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +123,7 @@ class ModalitySpec(Generic[Settings, RawItem]):
     """A kind of input that samples hold.
 
     encoder: name of its encoder; empty for text, which needs none. control: the control token that stands in the stream
-        for each of its embeddings; a plugin leaves it open and gets a free one (`registry.ModalityRegistry`).
+        for each of its embeddings; a plugin leaves it open and gets a free one (`control_tokens`).
     members: endings of the members of a tar, or columns of a table, that hold it, in the order of preference.
     files: the kinds of file in words, for `--help`.
     decode: a file's bytes -> the raw item; raises BadSample. prepare: -> the encoder's input. picture: of that, for

@@ -12,7 +12,7 @@ from megatron_gemini.checkpoint.inference import load_image_tokenizer, save_weig
 from megatron_gemini.checkpoint.training_state import Asset
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Plain
-from megatron_gemini.contracts import IMAGE, Batch, StepRows, TokenLayout
+from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.loading.source import source_labels
 from megatron_gemini.engine.batch_exchange import BatchExchange
@@ -27,6 +27,7 @@ from megatron_gemini.engine.synchronize import (
 )
 from megatron_gemini.kernels.attention.api import attention_backend
 from megatron_gemini.kernels.losses.dispatch import loss_backend
+from megatron_gemini.modalities.code_ranges import code_ranges
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.models.encoding_plan import check_media
@@ -51,13 +52,14 @@ class PackedObjective(Objective[StepRows, LossOutput]):
     def __init__(self, config: RunConfig, topology: Topology, device: torch.device) -> None:
         super().__init__(config, topology, device)
         self.tokenizer = TextTokenizer(config.data.text_model)
-        self.layout = TokenLayout(self.tokenizer.size, ((IMAGE, config.image_tokenizer.codes),))
+        self.layout = TokenLayout(self.tokenizer.size, code_ranges(config))
         self.image_tokenizer = self._load_image_tokenizer()
         self.digest = config_digest(config)
         self.labels = source_labels(config.data.sources)
         rows = OBJECTIVES.get(config.objective.kind).rows
         assert rows is not None, config.objective.kind
         self.form = rows(config.objective)
+        self.form.check(self.layout)
         self.loader = Loader(
             config, topology.rank, topology.world, self.layout, self.tokenizer, self.form, pin=device.type == "cuda"
         )

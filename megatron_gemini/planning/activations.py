@@ -3,8 +3,8 @@
 Not saved are parameters (a node keeps the parameter itself) and what all layers share (RoPE's angles, the attention
 plan): less than a hundredth of a layer.
 
-Shape suffixes of what is counted: T tokens of the row, C those of this context rank, S those of this rank's stream
-between layers, D width, N query heads, K key/value heads, H head width, F MLP width, V vocabulary rows of this rank.
+Shape suffixes of what is counted: T tokens of the row, C those of this context rank, S those of this rank's stream.
+Of the model: D width, N query heads, K key/value heads, H head width, F MLP width, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def layer_saved(model: ModelConfig, share: RowShare, recompute: str) -> float:
     again = share.stream * model.width * share.element
     if recompute == "full":
         return again
-    return mlp_saved(model, share) + (again if recompute == "selective" else attention_saved(model, share))
+    # The gated MLP keeps gate, up, the activated gate, and their product.
+    mlp = branch_saved(model, share) + 4 * share.context * model.mlp_width // share.tensor * share.element
+    return mlp + (again if recompute == "selective" else attention_saved(model, share))
 
 
 def layer_recomputed(model: ModelConfig, share: RowShare, recompute: str) -> float:
@@ -60,35 +62,24 @@ def layer_recomputed(model: ModelConfig, share: RowShare, recompute: str) -> flo
 
 def attention_saved(model: ModelConfig, share: RowShare) -> float:
     """The branch with norm, projections, attention and the output projection."""
-    keys = key_heads_read(model, share.tensor) * model.head_width
-    queries = model.heads * model.head_width // share.tensor
-    rotated = share.context * queries + share.row * keys
+    key_heads, heads = key_heads_read(model, share.tensor), model.heads // share.tensor
+    queries, keys = heads * model.head_width, key_heads * model.head_width
+    rotated = share.context * queries + share.row * keys  # RoPE writes new tensors, which attention saves
     gathered = share.row > share.context  # over the context ranks
     values = share.row * keys if share.packed or gathered else 0  # otherwise views of what was projected
+    # Documents of several lengths are attended to in groups, and what comes out is put back in order: two tensors.
     out = share.context * queries * (2 if share.packed else 1)
-    normalizer = share.context * model.heads // share.tensor * FP32
-    kept = (rotated + values + out) * share.element + normalizer
-    return kept + branch_saved(model, share) + projections_saved(model, share)
+    projected = 2 * share.context * keys  # keys with values, one product
+    normalizers = share.context * heads * FP32  # the softmax's, a float32 for every query
+    if model.qk_norm:  # the norms of the heads want what was projected, with a factor and a weight each
+        projected += share.context * queries
+        normalizers += (share.context * (heads + key_heads) + 2 * model.head_width) * FP32
+    return branch_saved(model, share) + (rotated + values + out + projected) * share.element + normalizers
 
 
 def branch_saved(model: ModelConfig, share: RowShare) -> float:
     """The beginning of a residual branch: its input, the norm's factor and its output."""
     return share.stream * (2 * model.width * share.element + FP32) + model.width * FP32
-
-
-def projections_saved(model: ModelConfig, share: RowShare) -> float:
-    """Queries as projected, which only the norm of the heads wants, and keys with values."""
-    keys, heads = key_heads_read(model, share.tensor), model.heads // share.tensor
-    kept = share.context * 2 * keys * model.head_width * share.element
-    if model.qk_norm:
-        kept += share.context * (heads * model.head_width * share.element + (heads + keys) * FP32)
-        kept += 2 * model.head_width * FP32
-    return kept
-
-
-def mlp_saved(model: ModelConfig, share: RowShare) -> float:
-    """The gated MLP: gate, up, the activated gate, and their product."""
-    return branch_saved(model, share) + 4 * share.context * model.mlp_width // share.tensor * share.element
 
 
 def loss_saved(model: ModelConfig, rows: int, share: RowShare, deferred: bool) -> float:
@@ -99,12 +90,14 @@ def loss_saved(model: ModelConfig, rows: int, share: RowShare, deferred: bool) -
     """
     norm = share.stream * (model.width * share.element + FP32) + model.width * FP32
     hidden = share.context * model.width * share.element
+    # Deferred, a token keeps its target in 8 bytes and two float32 of the softmax; its logits are made again.
     statistics = 4 * share.context * FP32 if deferred else 0
     return norm + hidden + (statistics if deferred else rows * model.width * share.element)
 
 
 def loss_buffers(model: ModelConfig, rows: int, share: RowShare) -> float:
     """What the loss needs for a moment: a chunk of logits, the head's gradient, and in bf16 its sum in float32."""
+    # Float32 logits are made chunk by chunk, each beside its gradient: whole ones would be the largest tensor of all.
     chunk = min(share.context * rows * FP32, CHUNK)
     return 2 * chunk + rows * model.width * ((FP32 if share.element < FP32 else 0) + share.element)
 

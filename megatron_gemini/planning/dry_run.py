@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -16,10 +13,8 @@ from megatron_gemini.models.encoders import build_connector, build_encoder
 from megatron_gemini.models.stage import DecoderStage, parts
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
-from megatron_gemini.planning.footprint import PARTS, Bytes
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.memory import rank_footprint
-from megatron_gemini.planning.sizes import show_size
 
 
 def dry_run(config: RunConfig, layout: TokenLayout, rank: int, world: int) -> str:
@@ -27,13 +22,20 @@ def dry_run(config: RunConfig, layout: TokenLayout, rank: int, world: int) -> st
 
     The layout must be legal. Raises RuntimeError where the modules do not have the parameters that planning counts.
     """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     job = Job(config, world, layout.size)
-    with _pretended(rank, world):
+    # A default process group of which only this rank exists: its collectives return at once, so that one machine can
+    # build what a rank of a thousand would hold, by the code that training uses.
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
         topology = build_topology(config.parallel, "fake")
         stages, encoders = build(config, layout, topology)
         lines = [*_place(topology), *_stages(stages, encoders, job, topology)]
+    finally:
+        dist.destroy_process_group()
     footprint = rank_footprint(job, topology.pipeline_rank)
-    return "\n".join([*lines, f"GPU: {_told(footprint.gpu)}", f"host: {_told(footprint.host)}"])
+    return "\n".join([*lines, f"GPU: {footprint.gpu}", f"host: {footprint.host}"])
 
 
 def build(config: RunConfig, layout: TokenLayout, topology: Topology) -> tuple[list[DecoderStage], list[nn.Module]]:
@@ -49,18 +51,6 @@ def build(config: RunConfig, layout: TokenLayout, topology: Topology) -> tuple[l
     return stages, encoders
 
 
-@contextmanager
-def _pretended(rank: int, world: int) -> Iterator[None]:
-    """A default process group of which only this rank exists; its collectives return at once."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def _place(topology: Topology) -> list[str]:
     axes: list[tuple[str, int, int, ProcessGroup | None]] = [
         ("tensor", topology.tensor_rank, topology.tensor_size, topology.tensor_group),
@@ -72,14 +62,11 @@ def _place(topology: Topology) -> list[str]:
     lines = [f"rank {topology.rank} of {topology.world}"]
     for name, rank, size, group in axes:
         members = [topology.rank] if group is None else dist.get_process_group_ranks(group)
-        lines.append(f"  {name:<8}  {rank} of {size}  ranks {_ranks(members)}")
+        shown = list(map(str, members))
+        if len(shown) > 8:  # a group may have hundreds
+            shown = [*shown[:3], "...", shown[-1]]
+        lines.append(f"  {name:<8}  {rank} of {size}  ranks {', '.join(shown)}")
     return lines
-
-
-def _ranks(members: list[int]) -> str:
-    """1, 2, 3 as they are; a long list by its ends."""
-    shown = list(map(str, members))
-    return ", ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
 
 
 def _stages(stages: list[DecoderStage], encoders: list[nn.Module], job: Job, topology: Topology) -> list[str]:
@@ -108,8 +95,3 @@ def _checked(built: int, planned: int, what: str) -> str:
             f"{what} has {built} parameters, but planning counts {planned}; its formulas are out of date"
         )
     return f"{built:,} parameters, as planned"
-
-
-def _told(held: Bytes) -> str:
-    parts = ", ".join(f"{part} {show_size(getattr(held, part))}" for part in PARTS if getattr(held, part))
-    return f"{parts} = {show_size(held.total)}"

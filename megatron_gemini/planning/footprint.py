@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+
+from megatron_gemini.planning.sizes import show_size
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "buffers")
 
@@ -18,7 +19,8 @@ class Bytes:
     activations: float = 0.0
     buffers: float = 0.0
 
-    def __add__(self, other: Bytes) -> Bytes:  # field by field: a search adds hundreds of thousands of these
+    def __add__(self, other: Bytes) -> Bytes:
+        # Field by field and not by `dataclasses.fields`: a search adds hundreds of thousands of these.
         return Bytes(
             self.weights + other.weights,
             self.gradients + other.gradients,
@@ -31,6 +33,11 @@ class Bytes:
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
+    def __str__(self) -> str:
+        """What there is of each, and the sum: `weights 2.0 GB, buffers 4.0 GB = 6.0 GB`."""
+        parts = ", ".join(f"{part} {show_size(getattr(self, part))}" for part in PARTS if getattr(self, part))
+        return f"{parts} = {show_size(self.total)}"
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -41,7 +48,3 @@ class Footprint:
 
     def __add__(self, other: Footprint) -> Footprint:
         return Footprint(self.gpu + other.gpu, self.host + other.host)
-
-    def with_gpu(self, **parts: float) -> Footprint:
-        """The same with bytes added to parts of the GPU's."""
-        return dataclasses.replace(self, gpu=self.gpu + Bytes(**parts))

@@ -54,17 +54,21 @@ class Job:
     @cached_property
     def encoder_engines_zero(self) -> ZeroPlan:
         """Of every encoder's engine, which has every rank."""
+        # Encoders are divided over the whole world, whatever the decoder's layout: each rank encodes its share.
         stage = self.config.encoder_engines.zero_stage
         return self._zero(self.config.engine.zero_stage if stage < 0 else stage, self.world)
 
     def _zero(self, stage: int, ranks: int) -> ZeroPlan:
         engine = self.config.engine
         optimizer, weights = engine.offload_optimizer != "none", engine.offload_parameters != "none"
+        # What `engine.encoder_engine` tells DeepSpeed: below the stages that can offload, nothing is.
         return ZeroPlan(stage, ranks, engine.precision == "bf16", optimizer and stage > 0, weights and stage == 3)
 
     @cached_property
     def trained(self) -> list[int]:
         """Parameters of each engine beside the decoder's: of every trained encoder, and of all trained connectors."""
+        # An encoder has an engine of its own, since DeepSpeed counts the backwards of a step for an engine and encoders
+        # have different numbers of them. Connectors have one backward each, so that one engine can hold them all.
         config, connectors = self.config, connector_parameters(self.config)
         free = [count for name, count in connectors.items() if not config.encoders[name].connector.frozen]
         encoders = [count for name, count in encoder_parameters(config).items() if not config.encoders[name].frozen]

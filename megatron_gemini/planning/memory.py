@@ -39,6 +39,7 @@ def in_flight(job: Job, pipeline_rank: int) -> int:
         return rows * virtual
     if parallel.schedule == "1f1b":
         return min(rows, ranks - pipeline_rank)
+    # Interleaved (Narayanan et al. 2021, arXiv:2104.04473): the warm-up of torch's schedule, and the forward after it.
     return min(rows * virtual, (virtual - 1) * ranks + 2 * (ranks - 1 - pipeline_rank) + 1)
 
 
@@ -47,18 +48,21 @@ def rank_footprint(job: Job, pipeline_rank: int) -> Footprint:
     stages = job.stages_of(pipeline_rank)
     state = Footprint(host=Bytes(buffers=PROCESS + job.config.data.cache_bytes))
     for stage in stages:
-        state += zero_state(stage.parameters, stage.largest, job.zero)
+        state += zero_state(stage.parameters, stage.largest, job.zero)  # every virtual stage has an engine
     state += _encoder_state(job)
     working = _activations(job, stages, in_flight(job, pipeline_rank))
     passes = _zero_buffers(job, stages) + _backward_buffers(job, stages)
     update = max(update_buffers(stage.parameters, stage.largest, job.zero) for stage in stages)
-    # The update comes when the activations are gone: only what it takes beyond them adds to the peak.
-    return (state + working).with_gpu(buffers=LIBRARIES + max(passes, update - working.gpu.activations))
+    # The update comes when the activations are gone. So only what it takes beyond them adds to the peak.
+    buffers = LIBRARIES + max(passes, update - working.gpu.activations)
+    return state + working + Footprint(Bytes(buffers=buffers))
 
 
 def _encoder_state(job: Job) -> Footprint:
     """Of every engine of encoders and connectors, which has all ranks."""
     zero = job.encoder_engines_zero
+    # A frozen encoder is divided under ZeRO-3 alone. A frozen connector is whole on every rank even there: gradients of
+    # its encoder pass through it outside of the engine's forward, where nothing would gather its weights.
     divided = Bytes(weights=sum(job.frozen) * zero.element / (zero.ranks if zero.stage == 3 else 1))
     state = Footprint(host=divided) if zero.offload_parameters else Footprint(divided)
     state += Footprint(Bytes(weights=job.frozen_connectors * zero.element))
@@ -74,17 +78,18 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
     passes = waiting / len(stages)  # of every stage
     layers = sum(len(stage.layers) for stage in stages) * passes
     kept = layers * layer_saved(model, share, mode) + layer_recomputed(model, share, mode)
-    # Readers stand between the layers: they are not computed again.
+    # Readers stand between the layers and not in them: no recomputation covers them.
     memory = int(MEDIA * config.data.row_tokens)
     kept += passes * sum(reader_saved(config, stage.layers, share, memory) for stage in stages)
     host = 0.0
     if config.engine.offload_activations and mode != "none":
         inputs = layer_saved(model, share, "full")
-        host = layers * inputs
+        host = layers * inputs  # recomputation's own inputs are all that `parallel.recompute` offloads
         kept -= max(0.0, layers - 2) * inputs  # the one in use, and the one that is fetched ahead
     if stages[-1].last:
         rows = vocabulary_parameters(model, job.vocabulary, share.tensor) // model.width
         deferred = config.parallel.schedule == "breadth_first"
+        # Breadth-first runs the last stage's forward of every row before the first backward; the others, one by one.
         alive = job.microbatches if deferred and config.parallel.pipeline > 1 else 1
         own = OBJECTIVES.get(config.objective.kind).loss_bytes(config.objective, model, share.context, share.element)
         kept += alive * (loss_saved(model, rows, share, deferred) + own)
@@ -100,7 +105,8 @@ def _embeddings(job: Job, stages: list[Stage]) -> float:
     readers, layers = reading_layers(config), {layer for stage in stages for layer in stage.layers}
     in_stream = stages[0].first and any(not each for each in readers.values())
     read = any(layers.intersection(each) for each in readers.values())
-    tokens = in_stream * share.stream + read * share.row  # every rank that reads a memory has all of it
+    # Each tensor- and context-parallel rank has its share of the stream, but all of a memory that it reads.
+    tokens = in_stream * share.stream + read * share.row
     return 2 * MEDIA * job.microbatches * tokens * config.model.width * share.element
 
 
@@ -150,7 +156,7 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
     beside = [(count, min(BUCKET, count)) for count in job.trained]
     encoders = sum(zero_buffers(count, 0, job.encoder_engines_zero, bucket=bucket) for count, bucket in beside)
     if zero.stage < 3:
-        return max(decoder) + encoders
+        return max(decoder) + encoders  # ZeRO-2 frees its bucket after each backward; ZeRO-3 keeps it
     if held is not None:  # one stage is gathered at a time; every engine has its own bucket
         return sum(decoder) - (len(stages) - 1) * held * zero.element + encoders
     return sum(decoder) + encoders
@@ -159,6 +165,7 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
 def _backward_buffers(job: Job, stages: list[Stage]) -> float:
     """Gradients of a layer while it runs, of the stream at both ends of a stage, and of the logits."""
     model, share = job.config.model, RowShare.of(job.config)
+    # The MLP's backward holds most: gradients of gate, up and their product, and of four streams around it.
     inner = 3 * share.context * model.mlp_width / share.tensor + 4 * share.context * model.width
     weight = max(stage.largest for stage in stages)
     found = (inner + weight) * share.element

@@ -49,7 +49,8 @@ def _stages(model: ModelConfig, vocabulary: int, row_tokens: int, tensor: int, c
     found = []
     for number, span in enumerate(stage_layers(model, vocabulary, row_tokens, count)):
         first, last = number == 0, number == count - 1
-        tables = first + (last and not (first and model.tie_embeddings))  # a tied head elsewhere is a second copy
+        # A tied head on another stage than the embedding is a second copy, kept equal by a sum of both gradients.
+        tables = first + (last and not (first and model.tie_embeddings))
         total = len(span) * layer + tables * rows + last * model.width
         found.append(Stage(span, first, last, total, max(inner, rows if tables else 0)))
     return found
@@ -75,7 +76,7 @@ def layer_parameters(model: ModelConfig, tensor: int) -> int:
 
 def vocabulary_parameters(model: ModelConfig, vocabulary: int, tensor: int) -> int:
     """Elements of an embedding or a head on one of `tensor` ranks, padding included."""
-    return -(-vocabulary // tensor) * model.width
+    return -(-vocabulary // tensor) * model.width  # rounded up, so that all ranks have as many rows
 
 
 def encoder_parameters(config: RunConfig) -> dict[str, int]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_gemini.config.engine import ParallelConfig
-from megatron_gemini.planning.footprint import PARTS, Bytes
+from megatron_gemini.planning.footprint import PARTS
 from megatron_gemini.planning.memory import USABLE, longest_item
 from megatron_gemini.planning.parameters import stages
 from megatron_gemini.planning.search import ZERO3_PIPELINE, LayoutPlan, alternatives
@@ -56,7 +56,7 @@ def layout_options(plan: LayoutPlan) -> str:
     chosen += [("encoder_engines", "zero_stage")] if config.encoder_engines.zero_stage >= 0 else []
     words = []
     for section, name in chosen:
-        value = getattr(getattr(config, section), name)
+        value = getattr(getattr(config, section), name)  # of several types, each written as its option wants it
         words.append(f"--{section}.{name}" if value is True else f"--{section}.{name} {value}")
     return " ".join(word for word in words if not word.endswith("sequence False"))
 
@@ -76,6 +76,7 @@ def _machine(plan: LayoutPlan) -> str:
 
 def _table(plans: Sequence[LayoutPlan]) -> str:
     rows = [_HEADER, *map(_row, plans)]
+    # Right-aligned, so that the eye finds the orders of magnitude.
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     return "\n".join("  ".join(map(str.rjust, row, widths)).rstrip() for row in rows)
 
@@ -83,6 +84,7 @@ def _table(plans: Sequence[LayoutPlan]) -> str:
 def _row(plan: LayoutPlan) -> tuple[str, ...]:
     config, job = plan.job.config, plan.job
     parallel, engine = config.parallel, config.engine
+    decoder, encoders = job.zero.stage, job.encoder_engines_zero.stage
     offload = [
         name
         for name, where in (("opt", engine.offload_optimizer), ("par", engine.offload_parameters))
@@ -97,7 +99,7 @@ def _row(plan: LayoutPlan) -> tuple[str, ...]:
         parallel.schedule if parallel.pipeline > 1 else "-",
         str(job.data),
         str(job.microbatches),
-        _stages(plan),
+        str(decoder) if decoder == encoders else f"{decoder}/{encoders}",
         "+".join(offload) or "-",
         engine.recompute,
         show_size(plan.footprint.gpu.total),
@@ -108,11 +110,6 @@ def _row(plan: LayoutPlan) -> tuple[str, ...]:
         f"{plan.rows_per_second:.2f}",
         shortage(plan),
     )
-
-
-def _stages(plan: LayoutPlan) -> str:
-    decoder, encoders = plan.job.zero.stage, plan.job.encoder_engines_zero.stage
-    return str(decoder) if decoder == encoders else f"{decoder}/{encoders}"
 
 
 def _more(count: int) -> str:
@@ -128,8 +125,8 @@ def _best(plan: LayoutPlan) -> str:
     where = f" on pipeline rank {plan.worst}" if job.config.parallel.pipeline > 1 else ""
     lines = [
         f"best: {layout_options(plan)}",
-        f"  a GPU{where}: {_parts(gpu)}; {show_size(USABLE * machine.gpu_memory - gpu.total)} to spare",
-        f"  a rank's share of its host: {_parts(host)}",
+        f"  a GPU{where}: {gpu}; {show_size(USABLE * machine.gpu_memory - gpu.total)} to spare",
+        f"  a rank's share of its host: {host}",
         f"  a step of {time.total:.3g} s: {told}",
         f"  what binds: {causes[0][0]} takes most of the time, {fullest} most of the GPU",
         *(f"  {line}" for line in _reasons(plan)),
@@ -150,21 +147,16 @@ def _warning(plan: LayoutPlan) -> list[str]:
     ]
 
 
-def _parts(held: Bytes) -> str:
-    parts = ", ".join(f"{part} {show_size(getattr(held, part))}" for part in PARTS if getattr(held, part))
-    return f"{parts} = {show_size(held.total)}"
-
-
 def _reasons(plan: LayoutPlan) -> list[str]:
     """What the same layout would need and take with one choice made the other way."""
     reasons = []
     for change, other in alternatives(plan):
-        verdict = shortage(other) or _compared(other.time.total / plan.time.total - 1)
-        reasons.append(f"with {change}: {verdict}")
+        slower = other.time.total / plan.time.total - 1
+        if abs(slower) < 0.0005:
+            verdict = "as fast, and less simple"
+        elif slower > 0:
+            verdict = f"{slower:.1%} slower"
+        else:  # the only choice that the search makes against its own estimate
+            verdict = f"{-slower:.1%} faster, but ZeRO-3 in a pipeline"
+        reasons.append(f"with {change}: {shortage(other) or verdict}")
     return reasons
-
-
-def _compared(slower: float) -> str:
-    if abs(slower) < 0.0005:
-        return "as fast, and less simple"
-    return f"{slower:.1%} slower" if slower > 0 else f"{-slower:.1%} faster, but ZeRO-3 in a pipeline"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.layout import layouts, why_not
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.footprint import Footprint
@@ -37,7 +38,7 @@ _SEARCHED = (
 LONG_ROW = 16_384
 """Tokens of a row from which context parallelism is worth a look without being asked for."""
 ZERO3_PIPELINE = 1.05
-"""ZeRO-3 in a pipeline must be faster by this factor than another state to be preferred: every stage gathers its
+"""ZeRO-3 in a pipeline must be faster by this factor than another state to be preferred. Every stage gathers its
 weights in an order that the schedule dictates, and the estimate cannot tell what that costs."""
 
 
@@ -112,7 +113,7 @@ def search(config: RunConfig, world: int, vocabulary: int, machine: Machine) -> 
     The layout, the ZeRO stage, offload to the host (the optimizer's, and under ZeRO-3 the weights') and recomputation
     are chosen; all else is the configuration's. Raises a `ValueError` where no layout is legal.
     """
-    found: dict[object, LayoutPlan] = {}
+    found: dict[ParallelConfig, LayoutPlan] = {}
     for candidate in candidates(config, world):
         plan = judge(Job(candidate, world, vocabulary), machine)
         before = found.get(candidate.parallel)
@@ -125,6 +126,7 @@ def search(config: RunConfig, world: int, vocabulary: int, machine: Machine) -> 
 
 def candidates(config: RunConfig, world: int) -> Iterator[RunConfig]:
     """Every legal configuration that differs from `config` in what is searched."""
+    # Layouts first: the state and the activations decide no legality, and there are thirty of them for every layout.
     legal = [layout.parallel for layout in layouts(config, world)]
     if config.parallel.context == 1 and config.data.row_tokens < LONG_ROW:
         legal = [parallel for parallel in legal if parallel.context == 1] or legal
@@ -149,9 +151,10 @@ def _states(config: RunConfig) -> Iterator[RunConfig]:
                 offload_optimizer=optimizer,
                 offload_parameters=weights,
                 recompute=recompute,
-                adam="auto",
+                adam="auto",  # DeepSpeed's CPU Adam would be refused where the optimizer is not offloaded
             )
             yield dataclasses.replace(config, engine=engine)
+            # ZeRO-1 keeps whole gradients, which encoders of billions of parameters beside a small stage cannot afford.
             if free and 0 < stage < 3:
                 encoder_engines = dataclasses.replace(config.encoder_engines, zero_stage=3)
                 yield dataclasses.replace(config, engine=engine, encoder_engines=encoder_engines)
@@ -161,6 +164,7 @@ def judge(job: Job, machine: Machine) -> LayoutPlan:
     """What a layout needs of a machine."""
     found = {rank: rank_footprint(job, rank) for rank in job.places}
     worst = max(found, key=lambda rank: found[rank].gpu.total)
+    # A node may hold ranks of several places of the pipeline; as if all were the fullest.
     ranks = min(job.world, machine.gpus_per_node)
     host = ranks * max(footprint.host.total for footprint in found.values())
     return LayoutPlan(job, machine, worst, found[worst], host)
@@ -178,6 +182,6 @@ def alternatives(plan: LayoutPlan) -> list[tuple[str, LayoutPlan]]:
     return found
 
 
-def _setting(config: RunConfig, name: str) -> object:
+def _setting(config: RunConfig, name: str) -> int | str:
     section, _, field = name.partition(".")
     return getattr(getattr(config, section), field)

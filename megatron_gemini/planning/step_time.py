@@ -1,8 +1,8 @@
 """How long a step may take: arithmetic, what the links add to it, the pipeline's bubble, and the update.
 
-An estimate that ranks layouts. Collectives of tensor and context parallelism count as if nothing hid them; what ZeRO-3
-gathers and what its hooks take of the host, as if the same microbatch's arithmetic hid it as far as it goes. The
-encoders' arithmetic is not in it: the data decides.
+An estimate that ranks layouts. Collectives of tensor and context parallelism count as if nothing hid them. What ZeRO-3
+gathers, and what its hooks take of the host, counts as far as it is longer than the same microbatch's arithmetic. The
+arithmetic of encoders, connectors and readers of memories is not in it: the data decides.
 """
 
 from __future__ import annotations
@@ -62,20 +62,16 @@ def rank_flops(job: Job, pipeline_rank: int) -> float:
     """FLOPs of one microbatch on a rank, with what is recomputed."""
     config, stages = job.config, job.stages_of(pipeline_rank)
     model = config.model
-    layer = model_flops_per_token(dataclasses.replace(model, layers=1), 0, visible_keys(job))
-    layer += _again(job)
+    queries, seen = model.heads * model.head_width, visible_keys(job)
+    layer = model_flops_per_token(dataclasses.replace(model, layers=1), 0, seen)
+    if config.engine.recompute != "none":  # the attention's forward again
+        layer += 2 * model.width * (queries + 2 * model.kv_heads * model.head_width) + 4 * queries * seen
+    if config.engine.recompute == "full":
+        # And the rest, but for the layer's last product: nobody reads what comes out of a layer that is computed again.
+        layer += 2 * model.width * (queries + 2 * model.mlp_width)
     head = 6 * model.width * job.vocabulary if stages[-1].last else 0
     tokens = config.data.row_tokens / config.parallel.context / config.parallel.tensor
     return tokens * (sum(len(stage.layers) for stage in stages) * layer + head)
-
-
-def _again(job: Job) -> float:
-    """FLOPs a token that recomputing a layer adds: its forward without the last product, or its attention's."""
-    model, queries = job.config.model, job.config.model.heads * job.config.model.head_width
-    attention = 2 * model.width * (queries + 2 * model.kv_heads * model.head_width) + 4 * queries * visible_keys(job)
-    if job.config.engine.recompute == "full":
-        return attention + 2 * model.width * (queries + 2 * model.mlp_width)
-    return attention if job.config.engine.recompute == "selective" else 0.0
 
 
 class Links:
@@ -88,6 +84,7 @@ class Links:
         self.tensor = self._ring(parallel.tensor, 1)
         self.context = self._ring(inner, parallel.tensor)
         self.data = self._ring(inner * job.data, parallel.tensor)
+        # The next stage's rank is all data-parallel ranks away: on another node, unless one node holds two stages.
         self.pipeline = (gpu.network if inner * job.data * 2 > gpus_per_node else gpu.nvlink) * LINKS
         self.host = gpu.pcie * LINKS
 
@@ -104,6 +101,7 @@ def _of_rank(job: Job, rank: int, gpu: Gpu, links: Links) -> StepTime:
     tensor, context = sent.tensor / links.tensor, sent.context / links.context
     pipeline = sent.pipeline / links.pipeline
     each = sent.data / links.data
+    # What ZeRO-3 gathers travels while the microbatch is computed, and its hooks run on the host meanwhile.
     exposed = max(0.0, each - arithmetic, _hooks(job, rank) - arithmetic) if job.zero.stage == 3 else each
     steps = rows * (arithmetic + tensor + context + pipeline + exposed)
     bubble = steps / rows * (parallel.pipeline - 1) / parallel.virtual_stages
@@ -115,7 +113,7 @@ def _of_rank(job: Job, rank: int, gpu: Gpu, links: Links) -> StepTime:
         rows * exposed + sent.step / links.data,
         bubble,
         _update(job, rank, gpu, links),
-        bubble / (steps + bubble),
+        bubble / (steps + bubble),  # (ranks - 1) / (rows * virtual + ranks - 1), as in Narayanan et al. 2021
     )
 
 
@@ -124,6 +122,7 @@ def _hooks(job: Job, rank: int) -> float:
     config, stages = job.config, job.stages_of(rank)
     if not job.zero.gathers or held(job):
         return 0.0
+    # Modules with parameters of a layer: the attention's input and output, the MLP, and the two norms of its heads.
     modules = (5 if config.model.qk_norm else 3) * sum(len(stage.layers) for stage in stages)
     passes = 2 if config.engine.recompute == "none" else 3
     return passes * (modules + stages[0].first + 2 * stages[-1].last) * HOOK

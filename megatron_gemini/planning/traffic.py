@@ -44,6 +44,7 @@ def traffic(job: Job, pipeline_rank: int) -> Traffic:
     keys = 2 * share.row * key_heads_read(model, parallel.tensor) * model.head_width * share.element
     context = ring(parallel.context) * keys * layers * passes
     numbers = [pipeline_rank + parallel.pipeline * number for number in range(len(stages))]
+    # A hidden state to the next stage, a gradient to the one before; the first and the last stage have one neighbor.
     sent = sum((number < last) + (number > 0) for number in numbers) if last else 0
     parameters = sum(stage.parameters for stage in stages)
     each, once = _zero(parameters, job.zero, held(job))
@@ -62,7 +63,9 @@ def _tensor_passes(layers: int, stages: list[Stage], sequence: bool, recompute: 
     An all-reduce goes twice. With sequence parallelism the backward gathers the stream of both branches once more. What
     runs again leaves out the sum at its end.
     """
+    # Two branches, forward and backward, two ring passes each; sequence parallelism has two gathers more.
     layer = 10 if sequence else 8
+    # A layer that is computed again skips the sum of its last product, whose output nobody reads.
     layer += {"none": 0, "selective": int(sequence), "full": 3 if sequence else 2}[recompute]
     return layers * layer + 2 * stages[0].first + 2 * stages[-1].last
 
@@ -75,6 +78,7 @@ def held(job: Job) -> bool:
 def _zero(parameters: int, zero: ZeroPlan, once: bool) -> tuple[float, float]:
     """(bytes every microbatch, bytes once a step) for gradients and weights. once: gathered once for all of them."""
     whole = ring(zero.ranks) * parameters * zero.element
+    # ZeRO-3 gathers weights in the forward and in the backward, and reduces gradients: three passes (ZeRO, section 7).
     if zero.stage == 3:
         return (whole, 2 * whole) if once else (3 * whole, 0.0)
     if zero.stage == 2:

@@ -1,9 +1,12 @@
 """What one DeepSpeed engine keeps: weights, gradients and optimizer state at every ZeRO stage.
 
-Counted from what deepspeed 0.19 allocates, which is not what the paper's 16 bytes a parameter would say: bf16 training
-sums gradients in float32, ZeRO-1 keeps whole gradients until the step ends, also when the optimizer is offloaded, and
-an offloaded optimizer takes gradients in buffers of its own on the host. The engine's flat buffers are padded by less
-than the number of ranks, which is not counted.
+Counted from what deepspeed 0.19 allocates, which is not what the paper's 16 bytes a parameter would say:
+
+- Training in bf16 sums gradients in float32.
+- ZeRO-1 keeps whole gradients until the step ends, also when the optimizer is offloaded.
+- An offloaded optimizer takes gradients in buffers of its own on the host.
+
+The engine's flat buffers are padded by less than the number of ranks, which is not counted.
 """
 
 from __future__ import annotations
@@ -48,33 +51,31 @@ def zero_state(parameters: int, largest: int, plan: ZeroPlan) -> Footprint:
     As it is between two microbatches of a step. What is there for a moment (`zero_buffers`) is not in it.
     """
     share = parameters / plan.ranks
+    optimizer = share * FP32 * 3  # a float32 master of the weights, and two moments
     if plan.stage == 3:
-        return _partitioned(share, plan)
-    weights = parameters * plan.element
+        weights = Bytes(weights=share * plan.element)
+        here, there = (Bytes(), weights) if plan.offload_parameters else (weights, Bytes())
+        if plan.offload_optimizer:  # the sum over microbatches, and the optimizer's copy of it
+            return Footprint(here, there + Bytes(gradients=2 * share * FP32, optimizer=optimizer))
+        return Footprint(here + Bytes(gradients=share * FP32, optimizer=optimizer), there)
+    weights_here = parameters * plan.element
     if plan.stage == 0:
-        # In bf16 a float32 master and two moments, in fp32 the moments only.
-        return Footprint(Bytes(weights, parameters * plan.element, parameters * FP32 * (3 if plan.bf16 else 2)))
+        # In bf16 a float32 master and two moments, in fp32 the moments only: the weights are their own master.
+        masters = parameters * FP32 * (3 if plan.bf16 else 2)
+        return Footprint(Bytes(weights_here, parameters * plan.element, masters))
     gradients = parameters * FP32 if plan.stage == 1 else share * FP32
     if not plan.offload_optimizer:
         if plan.bf16 and plan.stage == 1:
             gradients += parameters * plan.element  # what autograd wrote stays beside the float32 sum
-        return Footprint(Bytes(weights, gradients, share * FP32 * 3))
+        return Footprint(Bytes(weights_here, gradients, optimizer))
     gradients_there = share * FP32
     if plan.stage == 2 and not plan.bf16:
         gradients, gradients_there = 0.0, 2 * gradients_there  # fp32 sums on the host
-    staging = largest * plan.element
+    staging = largest * plan.element  # of the largest gradient on its way to the host, on either side
     return Footprint(
-        Bytes(weights, gradients, buffers=staging),
-        Bytes(gradients=gradients_there, optimizer=share * FP32 * 3, buffers=share * plan.element + staging),
+        Bytes(weights_here, gradients, buffers=staging),
+        Bytes(gradients=gradients_there, optimizer=optimizer, buffers=share * plan.element + staging),
     )
-
-
-def _partitioned(share: float, plan: ZeroPlan) -> Footprint:
-    weights, optimizer = Bytes(weights=share * plan.element), Bytes(optimizer=share * FP32 * 3)
-    here, there = (Bytes(), weights) if plan.offload_parameters else (weights, Bytes())
-    if plan.offload_optimizer:  # the sum over microbatches, and the optimizer's copy of it
-        return Footprint(here, there + optimizer + Bytes(gradients=2 * share * FP32))
-    return Footprint(here + optimizer + Bytes(gradients=share * FP32), there)
 
 
 def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None = None, bucket: int = BUCKET) -> float:
@@ -84,11 +85,11 @@ def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None
     DeepSpeed allocates a whole one, however small the model is.
     """
     if plan.stage < 2:
-        return 0.0
+        return 0.0  # both reduce after the last backward, see `update_buffers`
     if plan.stage == 2:
         return min(parameters, max(bucket, largest)) * plan.element
     gathered = min(parameters, max(LIVE, 2 * largest) + bucket) if held is None else held
-    gathered = gathered if plan.gathers else 0
+    gathered = gathered if plan.gathers else 0  # one rank alone holds its weights whole and gathers nothing
     return (max(bucket, largest) + gathered) * plan.element
 
 

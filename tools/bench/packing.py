@@ -22,6 +22,7 @@ from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.packing.pack import choose
 from megatron_gemini.data.samples.document import Size
+from megatron_gemini.modalities.code_ranges import code_ranges
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.registry import OBJECTIVES
 
@@ -77,7 +78,7 @@ def generated(rows: int) -> None:
 def of_run(path: str, steps: int) -> None:
     config = load_config(["--config", path])
     tokenizer = TextTokenizer(config.data.text_model)
-    layout = TokenLayout(tokenizer.size, (("image", config.image_tokenizer.codes),))
+    layout = TokenLayout(tokenizer.size, code_ranges(config))
     form = OBJECTIVES.get(config.objective.kind).rows
     assert form is not None, config.objective.kind
     with Loader(config, 0, 1, layout, tokenizer, form(config.objective)) as loader:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.modalities.counting import attention, feed_forward, linear, spread
 from megatron_gemini.modalities.image.operations import crop, resize
-from megatron_gemini.modalities.spec import CodesSpec, EncoderSpec, ItemOperation, ModalitySpec, Picture, Prepared
+from megatron_gemini.modalities.spec import (
+    CodesSpec,
+    EncoderSpec,
+    Grid,
+    ItemOperation,
+    ModalitySpec,
+    Picture,
+    Prepared,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +55,7 @@ def image_patches(vision: VisionConfig) -> int:
     return (vision.max_side // vision.patch) ** 2
 
 
-def grids(vision: VisionConfig, count: int) -> list[tuple[int, int, int]]:
+def grids(vision: VisionConfig, count: int) -> list[Grid]:
     """Square images: a clip costs the sum of its frames."""
     return [(1, side, side) for side in spread(vision.max_side // vision.patch, count)]
 

@@ -70,7 +70,13 @@ def test_what_is_recorded(tmp_path, monkeypatch) -> None:
         "plugins": ["some.plugin"],
         "objective": "pretrain",
         "connectors": {"vision": "linear", "audio": "linear"},
-        "control_tokens": {"image": "image", "video": "video", "audio": "audio"},
+        "control_tokens": {
+            "image": "image",
+            "image_begin": "image_begin",
+            "image_end": "image_end",
+            "video": "video",
+            "audio": "audio",
+        },
     }
     assert Extensions.read(path) == Extensions.of(CONFIG)
     assert FILE in json.loads((path / "index.json").read_text())["files"]
@@ -81,7 +87,7 @@ def test_a_missing_plugin_is_told_before_its_settings_are_unknown(run) -> None:
     change(run, FILE, lambda recorded: recorded["plugins"].append("series_plugin"))
     change(run, "config.yaml", lambda config: config["encoders"].update(series={"width": 3}))
     for attempt in (lambda: load_for_inference(run), lambda: load(engine(), step_directory(run, 1))):
-        with pytest.raises(ValueError, match=r"made with the plugin series_plugin.*add --plugin series_plugin$"):
+        with pytest.raises(ValueError, match=r"made with the plugins series_plugin.*add --plugin series_plugin$"):
             attempt()
 
 
@@ -89,14 +95,17 @@ def test_a_control_token_of_another_modality_names_both(run, modality) -> None:
     change(run, FILE, lambda recorded: recorded["control_tokens"].update(series="reserved_0"))
     modality("thermal", "reserved_0")
     for attempt in (lambda: load_for_inference(run), lambda: load(engine(), step_directory(run, 1))):
-        with pytest.raises(ValueError, match=r"reserved_0 stands for the modality series, here for thermal"):
+        with pytest.raises(
+            ValueError,
+            match=r"reserved_0 stands for series, here for thermal; .* in their order: none",
+        ):
             attempt()
 
 
 def test_a_modality_with_another_control_token_names_both(run, modality) -> None:
     change(run, FILE, lambda recorded: recorded["control_tokens"].update(series="reserved_0"))
     modality("series", "reserved_1")
-    with pytest.raises(ValueError, match=r"modality series has the control token reserved_0, here reserved_1"):
+    with pytest.raises(ValueError, match=r"series has the control token reserved_0, here reserved_1"):
         load_for_inference(run)
 
 
@@ -104,7 +113,7 @@ def test_a_vocabulary_is_not_taken_from_where_its_tokens_mean_something_else(run
     change(run, FILE, lambda recorded: recorded["control_tokens"].update(series="reserved_0"))
     modality("thermal", "reserved_0")
     pieces = TextTokenizer(step_directory(run, 1) / "text.model").size
-    with pytest.raises(ValueError, match=r"reserved_0 stands for the modality series, here for thermal"):
+    with pytest.raises(ValueError, match=r"reserved_0 stands for series, here for thermal"):
         initialize(engine(CONFIG, InitFromConfig(str(run)), text_pieces=pieces))
     initialize(engine(CONFIG, InitFromConfig(str(run), "encoders"), text_pieces=pieces))
 
@@ -156,7 +165,7 @@ def test_a_file_of_something_else_is_named(run, edit) -> None:
 
 def test_a_carried_image_tokenizer_is_checked_as_well(run) -> None:
     change(run, f"image_tokenizer/{FILE}", lambda recorded: recorded["plugins"].append("series_plugin"))
-    with pytest.raises(ValueError, match=r"made with the plugin series_plugin"):
+    with pytest.raises(ValueError, match=r"made with the plugins series_plugin"):
         load_image_tokenizer(run)
 
 

@@ -272,9 +272,20 @@ def test_help_shows_every_setting_with_the_value_it_has_now(write, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for name in setting_names(Section(RunConfig), {}):
-        lists = ("data.sources", "data.validation", "data.curriculum")
+        lists = ("data.sources", "data.validation", "data.curriculum", "init_from")
         shown_as = [f"--{name} ", f"--{name},", f"--{name}.NAME "]
         assert any(option in shown for option in shown_as) or name in lists, name
     assert "12345" in shown
     assert "0.0625" in shown
     assert "\x1b" not in shown
+
+
+def test_help_shows_the_items_that_a_file_has(write, capsys):
+    text = "data: {sources: [{shards: a.tar}, {shards: b.tar, weight: 0.0625, fields: {text: [caption, txt]}}]}"
+    with pytest.raises(SystemExit):
+        load_config(["--config", write(text), "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--data.sources.1.weight FLOAT Share of the documents drawn from here" in shown
+    assert "(default: 0.0625)" in shown and "(default: a.tar)" in shown
+    assert "--data.sources.1.fields.NAME STR ... Where a sample has its fields" in shown
+    assert "(default: 'text caption txt')" in shown

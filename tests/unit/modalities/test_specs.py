@@ -6,12 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gemini.contracts import CONTROL_TOKENS
+from megatron_gemini.config.run import RunConfig
+from megatron_gemini.contracts import CONTROL_TOKENS, TokenLayout
+from megatron_gemini.data.samples.document import build_document
+from megatron_gemini.data.samples.items import Codes, Text
+from megatron_gemini.data.samples.kinds import decode_item
+from megatron_gemini.data.tasks.descriptions import conversation
+from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.code_ranges import code_ranges
+from megatron_gemini.modalities.control_tokens import control_tokens
 from megatron_gemini.modalities.spec import CodesSpec, ModalitySpec
 from megatron_gemini.registry import MODALITIES
 
 ROOT = Path(__file__).parents[3]
 CODES = CodesSpec("sounds", ("sounds.json",), lambda config: 4, lambda config: 2, "sounds.codes")
+
+
+class Letters:
+    def encode(self, text):
+        return [ord(letter) % 30 for letter in text]
 
 
 @pytest.fixture
@@ -28,7 +41,7 @@ def register():
 
 
 def test_the_control_tokens_in_force_have_names():
-    assert MODALITIES.control_tokens() == {
+    assert control_tokens() == {
         "image": "image",
         "image_begin": "image_begin",
         "image_end": "image_end",
@@ -43,7 +56,7 @@ def test_plugins_take_the_next_free_control_tokens_in_the_order_of_their_registr
     register("sound", encoder="sound", codes=CODES)
     register("last", encoder="last", control="reserved_5")
     register("after", encoder="after")
-    found = MODALITIES.control_tokens()
+    found = control_tokens()
     assert [found[name] for name in ("series", "sound", "sound_begin", "sound_end", "last", "after")] == [
         f"reserved_{number}" for number in (0, 1, 2, 3, 5, 4)
     ]
@@ -65,10 +78,10 @@ def test_no_two_modalities_share_a_control_token_and_none_is_made_up(register):
 
 
 def test_a_modality_that_is_taken_back_gives_its_token_back(register):
-    before = MODALITIES.control_tokens()
+    before = control_tokens()
     MODALITIES.register("a", ModalitySpec(name="a", encoder="a"))
     MODALITIES.unregister("a")
-    assert MODALITIES.control_tokens() == before
+    assert control_tokens() == before
     register("b", encoder="b")
     assert MODALITIES.get("b").control == "reserved_0"
 
@@ -104,3 +117,31 @@ def test_every_modality_says_what_can_be_done_to_its_items_and_what_is_drawn_ane
         "video": {"resize": False, "frames": False},
         "audio": {"speed": True},
     }
+
+
+def test_a_range_of_codes_of_a_plugin_stands_behind_the_images(register):
+    config = RunConfig()
+    before = TokenLayout(30, code_ranges(config))
+    assert before.codes == (("image", config.image_tokenizer.codes),)
+    register("sound", encoder="vision", codes=CODES)
+    after = TokenLayout(30, code_ranges(config))
+    assert after.codes == (*before.codes, ("sound", 4))
+    assert after.code_range("image") == before.code_range("image")
+    document = build_document(
+        [Text("a")],
+        [Codes("sound", (3, 1))],
+        layout=after,
+        text_tokenizer=Letters(),
+        encoders=config.encoders,
+        key="k",
+    )
+    first = after.code_range("sound").start
+    begin, end = (after.control(token) for token in ("reserved_1", "reserved_2"))
+    assert document.token_L[-5:-1].tolist() == [begin, first + 3, first + 1, end]
+    assert [after.targets[kind] for kind in document.modality_L[-5:-1]] == ["text", "sound", "sound", "text"]
+    assert decode_item("sounds", b'{"codes": [2, 0]}', config) == Codes("sound", (2, 0))
+    assert conversation([{"role": "assistant", "content": [{"type": "sounds", "sounds": "x"}]}]) == [
+        (True, [("sounds", "x")])
+    ]
+    with pytest.raises(BadSample, match=r"sound code 4; the codebook has 0\.\.3"):
+        decode_item("sounds", b'{"codes": [2, 4]}', config)

@@ -183,7 +183,8 @@ def test_connectors_keep_their_inputs_over_the_step_and_their_graph_in_its_backw
     small, large = (rank_footprint(Job(config, 1, LAYOUT.size), 0).gpu.activations for config in (small, large))
     embeddings = int(MEDIA * 8 * T)
     assert large - small == pytest.approx(embeddings * 400 * 4)
-    assert small == pytest.approx(embeddings * (24 + 24 + 400) * 4)  # inputs over the step, then graph and gradient
+    # The inputs over the step, and then the graph (with places of 8 bytes) and their gradient.
+    assert small == pytest.approx(embeddings * ((24 + 2 * 24 + 400) * 4 + toys.INT64))
 
 
 COMMAND = [

@@ -29,7 +29,7 @@ from megatron_gemini.parallel.parameters import constant, declare
 from megatron_gemini.registry import CONNECTORS, ENCODERS, OBJECTIVES
 
 WINDOW = 4
-FP32 = 4
+INT64 = 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ HALVE = ConnectorSpec(
     section=HalveConfig,
     length=lambda length_S: (length_S + 1) // 2,
     parameters=lambda s, width, model_width: s.inner * (2 * width + 1 + model_width) + model_width,
-    saved_bytes=lambda s, width, model_width, embeddings, element: embeddings * (width + s.inner) * element,
+    # Embeddings, their places, those in place, and of every pair the hidden layer before and behind its activation.
+    saved_bytes=lambda s, width, model_width, embeddings, element: (
+        embeddings * (INT64 + (2 * width + s.inner) * element)
+    ),
     build=Halve,
 )
 
