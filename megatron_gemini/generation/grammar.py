@@ -37,7 +37,8 @@ class Grammar:
         table[[TEXT, MAY_DRAW], : layout.text_size] = True
         table[[TEXT, MAY_DRAW, END], layout.control("eos")] = True
         table[[START_IMAGE, MAY_DRAW], layout.control("image_begin")] = True
-        table[IMAGE, layout.code_range("image").start :] = True
+        codes = layout.code_range("image")
+        table[IMAGE, codes.start : codes.stop] = True
         table[END_IMAGE, layout.control("image_end")] = True
         self._table = table
 

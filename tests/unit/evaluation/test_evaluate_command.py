@@ -12,7 +12,9 @@ import pytest
 
 from megatron_gemini.cli import run_command
 from megatron_gemini.evaluate import main
+from megatron_gemini.registry import METRICS
 from tests.digit_run import TASKS, write_run
+from tests.extension.first_word import FIRST_WORD
 from tests.tiny_checkpoint import write_checkpoint
 
 
@@ -82,6 +84,18 @@ def test_named_metrics_alone_are_computed_and_shown(run, tmp_path, capsys) -> No
     shown = capsys.readouterr().out
     assert re.search(r"caption_cer +[\d.]+%  lower is better\n", shown)
     assert re.search(r"reconstruction_psnr +[\d.]+ dB  higher is better\n", shown)
+
+
+def test_a_metric_of_a_plugin_is_computed_by_its_name(run, tmp_path, capsys) -> None:
+    METRICS.register("first_word", FIRST_WORD)
+    try:
+        argv = ["--checkpoint", str(run), "--validation", f"caption={run}/validation/digits.tar", "--samples", "5"]
+        assert main([*argv, "--metrics", "first_word", "--out", str(tmp_path / "one.json")]) == 0
+    finally:
+        METRICS.unregister("first_word")
+    report = json.loads((tmp_path / "one.json").read_text())
+    assert 0 <= report["caption_first_word"] <= 1 and "caption_exact_match" not in report
+    assert re.search(r"caption_first_word +[\d.]+%  higher is better\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,13 @@ def test_no_image_begins_that_would_not_fit() -> None:
     assert not Grammar(LAYOUT, 4, "any", 6, 1).allowed()[0, begin]
 
 
+def test_an_image_has_none_of_the_codes_behind_its_own_range() -> None:
+    layout = TokenLayout(7, (("image", 5), ("sound", 3)))
+    grammar = Grammar(layout, 4, "image", 50, 1)
+    grammar.advance([layout.control("image_begin")])
+    assert grammar.allowed()[0].nonzero().flatten().tolist() == list(layout.code_range("image"))
+
+
 def test_a_model_without_image_codes_never_draws() -> None:
     layout = TokenLayout(7, (("image", 0),))
     assert not Grammar(layout, 0, "any", 50, 1).allowed()[0, layout.control("image_begin")]
