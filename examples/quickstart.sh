@@ -87,7 +87,8 @@ link text python tools/train_sentencepiece.py --shards "$RUN_DIR/data/train/*.ta
 link image_tokenizer train "$(config image_tokenizer)"
 link image_codes python tools/encode_images.py --checkpoint "$RUN_DIR/image_tokenizer" --shards "$RUN_DIR/data/*/*.tar"
 link pretrain train "$(config pretrain)" "$@"
-link evaluate megatron-gemini evaluate --checkpoint "$RUN_DIR" --disjoint sklearn_index voice
+# Says all that `megatron-gemini evaluate` says with these options, and judges the digits of the same drawings.
+link evaluate python "$CONFIGS/judge_digits.py" --checkpoint "$RUN_DIR" --disjoint sklearn_index voice
 
 shown="$(printf %q "$RUN_DIR")" # as a shell would need it
 cat <<END

@@ -6,19 +6,20 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.data import SourceConfig
-from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import SampleSettings
-from megatron_gemini.registry import TASKS
+from megatron_gemini.registry import METRICS, TASKS
 
 if TYPE_CHECKING:
     from megatron_gemini.checkpoint.inference import Loaded
+    from megatron_gemini.evaluation.json_data import Json
     from megatron_gemini.evaluation.report import EvaluationSettings, Results
 
 SAMPLING = ("temperature", "top_k", "top_p", "seed", "guidance")
@@ -33,8 +34,24 @@ for a run directory, loss.png.
 """
 
 
+@dataclass
+class Evaluation:
+    """What an evaluation found out, and where it is to be written. report: plain data, results' figures included."""
+
+    loaded: Loaded
+    results: Results
+    report: dict[str, Json]
+    out: Path
+
+
 def main(argv: list[str]) -> int:
     """Parse, load, evaluate, write. Returns the exit status."""
+    write(evaluate_command(argv))
+    return 0
+
+
+def evaluate_command(argv: list[str]) -> Evaluation:
+    """All that `megatron-gemini evaluate` finds out with these options, for programs that add figures of their own."""
     options = _parser().parse(argv)
     out = Path(options.out) if options.out else Path(options.checkpoint) / "report.json"
     if options.out and not out.parent.is_dir():
@@ -43,6 +60,10 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--samples is {options.samples} and --images {options.images}; both must be 1 or more")
     drawing = SampleSettings(**{name: getattr(options, name) for name in SAMPLING})
 
+    for name in options.metrics:
+        METRICS.check(name)
+
+    # What can be wrong in the options was told before torch is imported, which takes seconds.
     from megatron_gemini.checkpoint.inference import load_for_inference
     from megatron_gemini.evaluation.report import EvaluationSettings, evaluate
     from megatron_gemini.generation.api import Generator
@@ -53,30 +74,24 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             "there is no validation data: the model's data.validation is empty; name shards by --validation"
         )
-    settings = EvaluationSettings(drawing, options.samples, options.images, tuple(options.disjoint))
+    settings = EvaluationSettings(
+        drawing, options.samples, options.images, tuple(options.disjoint), metrics=tuple(options.metrics)
+    )
     results = evaluate(Generator(loaded), training_sources(loaded), validation, settings)
-    report = complete(results, loaded, settings, options.runs)
-    write(report, results, loaded, out)
-    return 0
+    return Evaluation(loaded, results, complete(results, loaded, settings, options.runs), out)
 
 
-def training_sources(loaded: Loaded) -> list[SourceConfig]:
-    """What the model and its image tokenizer were trained on."""
-    from megatron_gemini.checkpoint.extensions import read_checkpoint_config
-
-    sources = list(loaded.config.data.sources)
-    tokenizer = loaded.directory / "image_tokenizer"
-    return sources + (list(read_checkpoint_config(tokenizer).data.sources) if tokenizer.is_dir() else [])
-
-
-def complete(results: Results, loaded: Loaded, settings: EvaluationSettings, runs: Sequence[str]) -> dict[str, Any]:
-    """The report: results, what training took, and how it all was made."""
+def complete(results: Results, loaded: Loaded, settings: EvaluationSettings, runs: Sequence[str]) -> dict[str, Json]:
+    """The report: figures, what training took, and how it all was made."""
+    from megatron_gemini.evaluation.json_data import rounded
     from megatron_gemini.evaluation.runs import training_figures
 
     tokenizer = loaded.config.train.image_tokenizer
+    # The image tokenizer was trained for this model, so the time that it took is part of what the model cost.
     paths = [Path(run) for run in runs] or [run_of(loaded), *([Path(tokenizer)] if tokenizer else [])]
     return {
-        **results.figures,
+        **{name: rounded(score.value) for name, score in results.scores.items()},
+        **results.facts,
         **training_figures(paths),
         "checkpoint": str(loaded.directory),
         "sampling": dataclasses.asdict(settings.drawing),
@@ -88,29 +103,39 @@ def run_of(loaded: Loaded) -> Path:
     return loaded.directory.parent.parent
 
 
-def write(report: dict[str, Any], results: Results, loaded: Loaded, out: Path) -> None:
-    """Writes report, sheet and loss curves; prints the figures."""
-    from megatron_gemini.evaluation.sheet import make_sheet
+def training_sources(loaded: Loaded) -> list[SourceConfig]:
+    """What the model and its image tokenizer were trained on."""
+    from megatron_gemini.checkpoint.extensions import read_checkpoint_config
+
+    # What the tokenizer saw was seen as well: a drawing may be a copy of an image that only it was trained on.
+    sources = list(loaded.config.data.sources)
+    tokenizer = loaded.directory / "image_tokenizer"
+    return sources + (list(read_checkpoint_config(tokenizer).data.sources) if tokenizer.is_dir() else [])
+
+
+def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> None:
+    """Writes report, sheet and loss curves; prints the figures. phrases: of the sheet, see `sheet.subtitle`."""
+    from megatron_gemini.evaluation.sheet import make_sheet, subtitle
     from megatron_gemini.training.plots import plot_losses
 
+    report, results, out, run = evaluation.report, evaluation.results, evaluation.out, run_of(evaluation.loaded)
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    run = run_of(loaded)
     samples = out.with_name("samples.png")
-    make_sheet(
-        results,
-        f"What {run.name} draws, sees and hears",
-        report,
-        cast(VisionConfig, loaded.config.encoders["vision"]).patch,
-    ).save(samples)
+    title = f"What {run.name} draws, sees and hears"
+    encoders = evaluation.loaded.config.encoders
+    make_sheet(results, title, subtitle(report, phrases), encoders).save(samples)
     written = [out, samples]
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
         plot_losses(metrics, out.with_name("loss.png"))
         written.append(out.with_name("loss.png"))
+    for name, score in results.scores.items():
+        aim = "" if score.better == "neither" else f"  {score.better} is better"
+        print(f"{name:<32} {score!s:>12}{aim}")
     for name, value in report.items():
-        if isinstance(value, (int, float)):
-            print(f"{name:<28} {value:g}")
-    if not report["validation"]["separate"]:
+        if isinstance(value, (int, float)) and name not in results.scores:
+            print(f"{name:<32} {value:>12g}")
+    if not results.separate:
         print("warning: training and validation shards share content; see validation in the report", file=sys.stderr)
     print(f"written: {', '.join(map(str, written))}")
 
@@ -143,8 +168,9 @@ def _parser() -> OptionParser:
         help="metadata fields of which training and validation shards must share no value, such as voice",
     )
     data.add_argument("--samples", type=int, default=400, metavar="N", help="of every validation source (default: 400)")
+    data.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="such as exact_match cer (default: all)")
     drawing = parser.add_argument_group("drawing; texts are always the likeliest")
-    drawing.add_argument("--images", type=int, default=200, metavar="N", help="images to draw (default: 200)")
+    drawing.add_argument("--images", type=int, default=200, metavar="N", help="images to draw a task (default: 200)")
     parser.add_sampling(drawing, SAMPLING)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="the report (default: report.json in the checkpoint's directory)")

@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.generation.options import OptionParser
 from megatron_gemini.generation.settings import ANSWERS, SampleSettings
+from megatron_gemini.registry import MODALITIES
 
 if TYPE_CHECKING:
-    import numpy as np
+    from megatron_gemini.generation.api import Piece
+    from megatron_gemini.modalities.spec import ModalitySpec
 
 SHORTEST_SIDE = 256  # pixels of a saved image that is enlarged by default
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
-_DESCRIPTION = """Ask a trained model. What it says is printed; what it draws is saved.
+_DESCRIPTION = """Ask a trained model. What it says is printed, on a terminal as it comes; what it draws is saved.
 
 Texts and files make up the prompt in the order in which they are given:
 
@@ -31,12 +33,14 @@ Texts and files make up the prompt in the order in which they are given:
 def main(argv: list[str]) -> int:
     """Parse, load, ask, print and save. Returns the exit status."""
     options = parse(argv)
+    # All that can be wrong in the options is told before torch is imported, which takes seconds.
     settings = SampleSettings(
         **{f.name: getattr(options, f.name) for f in dataclasses.fields(SampleSettings) if f.name != "cache"},
         cache=not options.no_cache,
     )
     if not options.items:
-        raise ValueError('nothing was asked; give a text ("what is this?"), --image, --audio or --video')
+        kinds = ", ".join(f"--{spec.name}" for spec in read_from_files())
+        raise ValueError(f'nothing was asked; give a text ("what is this?") or a file: {kinds}')
     out = Path(options.out or "answer.png")
     check_out(out)
     if options.scale < 0:
@@ -48,11 +52,10 @@ def main(argv: list[str]) -> int:
 
     loaded = load_for_inference(options.checkpoint)
     items = [read_item(kind, value, loaded.config) for kind, value in options.items]
-    answer = Generator(loaded).respond(items, settings)
-    images = [piece.pixels_HW3 for piece in answer if not isinstance(piece, str)]
-    paths = iter(save_images(images, out, options.scale))
-    for piece in answer:
-        print(piece if isinstance(piece, str) else f"image saved to {next(paths)}")
+    generator = Generator(loaded)
+    # A person sees the first words at once; a program gets the whole answer or none of it.
+    answer = generator.stream if sys.stdout.isatty() else generator.respond
+    images = show(answer(items, settings), out, options.scale)
     if options.out and not images:
         print(f"no image was drawn, so {out} was not written; --answer image asks for one", file=sys.stderr)
         return 1
@@ -68,6 +71,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse(_named(argv, parser.value_options()))
 
 
+def read_from_files() -> list[ModalitySpec]:
+    """Modalities that a prompt takes as files, those of plugins included. Text, which has no encoder, is none."""
+    return [spec for spec in MODALITIES.entries() if spec.encoder and spec.decode is not None]
+
+
 def check_out(out: Path) -> None:
     """Raises ValueError when no image could be saved there, before any work is done."""
     if out.suffix.lower() not in IMAGE_FILES:
@@ -76,28 +84,49 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
 
 
-def save_images(images: Sequence[np.ndarray], out: Path, scale: int) -> list[Path]:
-    """Saves uint8[H, W, 3] images: one as `out`, several as out-1, out-2, ...; returns their paths.
+def show(pieces: Iterable[Piece], out: Path, scale: int) -> int:
+    """Prints texts, and saves images as soon as they come: the first as `out`, the others as out-2, out-3, ...
 
     scale: enlarges by this factor (bicubic); 0 by the smallest that makes the shorter side `SHORTEST_SIDE`.
+    Returns the number of images.
     """
     from PIL import Image
 
-    paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(len(images))]
-    for path, pixels_HW3 in zip(paths, images, strict=True):
-        height, width = pixels_HW3.shape[:2]
-        factor = scale or -(-SHORTEST_SIDE // min(height, width))
-        picture = Image.fromarray(pixels_HW3)
-        if factor > 1:
-            picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
-        picture.save(path)
-    return paths
+    images, in_text = 0, False
+    try:
+        for piece in pieces:
+            if isinstance(piece, str):
+                print(piece, end="", flush=True)
+                in_text = True
+                continue
+            images += 1
+            path = out if images == 1 else out.with_stem(f"{out.stem}-{images}")
+            height, width = piece.pixels_HW3.shape[:2]
+            # Rounded up to a whole number, so that every pixel of the model's is enlarged alike.
+            factor = scale or -(-SHORTEST_SIDE // min(height, width))
+            picture = Image.fromarray(piece.pixels_HW3)
+            if factor > 1:
+                picture = picture.resize((width * factor, height * factor), Image.Resampling.BICUBIC)
+            picture.save(path)
+            print("\n" * in_text + f"image saved to {path}", flush=True)
+            in_text = False
+    finally:
+        # Also after Ctrl-C, so that what is told next does not stand behind half a sentence.
+        if in_text:
+            print()
+    return images
 
 
 class _Item(argparse.Action):
     """Adds (kind, value) to the prompt."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
         namespace.items = [*namespace.items, (self.option_strings[0].removeprefix("--"), values)]
 
 
@@ -123,16 +152,19 @@ def _parser() -> OptionParser:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or one checkpoint's")
     prompt = parser.add_argument_group("prompt, any number in any order")
     prompt.add_argument("--text", action=_Item, metavar="TEXT", help="a text; --text itself may be left out")
-    prompt.add_argument("--image", action=_Item, metavar="FILE", help="PNG, JPEG, WebP, GIF or BMP")
-    prompt.add_argument("--audio", action=_Item, metavar="FILE", help="WAV, FLAC, Ogg or MP3")
-    prompt.add_argument("--video", action=_Item, metavar="FILE", help="MP4, WebM, MKV, AVI or TS")
+    for spec in read_from_files():
+        prompt.add_argument(f"--{spec.name}", action=_Item, metavar="FILE", help=spec.files or None)
     sampling = parser.add_argument_group("sampling")
     parser.add_sampling(sampling, ("temperature", "top_k", "top_p", "seed", "guidance", "max_tokens"))
     answer = SampleSettings.answer
     sampling.add_argument("--answer", choices=ANSWERS, default=answer, help=f"what may be answered (default: {answer})")
     sampling.add_argument("--no-cache", action="store_true", help="compute keys and values again for every token")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help="image to write; several are numbered (default: answer.png)")
+    output.add_argument(
+        "--out",
+        metavar="FILE",
+        help="image to write; a second one is numbered, as in answer-2.png (default: answer.png)",
+    )
     output.add_argument(
         "--scale",
         type=int,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # types only: this file is below the packages that it names
     from megatron_gemini.data.operations.spec import OperationSpec
     from megatron_gemini.data.samples.spec import TaskSpec
     from megatron_gemini.data.sources.spec import FormatSpec
+    from megatron_gemini.evaluation.metrics.spec import Metric
     from megatron_gemini.modalities.spec import EncoderSpec, ModalitySpec
     from megatron_gemini.objectives.spec import ObjectiveSpec
 
@@ -97,6 +98,7 @@ def _imported(place: str) -> object:
 
 
 _D = "megatron_gemini.data"
+_E = "megatron_gemini.evaluation.metrics"
 _M = "megatron_gemini.modalities"
 _O = "megatron_gemini.objectives"
 
@@ -150,5 +152,19 @@ OPERATIONS: Registry[OperationSpec] = Registry(
         "choose_caption": f"{_D}.operations.standard:CHOOSE_CAPTION",
         "format": f"{_D}.operations.standard:FORMAT",
         "tokenize": f"{_D}.operations.standard:TOKENIZE",
+    },
+)
+# In the order of a report. Every evaluation computes all of them for the inputs that it has.
+METRICS: Registry[Metric] = Registry(
+    "metric",
+    {
+        "exact_match": f"{_E}.exact_match:EXACT_MATCH",
+        "cer": f"{_E}.error_rates:CER",
+        "wer": f"{_E}.error_rates:WER",
+        "psnr": f"{_E}.psnr:PSNR",
+        "ssim": f"{_E}.ssim:SSIM",
+        "code_usage": f"{_E}.code_usage:CODE_USAGE",
+        "diversity": f"{_E}.diversity:DIVERSITY",
+        "copies": f"{_E}.copies:COPIES",
     },
 )

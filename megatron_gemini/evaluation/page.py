@@ -25,14 +25,17 @@ class Page:
     def __init__(self, width: int, height: int, scale: float = 1.0) -> None:
         self.width, self.height, self.scale = width, height, scale
         self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor=PAPER)
+        # The canvas by hand and not pyplot's: no display is looked for, and no figure stays in a global list.
         FigureCanvasAgg(self.figure)
         self._sheet = self.axes(0, 0, width, height)
+        # Upside down, because a layout is counted from the top, as text is read.
         self._sheet.set(xlim=(0, width), ylim=(height, 0))
 
     def save(self, path: Path) -> None:
         """Writes a PNG."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # a model may write in any script; the font shows boxes
+            # Without the name and version of matplotlib, so that the same page is the same file.
             self.figure.savefig(path, dpi=DPI * self.scale, format="png", metadata={"Software": None})
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
@@ -79,6 +82,7 @@ class Page:
 
     def spectrogram(self, x: float, y: float, width: float, height: float, mel_LM: np.ndarray) -> None:
         """Time to the right, pitch upwards."""
+        # From the noise up, and without the loudest clicks, each of which alone would darken all the rest.
         low, high = np.percentile(mel_LM, [10, 99.8])
         self.axes(x, y, width, height).imshow(
             mel_LM.T, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=max(high, low + 1e-6)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from megatron_gemini.evaluation.json_data import Json, parse_object
 
 FIRST = 20  # losses that are kept, to compare layouts by
 
 
-def training_figures(runs: Sequence[Path]) -> dict[str, Any]:
+def training_figures(runs: Sequence[Path]) -> dict[str, Json]:
     """Figures of all the runs together, the model's own run first; a run without a summary.json is left out.
 
     train_seconds: sum over the runs. peak_memory_bytes: the largest. tokens_per_second and first_losses: of the
     model's own run. trained: the summary of every run by its directory.
     """
-    summaries = {str(run): summary for run in runs if (summary := _read(run / "summary.json"))}
-    figures: dict[str, Any] = {"trained": summaries}
-    for name, combine in (("train_seconds", sum), ("peak_memory_bytes", max)):
-        values = [summary[name] for summary in summaries.values() if name in summary]
+    summaries: dict[str, dict[str, Json]] = {}
+    for run in runs:
+        path = run / "summary.json"
+        # A training that was stopped has none, and its model is evaluated all the same.
+        if path.is_file() and (summary := parse_object(path.read_bytes())):
+            summaries[str(run)] = summary
+    figures: dict[str, Json] = {"trained": summaries}
+    for name in ("train_seconds", "peak_memory_bytes"):
+        values = [x for summary in summaries.values() if isinstance(x := summary.get(name), (int, float))]
         if values:
-            figures[name] = combine(values)
+            # One run came after the other, so their times add up and their memories do not.
+            figures[name] = sum(values) if name == "train_seconds" else max(values)
+    # A rate of two models, or losses of two, would say nothing together.
     own = summaries.get(str(runs[0]), {})
     if "tokens_per_second" in own:
         figures["tokens_per_second"] = own["tokens_per_second"]
@@ -35,24 +42,14 @@ def first_losses(path: Path) -> list[float]:
     losses: list[float] = []
     if not path.is_file():
         return losses
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         for line in file:
-            record = _parsed(line)
-            if record.get("step") != len(losses) or not isinstance(record.get("loss"), (int, float)):
+            # The last line of a run that was killed may be half a record.
+            record = parse_object(line)
+            loss = record.get("loss")
+            if record.get("step") != len(losses) or not isinstance(loss, (int, float)):
                 break
-            losses.append(float(record["loss"]))
+            losses.append(float(loss))
             if len(losses) == FIRST:
                 break
     return losses
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return _parsed(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -5,14 +5,14 @@ Shape suffixes: S pixels of a side.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.random_stream import random_stream
@@ -23,11 +23,14 @@ from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
-from megatron_gemini.evaluation.images import resized
+from megatron_gemini.evaluation.json_data import parse_object
+from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.separation import Fingerprint
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
+
+Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +51,7 @@ class Example:
 class RealImages:
     """Images of one size, uint8[S, S, 3], their classes, and which of them are altered copies of others."""
 
-    images: list[np.ndarray]
+    images: list[ImageHW3]
     labels: list[str]
     augmented: list[bool]
 
@@ -63,6 +66,7 @@ def read_examples(
 ) -> list[Example]:
     """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
     schema = Schema.of(source)
+    # The text beside what the task needs: where there is no label, it is what a sample is called by.
     names = list(dict.fromkeys([*schema.members(), "txt", RECORD]))
     records = open_records(source, names)
     examples = []
@@ -76,6 +80,7 @@ def read_examples(
         except BadSample as error:
             skipped[error.reason] += 1
             continue
+        # By the key and not by the place, so that a limit changes which samples are asked and not what they are asked.
         random = random_stream(seed, "evaluate", source.task, key)
         asked = form_example(schema.task, fields, source.prompts, random)
         answer = None if asked.answer is None else list(asked.answer)
@@ -86,6 +91,7 @@ def read_examples(
 def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealImages:
     """Images that have a class, from the sources' shards, at most `limit` of every set of shards, resized to `side`."""
     real = RealImages([], [], [])
+    # A set of shards that two tasks read is read once.
     for source in {source.shards: source for source in sources if source.task in ("caption", "generate")}.values():
         schema = Schema.of(source)
         wanted = list(dict.fromkeys([*schema.members("image", "text"), "txt", RECORD]))
@@ -97,7 +103,7 @@ def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealI
                 if found and (label := label_of(members)):
                     real.images.append(resized(decode_image(found[0][1]), side))
                     real.labels.append(label)
-                    real.augmented.append(metadata_of(members).get("augmented") is True)
+                    real.augmented.append(parse_object(members.get("json", b"")).get("augmented") is True)
             except BadSample:
                 continue  # the loader counts and reports these; here an image less changes nothing
     return real
@@ -119,17 +125,8 @@ def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limi
 
 def label_of(members: dict[str, bytes]) -> str:
     """The class of a sample: "label" in its metadata, otherwise its text; empty when it has neither."""
-    label = metadata_of(members).get("label")
+    label = parse_object(members.get("json", b"")).get("label")
     return str(label) if isinstance(label, (str, int)) else text_of(members)
-
-
-def metadata_of(members: dict[str, bytes]) -> dict[str, Any]:
-    """The metadata of a sample, empty where there is none that can be read."""
-    try:
-        metadata = json.loads(members.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def text_of(members: dict[str, bytes]) -> str:
@@ -139,4 +136,17 @@ def text_of(members: dict[str, bytes]) -> str:
 
 def spaced(size: int, limit: int) -> Iterator[int]:
     """At most `limit` indices below `size`, evenly spaced from the first to the last."""
+    # Not the first ones: shards are often sorted, by class or by source.
     return iter(np.linspace(0, size - 1, min(size, limit)).astype(int).tolist())
+
+
+def some(items: Sequence[Anything], count: int) -> list[Anything]:
+    """At most `count` of the items, evenly spaced."""
+    return [items[i] for i in spaced(len(items), count)]
+
+
+def resized(image_HW3: ImageHW3, side: int) -> ImageHW3:
+    """uint8[side, side, 3]; an image of that size unchanged."""
+    if image_HW3.shape[:2] == (side, side):
+        return image_HW3
+    return np.asarray(Image.fromarray(image_HW3).resize((side, side), Image.Resampling.BICUBIC))

@@ -6,6 +6,7 @@ Shape suffixes: B images, S pixels of a side, H rows and W columns of pixels.
 from __future__ import annotations
 
 import dataclasses
+from collections import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 
 from megatron_gemini.checkpoint.inference import Loaded
-from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.samples.document import Document, build_document
 from megatron_gemini.data.samples.items import Item
+from megatron_gemini.generation.pieces import GrowingAnswer, split_answer
 from megatron_gemini.generation.sample import generate
 from megatron_gemini.generation.settings import SampleSettings
+from megatron_gemini.generation.steps import Decoding
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,8 @@ class Drawing:
     pixels_HW3: np.ndarray
 
 
-Answer = list[str | Drawing]
+Piece = str | Drawing
+Answer = list[Piece]
 
 
 class Generator:
@@ -39,11 +42,8 @@ class Generator:
         self.config, self.layout, self.text_tokenizer = loaded.config, loaded.layout, loaded.text_tokenizer
         self.model = loaded.model.to(self.device)
         self.image_tokenizer = None if loaded.image_tokenizer is None else loaded.image_tokenizer.to(self.device)
-
-    @property
-    def codes_per_image(self) -> int:
+        self.codes_per_image = 0 if self.image_tokenizer is None else self.config.image_tokenizer.codes_per_image
         """0 for a model that cannot draw."""
-        return 0 if self.image_tokenizer is None else self.config.image_tokenizer.codes_per_image
 
     def respond(self, items: Sequence[Item], settings: SampleSettings) -> Answer:
         """The answer to one prompt, its pieces of text and its images in order.
@@ -59,29 +59,36 @@ class Generator:
         documents = [self.open_document(items, f"prompt {i}") for i, items in enumerate(prompts)]
         return self.continue_all(documents, settings, batch_size)
 
-    def open_document(self, items: Sequence[Item], key: str) -> Document:
-        """A document that is open for the model's answer."""
-        return build_document(
-            items,
-            [],
-            layout=self.layout,
-            text_tokenizer=self.text_tokenizer,
-            encoders=self.config.encoders,
-            key=key,
-        )
+    def stream(self, items: Sequence[Item], settings: SampleSettings) -> abc.Generator[Piece, None, None]:
+        """The answer of `respond`, piece by piece as it is decoded: a text in parts, an image when it is whole.
 
-    def open_stream(self, items: Sequence[Item], key: str) -> Document:
-        """An interleaved document that is open behind its items, without the roles of user and model."""
-        closed = build_document(
+        Parts of one text join to what `respond` gives. Closing or dropping the iterator ends the decoding and frees
+        its cache. Raises ValueError as `respond`, at the call.
+        """
+        return self._pieces(self.decode([self.open_document(items, "prompt")], settings))
+
+    def decode(self, documents: Sequence[Document], settings: SampleSettings, samples: int = 1) -> Decoding:
+        """Steps of `samples` answers to each open document, all in one batch; see `Decoding`."""
+        return Decoding(self.model, self.layout, list(documents), settings, self.codes_per_image, samples=samples)
+
+    def open_document(self, items: Sequence[Item], key: str, roles: bool = True) -> Document:
+        """A document that is open for the model's answer.
+
+        roles: False for an interleaved document, which is open behind its items and names neither user nor model.
+        """
+        document = build_document(
             items,
-            None,
+            [] if roles else None,
             layout=self.layout,
             text_tokenizer=self.text_tokenizer,
             encoders=self.config.encoders,
             key=key,
         )
-        columns = {name: getattr(closed, name)[:-1] for name in ("token_L", "loss_L", "modality_L", "span_L")}
-        return dataclasses.replace(closed, **columns)
+        if roles:
+            return document
+        # Without an answer a document is built whole: its closing eos is what the model is to go on in place of.
+        columns = {name: getattr(document, name)[:-1] for name in ("token_L", "loss_L", "modality_L", "span_L")}
+        return dataclasses.replace(document, **columns)
 
     def continue_all(
         self, documents: Sequence[Document], settings: SampleSettings, batch_size: int = 128
@@ -89,10 +96,20 @@ class Generator:
         """What follows each document, at most `batch_size` of them in memory; document i has seed settings.seed + i."""
         answers: list[list[int]] = []
         for first in range(0, len(documents), batch_size):
+            # The cache grows with the longest prompt of a part times the number of its sequences.
             part = list(documents[first : first + batch_size])
             seeds = [settings.seed + first + i for i in range(len(part))]
             answers += generate(self.model, self.layout, part, settings, self.codes_per_image, seeds)
-        return self._decoded(answers)
+        # The images of all answers together, since the image tokenizer decodes them in batches.
+        runs = [split_answer(self.layout, answer) for answer in answers]
+        images = iter(self.pixels([run for answer in runs for run in answer if isinstance(run, tuple)]))
+        return [
+            [
+                Drawing(run, next(images)) if isinstance(run, tuple) else self.text_tokenizer.decode(run)
+                for run in answer
+            ]
+            for answer in runs
+        ]
 
     @torch.inference_mode()
     def pixels(self, codes: Sequence[Sequence[int]], batch_size: int = 256) -> list[np.ndarray]:
@@ -103,6 +120,7 @@ class Generator:
         images = []
         for part in torch.tensor(codes, device=self.device).split(batch_size):
             images_BSS3 = self.image_tokenizer.decode(part)
+            # [-1, 1], as the tokenizer was trained, to bytes; what it draws beyond that range has no color.
             images.append(((images_BSS3.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
         return list(torch.cat(images).numpy())
 
@@ -118,30 +136,10 @@ class Generator:
             codes += [tuple(image) for image in encoded.tolist()]
         return codes
 
-    def _decoded(self, answers: Sequence[list[int]]) -> list[Answer]:
-        runs = [split_answer(self.layout, answer) for answer in answers]
-        images = iter(self.pixels([run for answer in runs for run in answer if isinstance(run, tuple)]))
-        return [
-            [
-                Drawing(run, next(images)) if isinstance(run, tuple) else self.text_tokenizer.decode(run)
-                for run in answer
-            ]
-            for answer in runs
-        ]
-
-
-def split_answer(layout: TokenLayout, tokens: Sequence[int]) -> list[list[int] | tuple[int, ...]]:
-    """The runs of an answer in order: text pieces as a list of ids, an image as the tuple of its codes."""
-    runs: list[list[int] | tuple[int, ...]] = []
-    codes: list[int] = []
-    for token in tokens:
-        if token in layout.code_range("image"):
-            codes.append(token - layout.code_range("image").start)
-        elif token == layout.control("image_end"):
-            runs.append(tuple(codes))
-            codes = []
-        elif layout.is_text(token):
-            if not runs or isinstance(runs[-1], tuple):
-                runs.append([])
-            runs[-1] = [*runs[-1], token]
-    return runs
+    def _pieces(self, decoding: Decoding) -> abc.Generator[Piece, None, None]:
+        answer = GrowingAnswer(self.layout, self.text_tokenizer.decode)
+        with decoding:
+            for step in decoding:
+                sampled = step.tokens[0]
+                for piece in answer.add(sampled.token) + (answer.end() if sampled.finish else []):
+                    yield piece if isinstance(piece, str) else Drawing(piece, self.pixels([piece])[0])

@@ -10,6 +10,7 @@ import torch
 from megatron_gemini.contracts import TokenLayout
 
 TEXT, START_IMAGE, IMAGE, END_IMAGE, END = range(5)
+MAY_DRAW = 5  # TEXT with leave to begin an image: a row of the table, no state, since it depends on what is left
 
 
 class Grammar:
@@ -31,12 +32,20 @@ class Grammar:
         self.state_B = [START_IMAGE if answer == "image" else TEXT] * sequences
         self.drawn_B = [0] * sequences
         self.left_B = [max_tokens] * sequences
-        self._table = self._masks()
+        # bool[6, V], a row for each state. One table for all sequences: a mask for each would be made anew every step.
+        table = torch.zeros(6, layout.size, dtype=torch.bool)
+        table[[TEXT, MAY_DRAW], : layout.text_size] = True
+        table[[TEXT, MAY_DRAW, END], layout.control("eos")] = True
+        table[[START_IMAGE, MAY_DRAW], layout.control("image_begin")] = True
+        table[IMAGE, layout.code_range("image").start :] = True
+        table[END_IMAGE, layout.control("image_end")] = True
+        self._table = table
 
     def allowed(self) -> torch.Tensor:
         """What may come next, bool[B, V]; at least one token a row."""
         rows = [
-            len(self._table) - 1 if state == TEXT and self._image_fits(left) else state
+            # All of the image and the eos have to fit, or max_tokens would cut an image that nothing can decode.
+            MAY_DRAW if state == TEXT and self.draws and left >= self.image_tokens else state
             for state, left in zip(self.state_B, self.left_B, strict=True)
         ]
         return self._table[rows]
@@ -47,37 +56,22 @@ class Grammar:
 
     def advance(self, tokens: list[int]) -> list[bool]:
         """Takes the chosen token of every sequence; returns which sequences are finished."""
-        return [self._advance(row, token) for row, token in enumerate(tokens)]
+        finished = []
+        for row, token in enumerate(tokens):
+            state = self.state_B[row]
+            self.left_B[row] -= 1
+            if state in (TEXT, START_IMAGE) and token == self.layout.control("image_begin"):
+                self.state_B[row], self.drawn_B[row] = IMAGE, 0
+            elif state == IMAGE:
+                self.drawn_B[row] += 1
+                self.state_B[row] = END_IMAGE if self.drawn_B[row] == self.codes else IMAGE
+            elif state == END_IMAGE:
+                self.state_B[row] = END if self.answer == "image" else TEXT
+            finished.append(token == self.layout.control("eos") or self.left_B[row] == 0)
+        return finished
 
     def keep(self, rows: list[int]) -> None:
         """Keeps only these sequences, in this order."""
-        for name in ("state_B", "drawn_B", "left_B"):
-            setattr(self, name, [getattr(self, name)[row] for row in rows])
-
-    def _image_fits(self, left: int) -> bool:
-        return self.draws and left >= self.image_tokens
-
-    def _advance(self, row: int, token: int) -> bool:
-        state = self.state_B[row]
-        self.left_B[row] -= 1
-        if state in (TEXT, START_IMAGE) and token == self.layout.control("image_begin"):
-            self.state_B[row], self.drawn_B[row] = IMAGE, 0
-        elif state == IMAGE:
-            self.drawn_B[row] += 1
-            self.state_B[row] = END_IMAGE if self.drawn_B[row] == self.codes else IMAGE
-        elif state == END_IMAGE:
-            self.state_B[row] = END if self.answer == "image" else TEXT
-        return token == self.layout.control("eos") or self.left_B[row] == 0
-
-    def _masks(self) -> torch.Tensor:
-        """bool[6, V]: a row for each state, then TEXT with leave to begin an image."""
-        layout = self.layout
-        table = torch.zeros(6, layout.size, dtype=torch.bool)
-        for text_row in (TEXT, -1):
-            table[text_row, : layout.text_size] = True
-            table[text_row, layout.control("eos")] = True
-        table[[START_IMAGE, -1], layout.control("image_begin")] = True
-        table[IMAGE, layout.code_range("image").start :] = True
-        table[END_IMAGE, layout.control("image_end")] = True
-        table[END, layout.control("eos")] = True
-        return table
+        self.state_B = [self.state_B[row] for row in rows]
+        self.drawn_B = [self.drawn_B[row] for row in rows]
+        self.left_B = [self.left_B[row] for row in rows]

@@ -33,6 +33,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options. Raises ValueError for a mistake; `--help` prints and raises SystemExit(0)."""
+        # argparse names all unknown words together and knows no way out; here the first is told, with the nearest name.
         options, unknown = self.parse_known_args(argv)
         if unknown and unknown[0].startswith("-"):
             known = [name for action in self._actions for name in action.option_strings]
@@ -51,6 +52,7 @@ class OptionParser(argparse.ArgumentParser):
             option, shown = f"--{name.replace('_', '-')}", f"{what} (default: {value})"
             group.add_argument(option, type=kind, default=value, metavar="N", help=shown)
 
+    # Asked by those who walk through argv themselves: the value of an option may look like a word of its own.
     def value_options(self) -> set[str]:
         """Options that take a value."""
         return {name for action in self._actions if action.nargs != 0 for name in action.option_strings}

@@ -8,6 +8,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.data.samples.items import Item, Text
 from megatron_gemini.registry import MODALITIES
 
+# Of a file that a person names, read whole into memory: far more than any prompt takes, far less than a disk image.
 MAX_BYTES = 512 * 1024 * 1024
 
 

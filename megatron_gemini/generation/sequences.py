@@ -31,25 +31,34 @@ class Sequences(Protocol):
         """Drops all sequences but these rows, in this order."""
         ...
 
+    def release(self) -> None:
+        """Frees what was kept; nothing else may be called afterwards."""
+        ...
+
 
 class CachedSequences:
-    """One pass over the prompts, then one token per sequence and pass."""
+    """One pass over the prompts, then one token per sequence and pass; not for a model whose layers read memories."""
 
     def __init__(self, model: Gemini, prompts: Batch, new_tokens: int) -> None:
+        assert not model.reads_memories, "the row of a later token has no memory that its layers could read"
         self.model, self.prompts = model, prompts
         self.cache = KVCache(prompt_lengths(prompts), new_tokens)
 
     def start(self) -> torch.Tensor:
         h_TD = self._pass(self.prompts)
+        # Only the last token of every prompt has a successor to choose: logits of all would be [T, V].
         return self.model.logits(h_TD[self.cache.length_B.cumsum(0) - 1])
 
     def append(self, tokens: list[int]) -> torch.Tensor:
-        position_T = self.cache.position_B
+        position_T = self.cache.length_B  # positions continue the prompt's
         token_T = torch.tensor(tokens, device=position_T.device)
         return self.model.logits(self._pass(_causal_row(token_T, position_T)))
 
     def keep(self, rows: list[int]) -> None:
         self.cache.keep(torch.tensor(rows, device=self.cache.length_B.device))
+
+    def release(self) -> None:
+        self.cache.release()
 
     def _pass(self, batch: Batch) -> torch.Tensor:
         h_TD = self.model.hidden(batch, cache=self.cache)
@@ -58,7 +67,7 @@ class CachedSequences:
 
 
 class RecomputedSequences:
-    """Every pass is the whole sequences; the check on `CachedSequences`, and its way round a fault in a cache."""
+    """Every pass is the whole sequences: for models that read memories, and to check on `CachedSequences`."""
 
     def __init__(self, model: Gemini, prompts: Batch) -> None:
         self.model, self.prompts = model, prompts
@@ -67,6 +76,7 @@ class RecomputedSequences:
 
     def start(self) -> torch.Tensor:
         batch = extend(self.prompts, self.new)
+        # Rows that were dropped are computed along: without one, the media of all documents behind it would move.
         last = torch.tensor(prompt_lengths(batch), device=batch.token_T.device).cumsum(0) - 1
         return self.model.logits(self.model.hidden(batch)[last[self.rows]])
 
@@ -77,6 +87,9 @@ class RecomputedSequences:
 
     def keep(self, rows: list[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
+
+    def release(self) -> None:
+        self.rows, self.new = [], []
 
 
 def prompt_lengths(batch: Batch) -> list[int]:
@@ -114,7 +127,10 @@ def extend(batch: Batch, new: list[list[int]]) -> Batch:
         grown.append([torch.cat([x, getattr(tail, name)]) for name, x in zip(_TOKEN_FIELDS, fields, strict=True)])
     row = {name: torch.cat(parts) for name, parts in zip(_TOKEN_FIELDS, zip(*grown, strict=True), strict=True)}
     shift_B = torch.tensor([0, *added[:-1]], device=device).cumsum(0)
-    media = {name: _moved(item, batch.segment_T, shift_B) for name, item in batch.media.items()}
+    media = {
+        name: dataclasses.replace(item, token_O=item.token_O + shift_B[batch.segment_T[item.token_O].long() - 1])
+        for name, item in batch.media.items()
+    }
     return _row(row, media, batch.samples)
 
 
@@ -125,10 +141,6 @@ def _row(tokens: Mapping[str, torch.Tensor], media: dict[str, Media], samples: l
     """A row of these columns; those of an objective are not generated."""
     token, target, weight, position, segment, span, modality = (tokens[name] for name in _TOKEN_FIELDS)
     return Batch(token, target, weight, position, segment, span, modality, media=media, samples=samples)
-
-
-def _moved(media: Media, segment_T: torch.Tensor, shift_B: torch.Tensor) -> Media:
-    return dataclasses.replace(media, token_O=media.token_O + shift_B[segment_T[media.token_O].long() - 1])
 
 
 def _causal_row(token_T: torch.Tensor, position_T: torch.Tensor) -> Batch:

@@ -9,6 +9,7 @@ from megatron_gemini.config.check import at_least, one_of, positive
 ANSWERS = ("any", "text", "image")
 
 
+# The defaults of temperature and guidance are those at which the quickstart's drawings are judged.
 @dataclass(frozen=True)
 class SampleSettings:
     """Settings of one call; the same for every sequence in it."""
@@ -28,7 +29,8 @@ class SampleSettings:
     answer: str = "any"
     """What may be answered: any, text (no image) or image (one image and nothing else)."""
     cache: bool = True
-    """Keep keys and values instead of computing the whole sequence again for every token."""
+    """Keep keys and values instead of computing the whole sequence again for every token. A model whose layers read
+    memories beside the stream computes it again whatever this says."""
 
     def __post_init__(self) -> None:
         at_least(self, "generate", 0, "temperature", "top_k", "seed", "guidance")

@@ -57,6 +57,11 @@ class Gemini(DecoderStage):
         """Hidden states [T, D] after the final norm. cache: generation's keys and values of earlier tokens."""
         return self.through(None, self._encode(batch), cache)
 
+    @property
+    def reads_memories(self) -> bool:
+        """Whether decoder layers read what connectors give beside the stream. They need it again for every token."""
+        return len(self.decoder.readers) > 0
+
     def logits(self, h_TD: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., D] -> logits [..., layout.size] of the whole vocabulary, for generation."""
         return self.decoder.output_embedding.gather_logits(self.decoder.logits(h_TD))

@@ -99,7 +99,7 @@ def is_package(module):
 
 @pytest.mark.parametrize(
     ("library", "owners"),
-    [("deepspeed", {"engine", "checkpoint"}), ("megatron", {"parallel"}), ("transformers", set())],
+    [("deepspeed", {"engine", "checkpoint"}), ("megatron", {"parallel"}), ("transformers", set()), ("sklearn", set())],
 )
 def test_a_heavy_library_has_its_owners(library, owners):
     for path in FILES:

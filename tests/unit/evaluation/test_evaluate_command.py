@@ -1,104 +1,24 @@
 """`megatron-gemini evaluate` on small shards of every task, and one line for every mistake."""
 
-import dataclasses
-import io
 import json
+import re
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import PIL.Image
 import pytest
-import soundfile
-from sklearn.datasets import load_digits
 
 from megatron_gemini.cli import run_command
-from megatron_gemini.config.data import DataConfig, SourceConfig
 from megatron_gemini.evaluate import main
-from megatron_gemini.modalities.video.encode import encode_video
-from tests.tiny_checkpoint import CONFIG, write_checkpoint
-
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-CODES = json.dumps({"codes": [1, 2, 3, 4]}).encode()
-DIGITS = load_digits()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def image(index: int) -> np.ndarray:
-    grey = np.round(DIGITS.images[index] * 255 / 16).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
-
-
-def png(index: int) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.fromarray(image(index)).save(file, "png")
-    return file.getvalue()
-
-
-def wav(seed: int) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, np.random.default_rng(seed).normal(size=3000) * 0.1, 16000, format="WAV")
-    return file.getvalue()
-
-
-def write_shards(folder: Path, indices: list[int], voice: str) -> None:
-    """One tar a task, of real digits and noise for speech."""
-    digits: dict[str, bytes] = {}
-    speech: dict[str, bytes] = {}
-    clips: dict[str, bytes] = {}
-    mixed: dict[str, bytes] = {}
-    for i in indices:
-        name, origin = WORDS[DIGITS.target[i]].encode(), json.dumps({"index": i}).encode()
-        digits |= {f"{i}.png": png(i), f"{i}.txt": name, f"{i}.json": origin, f"{i}.codes.json": CODES}
-    for i in indices[:12]:
-        word, told = WORDS[DIGITS.target[i]], json.dumps({"voice": voice}).encode()
-        speech |= {f"{i}.wav": wav(i), f"{i}.txt": word.encode(), f"{i}.codes.json": CODES, f"{i}.json": told}
-        clip = np.stack([image(i), image(i + 1)])
-        clips |= {f"{i}.mp4": encode_video(clip, 2.0), f"{i}.txt": word.encode()}
-        items: list[dict[str, str]] = [{"text": word}, {"image": "0.png"}, {"codes": "0.codes.json"}]
-        items += [{"text": "one"}] if i % 2 else []
-        mixed |= {f"{i}.json": json.dumps({"items": items}).encode(), f"{i}.0.png": png(i), f"{i}.0.codes.json": CODES}
-    for shard, members in (("digits", digits), ("speech", speech), ("clips", clips), ("mixed", mixed)):
-        write_tar(folder / f"{shard}.tar", members)
-
-
-TASKS: dict[Any, str] = {
-    "caption": "digits",
-    "generate": "digits",
-    "transcribe": "speech",
-    "speech_to_image": "speech",
-    "video_caption": "clips",
-    "interleave": "mixed",
-}
-
-
-def sources(folder: Path) -> tuple[SourceConfig, ...]:
-    return tuple(SourceConfig(shards=f"{folder}/{name}.tar", task=task) for task, name in TASKS.items())
+from tests.digit_run import TASKS, write_run
+from tests.tiny_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A run directory with the shards that its checkpoint's configuration names."""
-    run = tmp_path_factory.mktemp("run")
-    write_shards(run / "train", list(range(200)), "anna")
-    write_shards(run / "validation", list(range(200, 250)), "bert")
-    data = DataConfig(sources=sources(run / "train"), validation=sources(run / "validation"))
-    write_checkpoint(run, 1, seed=1, config=dataclasses.replace(CONFIG, data=data))
-    (run / "summary.json").write_text(json.dumps({"train_seconds": 65.0, "tokens_per_second": 9.0}))
-    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {5 - i}}}\n' for i in range(3)))
-    return run
+    return write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -110,21 +30,24 @@ def report(run) -> dict:
 
 def test_the_report_holds_every_figure(report) -> None:
     shares = (
-        *("caption_accuracy", "speech_accuracy", "video_accuracy", "image_recognized", "speech_to_image_recognized"),
-        *("interleave_accuracy", "image_copied", "image_copied_validation", "code_usage", "reconstruction_recognized"),
+        *("caption_exact_match", "transcribe_exact_match", "video_caption_exact_match", "interleave_exact_match"),
+        *("generate_copies", "speech_to_image_copies", "validation_copies", "training_code_usage"),
     )
     for name in shares:
         assert 0 <= report[name] <= 1, name
-    assert report["classifier_accuracy"] > 0.8  # of 200 digits
-    assert report["reconstruction_psnr"] > 0
-    assert report["images_drawn"] == 20
+    for task in ("caption", "transcribe", "video_caption", "interleave"):
+        assert report[f"{task}_cer"] > 0 and report[f"{task}_wer"] > 0
+    assert report["generate_diversity"] > 0 and report["reconstruction_psnr"] > 0
+    assert -1 <= report["reconstruction_ssim"] < 1
+    assert report["images_asked"] == {"generate": 20, "speech_to_image": 14}
+    assert 0 < report["images_drawn"]["generate"] <= 20
     assert report["train_seconds"] == 65.0 and report["tokens_per_second"] == 9.0
     assert report["first_losses"] == [5.0, 4.0, 3.0]
     assert report["validation_samples"] == {task: 50 if name == "digits" else 12 for task, name in TASKS.items()}
 
 
 def test_a_random_model_scores_like_one(report) -> None:
-    assert report["caption_accuracy"] < 0.5 and report["image_recognized"] < 0.5
+    assert report["caption_exact_match"] < 0.5 and report["generate_copies"] < 0.5
 
 
 def test_separate_shards_are_found_separate(report) -> None:
@@ -145,14 +68,26 @@ def test_evaluating_on_the_training_shards_warns(run, tmp_path, capsys) -> None:
     argv = ["--checkpoint", str(run), "--validation", validation, "--samples", "5", "--images", "10", "--out", str(out)]
     assert main(argv) == 0
     report = json.loads(out.read_text())
-    assert "caption_accuracy" in report and "speech_accuracy" not in report
+    assert "caption_exact_match" in report and "transcribe_exact_match" not in report
     assert not report["validation"]["separate"] and report["validation"]["shared_media"] == 200
     assert "warning: training and validation shards share content" in capsys.readouterr().err
+
+
+def test_named_metrics_alone_are_computed_and_shown(run, tmp_path, capsys) -> None:
+    argv = ["--checkpoint", str(run), "--validation", f"caption={run}/validation/digits.tar", "--samples", "5"]
+    assert main([*argv, "--metrics", "cer", "psnr", "--out", str(tmp_path / "few.json")]) == 0
+    report = json.loads((tmp_path / "few.json").read_text())
+    assert {"caption_cer", "reconstruction_psnr"} <= report.keys()
+    assert not {"caption_exact_match", "reconstruction_ssim", "validation_copies"} & report.keys()
+    shown = capsys.readouterr().out
+    assert re.search(r"caption_cer +[\d.]+%  lower is better\n", shown)
+    assert re.search(r"reconstruction_psnr +[\d.]+ dB  higher is better\n", shown)
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--metrics", "exact_mach"], "'exact_mach' is no metric; did you mean exact_match?"),
         (["--validation", "caption"], "'caption' is not TASK=SHARDS"),
         (["--validation", "smell=x.tar"], "'smell=x.tar' is not TASK=SHARDS"),
         (["--validation", "caption=/no/such.tar"], "no shard matches '/no/such.tar'"),
@@ -179,7 +114,7 @@ def test_help_answers_in_under_a_second_without_torch() -> None:
     code = (
         "import sys\nfrom megatron_gemini.evaluate import main\n"
         "try:\n    main(['--help'])\n"
-        "finally:\n    assert 'torch' not in sys.modules and 'sklearn' not in sys.modules"
+        "finally:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     begin = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

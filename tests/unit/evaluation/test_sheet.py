@@ -4,7 +4,8 @@ import numpy as np
 
 from megatron_gemini.config.encoders import VisionConfig
 from megatron_gemini.data.samples.document import prepare
-from megatron_gemini.evaluation.sheet import pixels, some, subtitle
+from megatron_gemini.evaluation.sheet import pixels, subtitle
+from megatron_gemini.evaluation.validation import some
 from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.modalities.video.item import Video
 
@@ -13,13 +14,14 @@ ENCODERS = {"vision": VisionConfig(patch=4, max_side=16)}
 
 
 def test_images_and_clips_are_shown_pixel_by_pixel() -> None:
-    assert np.array_equal(pixels(prepare(Image(NOISE[0]), ENCODERS), 4), NOISE[:1])
-    assert np.array_equal(pixels(prepare(Video(NOISE, 0.5), ENCODERS), 4), NOISE)
+    assert np.array_equal(pixels(prepare(Image(NOISE[0]), ENCODERS), ENCODERS), NOISE[:1])
+    assert np.array_equal(pixels(prepare(Video(NOISE, 0.5), ENCODERS), ENCODERS), NOISE)
 
 
 def test_the_subtitle_names_only_what_was_measured() -> None:
-    report = {"caption_accuracy": 0.976, "speech_accuracy": None, "train_seconds": 372.4}
-    assert subtitle(report) == "images described 98%  ·  trained in 6 min 12 s  ·  all on validation data"
+    report = {"caption_exact_match": 0.976, "transcribe_exact_match": None, "caption_cer": 0.1, "train_seconds": 372.4}
+    assert subtitle(report) == "caption exact match 98%  ·  trained in 6 min 12 s  ·  all on validation data"
+    assert subtitle(report, {"caption_cer": "wrong letters"}).startswith("wrong letters 10%  ·  trained in")
     assert subtitle({}) == ""
 
 

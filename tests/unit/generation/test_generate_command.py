@@ -1,8 +1,10 @@
 """`megatron-gemini generate`: what it saves and prints, and one line for every mistake."""
 
+import io
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,11 @@ import pytest
 import soundfile
 
 from megatron_gemini.cli import run_command
-from megatron_gemini.generate import main, parse
+from megatron_gemini.generate import main, parse, show
+from megatron_gemini.generation.api import Drawing, Generator
 from megatron_gemini.modalities.video.encode import encode_video
+from megatron_gemini.registry import MODALITIES
+from tests.extension.series import SERIES
 from tests.tiny_checkpoint import CONFIG, write_checkpoint
 
 SIZE = CONFIG.image_tokenizer.image_size
@@ -55,6 +60,18 @@ def test_items_keep_the_order_of_the_command_line() -> None:
     assert (options.seed, options.no_cache, options.checkpoint) == (7, True, "d")
 
 
+def test_a_modality_of_a_plugin_has_an_option_of_its_own(capsys) -> None:
+    MODALITIES.register("series", SERIES)
+    try:
+        argv = ["--checkpoint", "d", "--series", "a.json", "what is this?"]
+        assert parse(argv).items == [("series", "a.json"), ("text", "what is this?")]
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert "--series FILE" in capsys.readouterr().out
+    finally:
+        MODALITIES.unregister("series")
+
+
 def test_an_image_is_saved_large_enough_to_look_at(run, tmp_path, capsys) -> None:
     out = tmp_path / "seven.png"
     assert main(["--checkpoint", str(run), "draw seven", "--answer", "image", "--out", str(out)]) == 0
@@ -92,6 +109,53 @@ def test_an_asked_image_that_is_not_drawn_is_a_failure(run, tmp_path, capsys) ->
     assert main(["--checkpoint", str(run), "one", "--answer", "text", "--max-tokens", "2", "--out", str(out)]) == 1
     assert "no image was drawn" in capsys.readouterr().err
     assert not out.exists()
+
+
+class Terminal(io.StringIO):
+    """What was on the screen after every write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return super().write(text)
+
+
+SPOKEN = ["what is this", "--answer", "text", "--max-tokens", "40", "--temperature", "2", "--seed", "5"]
+
+
+def test_on_a_terminal_text_comes_in_parts_and_is_the_same(run, capsys, monkeypatch) -> None:
+    main(["--checkpoint", str(run), *SPOKEN])
+    whole = capsys.readouterr().out
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    main(["--checkpoint", str(run), *SPOKEN])
+    assert terminal.getvalue() == whole
+    assert sum(text != "" for text in terminal.writes) > 5
+
+
+def test_pieces_are_shown_in_order_and_images_numbered_from_the_second(tmp_path, capsys) -> None:
+    image = Drawing((1,), np.zeros((8, 8, 3), np.uint8))
+    assert show(["a ", "seven", image, image, "and", " "], tmp_path / "x.png", 1) == 2
+    first, second = tmp_path / "x.png", tmp_path / "x-2.png"
+    assert capsys.readouterr().out == f"a seven\nimage saved to {first}\nimage saved to {second}\nand \n"
+    assert first.is_file() and second.is_file()
+
+
+def test_an_interrupted_answer_ends_its_line(run, capsys, monkeypatch) -> None:
+    def interrupted(*given: object) -> Iterator[str]:
+        yield "half a "
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Generator, "respond", interrupted)
+    assert run_command(main, ["--checkpoint", str(run), "hello"]) == 130
+    said = capsys.readouterr()
+    assert said.out == "half a \n" and said.err == "megatron-gemini: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Document, build_document
 from megatron_gemini.data.samples.items import Codes, Item, Text
-from megatron_gemini.generation.sample import generate, guide
+from megatron_gemini.generation.choose import guide
+from megatron_gemini.generation.sample import generate
 from megatron_gemini.generation.sequences import (
     CachedSequences,
     RecomputedSequences,

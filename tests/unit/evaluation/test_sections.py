@@ -6,16 +6,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from megatron_gemini.evaluation.pictures import (
-    Answer,
-    Captions,
-    Clips,
-    DrawnFromSpeech,
-    DrawnFromText,
-    Rebuilt,
-    Sheet,
-    Transcripts,
-)
+from megatron_gemini.evaluation.section import Answer
+from megatron_gemini.evaluation.sections import Captions, Clips, DrawnFromSpeech, DrawnFromText, Rebuilt, Transcripts
+from megatron_gemini.evaluation.sheet import Sheet
 
 NOISE = np.random.default_rng(0)
 IMAGE = NOISE.integers(0, 255, (16, 24, 3), dtype=np.uint8)
