@@ -272,7 +272,7 @@ def test_help_shows_every_setting_with_the_value_it_has_now(write, capsys):
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for name in setting_names(Section(RunConfig), {}):
-        lists = ("data.sources", "data.validation", "data.curriculum")
+        lists = ("data.sources", "data.validation", "data.curriculum", "init_from")
         shown_as = [f"--{name} ", f"--{name},", f"--{name}.NAME "]
         assert any(option in shown for option in shown_as) or name in lists, name
     assert "12345" in shown
