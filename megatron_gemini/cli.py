@@ -47,6 +47,7 @@ def script() -> NoReturn:
 
 def end(status: int) -> NoReturn:
     """End the process with an exit status, without the interpreter's teardown if it joined a process group."""
+    # Not imported: a command that never joined a group has nothing to end, and torch would take seconds.
     distributed = sys.modules.get("megatron_gemini.engine.distributed")
     if distributed is not None:
         distributed.end_process(status)
@@ -93,10 +94,12 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("megatron-gemini: interrupted", file=sys.stderr)
         return 130
+    # Not every OSError: a full disk or a broken network is no mistake of the user's, and wants its traceback.
     except (ValueError, *_FILE_MISTAKES) as error:
         _report(_one_line(error), debug)
         return 2
     except Exception as error:
+        # The rank that failed first tells why. What the others tell is only that they noticed.
         if any(sign in str(error) for sign in _PEER_LOST) and _rank() is not None:
             _report("lost the connection to another rank; what that rank printed says why", debug)
         else:

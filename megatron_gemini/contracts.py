@@ -102,6 +102,14 @@ class RowFormat:
     def weight(self, target: str) -> float:
         return self.target_weights.get(target, 1.0)
 
+    def check(self, layout: TokenLayout) -> None:
+        """Raise a ValueError for the weight of a kind of target that there is not: it would weigh nothing, unseen."""
+        for name in self.target_weights:
+            if name not in layout.targets:
+                raise ValueError(
+                    f"the loss weight of {name} is of no kind of target; there are {', '.join(layout.targets)}"
+                )
+
 
 @dataclass
 class Media:

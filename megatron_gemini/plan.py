@@ -48,6 +48,7 @@ def main(argv: list[str]) -> int:
 def token_layout(config: RunConfig, text_pieces: int | None) -> TokenLayout:
     """The vocabulary, from the number of text pieces that is given, else the text model's, else the presets'."""
     if text_pieces is None and Path(config.data.text_model).is_file():
+        # Here, so that a plan for a text model that does not exist yet needs no SentencePiece.
         from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 
         text_pieces = TextTokenizer(config.data.text_model).size
@@ -102,25 +103,34 @@ def _dry_run(config: RunConfig, layout: TokenLayout, options: argparse.Namespace
 def _parser() -> OptionParser:
     parser = OptionParser("megatron-gemini plan", _DESCRIPTION)
     machine = parser.add_argument_group("the machines")
-    _add(machine, "gpus", int, "GPUs of the job, all of them", metavar="N")
-    _add(machine, "gpu", str, "their kind (default: h100)", choices=sorted(GPUS), default="h100")
-    _add(machine, "gpu_memory", str, "memory of one (default: 80GB)", default="80GB", metavar="SIZE")
-    _add(machine, "gpus_per_node", int, "GPUs of a host (default: 8)", default=8, metavar="N")
-    _add(machine, "host_memory", str, "memory of a host (default: 1TB)", default="1TB", metavar="SIZE")
+    machine.add_argument("--gpus", type=int, metavar="N", help="GPUs of the job, all of them")
+    machine.add_argument("--gpu", choices=sorted(GPUS), default="h100", help="their kind (default: h100)")
+    _size(machine, "gpu_memory", "80GB", "memory of one")
+    _count(machine, "gpus_per_node", "N", "GPUs of a host (default: 8)", 8)
+    _size(machine, "host_memory", "1TB", "memory of a host")
     result = parser.add_argument_group("the result")
-    _add(result, "out", str, "write the best layout here, and DeepSpeed's JSON beside it", metavar="FILE.yaml")
-    _add(result, "top", int, "layouts to show (default: 12)", default=12, metavar="N")
-    _add(result, "text_pieces", int, "size of the text model, where data.text_model does not exist yet", metavar="N")
+    written = "write the best layout here, and DeepSpeed's JSON beside it"
+    result.add_argument("--out", metavar="FILE.yaml", help=written)
+    result.add_argument("--top", type=int, default=12, metavar="N", help="layouts to show (default: 12)")
+    _count(result, "text_pieces", "N", "size of the text model, where data.text_model does not exist yet")
     dry = parser.add_argument_group("a dry run: one rank's part of a job is built on this machine, without memory")
-    _add(dry, "dry_run_rank", int, "which rank", metavar="R")
-    _add(dry, "world", int, "of how many", metavar="N")
+    _count(dry, "dry_run_rank", "R", "which rank")
+    dry.add_argument("--world", type=int, metavar="N", help="of how many")
     return parser
 
 
-def _add(group: argparse._ArgumentGroup, name: str, kind: type, what: str, **more: object) -> None:
-    """An option that may be written with - or _, like every setting."""
-    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-    group.add_argument(*spellings, type=kind, help=what, dest=name, **more)  # type: ignore[arg-type]
+# Options of several words may be written with - or _, like every setting.
+
+
+def _count(group: argparse._ArgumentGroup, name: str, metavar: str, what: str, default: int | None = None) -> None:
+    group.add_argument(
+        f"--{name}", f"--{name.replace('_', '-')}", type=int, default=default, metavar=metavar, help=what
+    )
+
+
+def _size(group: argparse._ArgumentGroup, name: str, default: str, what: str) -> None:
+    shown = f"{what} (default: {default})"
+    group.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default=default, metavar="SIZE", help=shown)
 
 
 if __name__ == "__main__":

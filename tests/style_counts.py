@@ -7,12 +7,15 @@ python -m tests.style_counts megatron_gemini/data  # one folder
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import re
 import sys
 import tokenize
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 BARE = ("object", "dict", "list", "Callable")
@@ -40,7 +43,7 @@ class Counts:
         self.untyped += len(untyped(tree))
         lengths = [(f.end_lineno or f.lineno) - f.lineno + 1 for f in functions]
         self.longest_function = max([self.longest_function, *lengths])
-        sentences = [len(words) for doc in docstrings(tree) for words in prose_sentences(doc)]
+        sentences = [len(each.words) for doc in docstrings(tree) for each in docstring_sentences(doc)]
         self.longest_sentence = max([self.longest_sentence, *sentences])
 
     def __str__(self) -> str:
@@ -94,18 +97,61 @@ def docstrings(tree: ast.AST) -> list[str]:
     ]
 
 
-def prose_sentences(text: str) -> list[list[str]]:
-    """The words of every sentence. Code in backquotes is one word; tables and headings are left out."""
-    text = re.sub(r"```.*?```", "", text, flags=re.S)
-    text = re.sub(r"`[^`]*`", "code", text)
-    found = []
-    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*|#]|\d+\.|[\w.]+(?:, \w+)*: ))", text):
-        if re.match(r"\s*[|#]", paragraph):
-            continue
-        plain = " ".join(paragraph.split())
-        for sentence in re.split(r"(?<=[.!?:;])\s+(?=[\"'(A-Z0-9`])|(?<=[.!?])\s", plain):
-            found.append([word for word in sentence.split() if re.search(r"\w", word)])
-    return [words for words in found if words]
+class Sentence(NamedTuple):
+    """A sentence of prose. line: of its paragraph's first line in the text, from 1."""
+
+    line: int
+    words: tuple[str, ...]
+
+
+_ITEM = r"(?:[-*] |\d{1,2}\. )"  # of a list
+_FIELD = r"[\w.]+(?:, \w+)*: "  # of a docstring: an argument, or several of them
+
+
+def docstring_sentences(text: str) -> list[Sentence]:
+    """The sentences of a docstring; every item of a list, and every argument, begins a new one."""
+    return _sentences(inspect.cleandoc(text), rf"{_ITEM}|{_FIELD}")
+
+
+def document_sentences(text: str) -> list[Sentence]:
+    """The sentences of a Markdown document, without its tables, headings, code blocks, images and comments."""
+    for part in (r"```.*?```", r"<!--.*?-->", r"!\[[^\]]*\]\([^)]*\)"):
+        text = re.sub(part, lambda found: "\n" * found.group().count("\n"), text, flags=re.S)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"^\s*[|#].*$", "", text, flags=re.M)
+    return _sentences(text.replace("**", ""), _ITEM)
+
+
+def _sentences(text: str, begins: str) -> list[Sentence]:
+    """begins: what begins a sentence of its own at the start of a line. Code in backquotes is one word."""
+    text = re.sub(r"`[^`]*`", lambda found: "code" + "\n" * found.group().count("\n"), text)
+    return [
+        Sentence(number, words)
+        for number, plain in _paragraphs(text, begins)
+        for sentence in _ENDS.split(plain)
+        if (words := tuple(word for word in sentence.split() if re.search(r"\w", word)))
+    ]
+
+
+# An end, also within a quotation or parentheses. A colon or a semicolon ends one where a capital, a quotation or a
+# number follows, as in a list of cases that stands in one line.
+_ENDS = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))\s+|(?<=[:;])\s+(?=[\"'(A-Z0-9])")
+
+
+def _paragraphs(text: str, begins: str) -> Iterator[tuple[int, str]]:
+    """(number of the first line, text in one line) of every paragraph, without indented blocks of code."""
+    first, lines, code, after_blank = 0, list[str](), False, True
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        blank, item = not line.strip(), re.match(rf"\s*(?:{begins})", line)
+        if not blank:
+            code = line.startswith("    ") and (code or (after_blank and not item))
+        if lines and (blank or item or code):
+            yield first, " ".join(" ".join(lines).split())
+            lines = []
+        after_blank = blank
+        if not blank and not code:
+            first = first if lines else number
+            lines.append(re.sub(rf"^\s*{_ITEM}", "", line))
 
 
 def count(*folders: Path) -> Counts:

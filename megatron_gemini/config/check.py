@@ -11,7 +11,7 @@ def positive(section: SectionValue, prefix: str, *names: str) -> None:
     """Every named field is greater than zero."""
     for name in names:
         value = getattr(section, name)
-        if not value > 0:
+        if not value > 0:  # and not `value <= 0`, which nan would pass
             raise ValueError(f"{prefix}.{name} is {value}; it must be greater than 0")
 
 

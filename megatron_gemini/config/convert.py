@@ -1,8 +1,7 @@
-"""From plain mappings (YAML, command line) to the types of the sections, with errors that name the setting.
+"""From plain mappings (YAML, command line) to values of the settings' types, with errors that name the setting.
 
-Every source of settings is first checked on its own into a *partial*: a nested dict that has the shape of `RunConfig`,
-holds only what the source sets, and only values of the right type. Partials merge; the sections are built once, from
-the merged whole, so that a check between two settings never sees a half-way state.
+Every source of settings is checked on its own into a *partial*: a nested dict that has the shape of `RunConfig`, holds
+only what the source sets, and only values of the right type. `build` makes sections of all partials together.
 
 The type of a section may hang on its `kind`, which may stand in another source than the rest of it. So `choices` looks
 for those first, in all sources.
@@ -10,13 +9,13 @@ for those first, in all sources.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar, cast
+from typing import cast
 
+from megatron_gemini.config.build import Partial, Setting
 from megatron_gemini.config.schema import (
     CHOICE,
     Choices,
@@ -27,20 +26,13 @@ from megatron_gemini.config.schema import (
     Named,
     Scalar,
     Section,
-    SectionValue,
-    SettingValue,
     Table,
     Values,
     below,
-    default_of,
     kinds,
     names_below,
     settled,
 )
-
-Setting: TypeAlias = "bool | int | float | str | tuple[Setting, ...] | list[Partial] | Partial | None"
-Partial: TypeAlias = "dict[str, Setting]"
-Built = TypeVar("Built", bound=SectionValue)
 
 
 @dataclass(frozen=True)
@@ -75,6 +67,7 @@ def choices(given: Sequence[tuple[Given, SettingSource]], kind: Kind, name: str 
                 raise source.error(f"{name}.{CHOICE}", f"is {_shown(chosen)}; {kind.registry.nearest(str(chosen))}")
             found[name] = chosen if CHOICE in section else found[name]
     kind = settled(kind, name, found)
+    # By the names that there are and not by those that are given: unknown ones are `partial`'s to tell.
     for key in names_below(kind):
         inner = below(kind, key)
         if isinstance(inner, (Section, Named, Chosen)):
@@ -89,78 +82,13 @@ def partial(mapping: Mapping[str, Given], kind: Kind, source: SettingSource, pre
     Raises a `ValueError` on an unknown name (with the nearest valid one) or a value of another type.
     """
     values: Partial = {}
-    for key, value in mapping.items():
+    for key, value in mapping.items():  # YAML's keys may be numbers, which no setting is called
         name = f"{prefix}{key}"
         inner = below(kind, str(key))
         if inner is None:
             raise unknown(name, kind, source)
         values[str(key)] = _value(value, settled(inner, name, source.choices), name, source)
     return values
-
-
-def merge(base: Setting, over: Setting, name: str = "") -> Setting:
-    """`base` with the settings of `over` put on top; a list is replaced, or changed in the items that `over` numbers.
-
-    Raises a `ValueError` for the number of an item that the list does not have.
-    """
-    if not isinstance(over, dict) or base is None:
-        return over
-    if isinstance(base, list):
-        merged = dict(enumerate(base))
-        for number, item in over.items():
-            if int(number) not in merged:
-                raise _no_item(f"{name}.{number}", len(base))
-            merged[int(number)] = cast("Partial", merge(merged[int(number)], item, f"{name}.{number}"))
-        return list(merged.values())
-    assert isinstance(base, dict)
-    names = {key: f"{name}.{key}" if name else key for key in over}
-    return base | {key: merge(base.get(key), value, names[key]) for key, value in over.items()}
-
-
-def _no_item(name: str, length: int) -> ValueError:
-    items = f"has the items 0 to {length - 1}" if length else "is empty"
-    return ValueError(f"--{name} does not exist; the list in the file {items}")
-
-
-def build(section: type[Built], values: Partial, default: Built | None = None, name: str = "") -> Built:
-    """An instance of the dataclass `section`; its own checks raise as they are written there.
-
-    default: what the values are put on top of, the class's own defaults if none is given.
-    """
-    arguments = {}
-    for key, value in values.items():
-        before = default_of(section, key) if default is None else getattr(default, key)
-        arguments[key] = _built(kinds(section)[key], value, before, f"{name}.{key}" if name else key)
-    return section(**arguments) if default is None else dataclasses.replace(default, **arguments)
-
-
-def _built(kind: Kind, value: Setting, default: SettingValue, name: str) -> SettingValue:
-    match kind:
-        case Section(section):
-            return build(section, cast("Partial", value), cast("SectionValue", default), name)
-        case Chosen():
-            values, before = cast("Partial", value), cast("SectionValue", default)
-            choice = cast("str", values.get(CHOICE, getattr(before, CHOICE)))
-            same = before if getattr(before, CHOICE) == choice else None
-            return build(kind.of(choice), {CHOICE: choice, **values}, same, name)
-        case Named():
-            values, sections = cast("Partial", value), cast("Mapping[str, SectionValue]", default)
-            given = {each: cast("Partial", values.get(each, {})) for each in kind.registry.names}
-            return {each: build(kind.of(each), given[each], sections.get(each), f"{name}.{each}") for each in given}
-        case Items(section):
-            if isinstance(value, dict):  # items of the command line without a list to belong to
-                raise _no_item(f"{name}.{next(iter(value))}", 0)
-            items = cast("list[Partial]", value)
-            return tuple(_built_item(section, item, f"{name}.{i}") for i, item in enumerate(items))
-        case _:
-            return cast("SettingValue", value)
-
-
-def _built_item(section: type[Built], values: Partial, name: str) -> Built:
-    try:
-        return build(section, values, name=name)
-    except ValueError as error:  # a list item does not know its place, and the user needs it
-        raise ValueError(f"{name}: {error}") from error
 
 
 def unknown(name: str, parent: Kind, source: SettingSource) -> ValueError:
@@ -172,10 +100,12 @@ def unknown(name: str, parent: Kind, source: SettingSource) -> ValueError:
     siblings = [f"{prefix}.{known}" if prefix else known for known in names_below(parent)]
     if isinstance(parent, Named):  # a name that may be a plugin's: what other sections have is no help
         return source.error(name, f"is no setting; {parent.registry.nearest(last)}")
+    # The same last part in another section comes first: whoever writes model.lr means optimizer.lr, not model.layers.
     elsewhere = [other for other in source.names if other.rpartition(".")[2] == last]
     beside = {other.rpartition(".")[2]: other for other in siblings}
     close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.0)
     close += [beside[other] for other in difflib.get_close_matches(last, beside, n=1)]
+    # Of the whole name only a near one, since all settings of a long section are somewhat alike.
     close += difflib.get_close_matches(name, source.names, n=1, cutoff=0.8)
     if close:
         return source.error(name, f"is no setting; did you mean {'--' if source.text else ''}{close[0]}?")
@@ -222,6 +152,7 @@ def _scalar(value: Given, kind: Scalar, name: str, source: SettingSource) -> boo
         if not isinstance(value, str) or value not in kind.choices:
             raise source.error(name, f"is {_shown(value)}; choose one of {', '.join(kind.choices)}")
         return value
+    # A file's values have types already: 1.5 for a whole number, or true for a number, is a mistake and no conversion.
     converted = _from_text(value, kind.type) if source.text else _from_data(value, kind.type)
     if converted is None:
         hint = "; put it in quotes" if kind.type is str and not isinstance(value, (list, dict)) else ""
@@ -233,7 +164,7 @@ def _scalar(value: Given, kind: Scalar, name: str, source: SettingSource) -> boo
 
 def _from_text(value: Given, kind: type) -> bool | int | float | str | None:
     """A command line's text as `kind`, or None. A switch without a value is already a bool."""
-    if kind is bool:
+    if kind is bool:  # bool("false") would be true
         return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
     try:
         return None if isinstance(value, bool) else kind(value)
@@ -248,10 +179,11 @@ def _from_data(value: Given, kind: type) -> bool | int | float | str | None:
             return float(value)
         except (ValueError, OverflowError):
             return None
+    # By the exact type: to Python true is a whole number too.
     return cast("bool | int | float | str", value) if type(value) is kind else None
 
 
 def _shown(value: Given) -> str:
-    text = repr(value)
+    text = repr(value)  # in quotes and escaped: it may hold anything, and the message is one line
     text = text if len(text) <= 60 else text[:57] + "..."
     return text if isinstance(value, str) else f"{text} ({type(value).__name__})"

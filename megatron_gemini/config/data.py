@@ -117,7 +117,7 @@ class DataConfig:
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")
         for name, limit in self.row_inputs.items():
-            if name not in ENCODERS:  # a bound that bounds nothing
+            if name not in ENCODERS:  # a bound that bounds nothing would pass unseen until memory runs out
                 raise ValueError(f"data.row_inputs.{name} is of no encoder; {ENCODERS.nearest(name)}")
             if limit < 0:
                 raise ValueError(f"data.row_inputs.{name} is {limit}; it must be 0 or more")

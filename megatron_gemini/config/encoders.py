@@ -19,6 +19,7 @@ class CostConfig:
     constant: float = 30000.0
 
     def __post_init__(self) -> None:
+        # With a negative one a larger item could seem the cheaper, and all would go to one rank.
         at_least(self, "cost", 0, "quadratic", "linear", "constant")
 
 
@@ -39,7 +40,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """What every encoder has."""
+    """What every encoder has. A plugin's should begin with `enabled: bool = False`, or it is in every model."""
 
     enabled: bool = True
     frozen: bool = False
@@ -77,6 +78,7 @@ class VisionConfig(EncoderConfig):
         prefix = "encoders.vision"
         positive(self, prefix, "width", "layers", "heads", "mlp_width", "patch", "max_side", "max_frames")
         divides(self.heads, self.width, f"{prefix}.heads", f"{prefix}.width")
+        # A half of the width tells the row and the other the column, each by as many sines as cosines.
         divides(4, self.width, "4 (the 2D positions)", f"{prefix}.width")
         divides(self.patch, self.max_side, f"{prefix}.patch", f"{prefix}.max_side")
 
@@ -107,6 +109,8 @@ class AudioConfig(EncoderConfig):
 class EncoderEnginesConfig:
     """The engines of encoders and connectors, which work on all ranks whatever the decoder's layout."""
 
+    # Apart from the decoder's, since a pipeline often has ZeRO-1 and encoders of billions of parameters cannot: ZeRO-1
+    # keeps whole gradients on every rank.
     zero_stage: int = -1
     """ZeRO stage of the encoders; -1 is engine.zero_stage."""
     recompute: bool = True
@@ -119,4 +123,5 @@ class EncoderEnginesConfig:
             raise ValueError(
                 f"encoder_engines.zero_stage is {self.zero_stage}; choose 0 to 3, or -1 for engine.zero_stage"
             )
+        # No bound from above: on a GPU a larger chunk fills more of it, until the activations of one do not fit.
         positive(self, "encoder_engines", "chunk_tokens")

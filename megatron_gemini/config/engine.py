@@ -72,6 +72,7 @@ class EngineConfig:
         at_least(self, "engine", 0, "gradient_clipping")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; choose 0, 1, 2 or 3")
+        # Rules of DeepSpeed, told here by the names of these settings and before it is imported.
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError(
                 "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3, not 0; "

@@ -11,6 +11,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import (
     CHOICE,
     Chosen,
+    Items,
     Named,
     Scalar,
     Section,
@@ -68,7 +69,7 @@ def laid_out(section: SectionValue, choices: tuple[str, ...] = ()) -> SectionVal
     Fields keep their descriptions, which tyro reads from the class that is the new one's base. choices: of its `kind`.
     """
     fields: dict[str, Shown] = {}
-    if choices:
+    if choices:  # its type is text, as a plugin may add others
         fields[CHOICE] = Shown(_text(f"{{{','.join(choices)}}}"), getattr(section, CHOICE))
     for name, kind in kinds(type(section)).items():
         value = getattr(section, name)
@@ -79,8 +80,12 @@ def laid_out(section: SectionValue, choices: tuple[str, ...] = ()) -> SectionVal
             case Named():
                 inner = _sections(name, value)
                 fields[name] = Shown(type(inner), inner)
+            case Items() if value:
+                items = tuple(laid_out(item) for item in value)
+                fields[name] = Shown(cast("type", tuple[tuple(map(type, items))]), items)  # type: ignore[misc]
             case Table(item):  # one option for every name that the user may choose
-                now = ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
+                words = {key: " ".join(each) if isinstance(each, tuple) else str(each) for key, each in value.items()}
+                now = ", ".join(f"{key} {text}" for key, text in words.items()) or "none"
                 fields[name] = Shown(_text(_metavar(item), f"{name}.NAME"), now)
     return _derived(section, fields) if fields else section
 
@@ -96,6 +101,7 @@ def _derived(section: SectionValue, fields: Mapping[str, Shown]) -> SectionValue
     """The section with other types and values of some fields, and without its checks, which it has passed."""
     base = type(section)
     written = (base.__doc__ or "").startswith(f"{base.__name__}(")  # by `dataclass`, where there is no docstring
+    # The base's docstring is given on, since tyro shows it above the options; a derived class would have none.
     namespace = {"__post_init__": lambda self: None, "__doc__": "" if written else base.__doc__, "__module__": _NOWHERE}
     changed = [(name, each.hint, dataclasses.field(default=each.value)) for name, each in fields.items()]
     shown = make_dataclass(base.__name__, changed, bases=(base,), namespace=namespace, frozen=True)

@@ -24,6 +24,7 @@ def check_layout(config: RunConfig, world: int) -> None:
     reason = why_not(config, world)
     if reason is None:
         return
+    # As options behind the same command: what is offered can be pasted, and a test does so.
     near = "; ".join(_as_options(config, found, world) for found in nearest_layouts(config, world)[:SHOWN])
     raise ValueError(f"{reason}; nearest that {world} ranks can run: {near or 'none, whatever the layout'}")
 
@@ -48,6 +49,7 @@ def data_size(config: RunConfig, world: int) -> int:
 
 def layouts(config: RunConfig, world: int) -> Iterator[RunConfig]:
     """`config` with every legal `parallel` section on `world` ranks; all else stays."""
+    # By the divisors of the world, level by level: all products of sizes up to 1,024 ranks would be a billion.
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     for tensor in sizes:
         for context in (size for size in sizes if world % (tensor * size) == 0):
@@ -69,16 +71,19 @@ def _variants(config: RunConfig, tensor: int, context: int, pipeline: int) -> It
         for schedule in ("interleaved" if stages > 1 else "1f1b", "breadth_first"):
             if pipeline == 1 and schedule == "breadth_first" != config.parallel.schedule:
                 continue  # without a pipeline the schedule changes nothing
+            # Both ways: sequence parallelism saves activations, and sends a gather more in the backward of each branch.
             for sequence in (False, True) if tensor > 1 else (False,):
                 yield ParallelConfig(tensor, sequence, context, pipeline, stages, schedule)  # type: ignore[arg-type]
 
 
 def _check_model(config: RunConfig) -> None:
     tensor, model = config.parallel.tensor, config.model
+    # Key/value heads need not divide: a rank may hold them all, which multi-query attention's single one makes cheap.
     for name in ("heads", "mlp_width"):
         value = getattr(model, name)
         if value % tensor:
             raise ValueError(f"parallel.tensor is {tensor}, which does not divide model.{name} ({value})")
+    # Where ranks are more than key heads, several share one: each of them then needs heads that read the same one.
     if tensor > 1 and model.kv_heads > 1 and model.kv_heads % tensor and tensor % model.kv_heads:
         raise ValueError(
             f"parallel.tensor is {tensor} and model.kv_heads is {model.kv_heads}; one must divide the other"
@@ -99,6 +104,7 @@ def _check_world(config: RunConfig, world: int) -> None:
             f"parallel.tensor x context x pipeline is {ranks}, which does not divide the {world} ranks of this job; "
             f"start a multiple of {ranks} ranks or lower one of them"
         )
+    # Every data-parallel rank takes as many microbatches: a pipeline's ranks wait for each other in each of them.
     size = world // ranks
     who = f"{size} data-parallel ranks"
     name, count = objective.per_step(config)
@@ -115,9 +121,11 @@ def _check_tokens(config: RunConfig) -> None:
             "set parallel.sequence to false or raise parallel.tensor"
         )
     if parallel.context > 1:
+        # Rank c of n has the chunks c and 2n - 1 - c: causal attention is then as much work for every rank.
         chunks = 2 * parallel.context
         divides(chunks, tokens, f"2 x parallel.context ({chunks} chunks)", "data.row_tokens")
     if parallel.sequence:
+        # The ranks scatter and gather tensors of one size, so that each has as many tokens.
         parts, name = parallel.tensor, "parallel.tensor"
         if parallel.context > 1:
             parts, name = parts * 2 * parallel.context, "parallel.tensor x 2 x parallel.context"
@@ -153,7 +161,7 @@ def _check_schedule(config: RunConfig, world: int) -> None:
             "parallel.schedule interleaved needs parallel.virtual_stages of 2 or more, not 1; use 1f1b or raise them"
         )
     if pipeline == 1 or schedule == "breadth_first":
-        return
+        return  # breadth-first takes any number of rows: a stage has done with all before the next begins
     microbatches = config.train.rows_per_step // data_size(config, world)
     if schedule == "interleaved" and microbatches % pipeline:
         raise ValueError(
@@ -180,6 +188,7 @@ def _distance(config: RunConfig, other: RunConfig) -> tuple[bool, int, float, in
     """Another number of ranks a row, then settings to change, then how far the sizes move; ties to the simpler axis."""
     pairs = [(getattr(config.parallel, name), getattr(other.parallel, name)) for name in _AXES]
     moved = sum(abs(math.log2(ours / theirs)) for ours, theirs in pairs)
+    # How many ranks share a row decides how many data-parallel ranks there are: another number changes most.
     product = math.prod(ours for ours, _ in pairs[:3]) != math.prod(theirs for _, theirs in pairs[:3])
     return product, len(_changes(config, other)), moved, other.parallel.context, other.parallel.pipeline
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from megatron_gemini import plugins
-from megatron_gemini.config.convert import Partial, SettingSource, build, choices, merge, partial
+from megatron_gemini.config.build import Partial, build, merge
+from megatron_gemini.config.convert import SettingSource, choices, partial
 from megatron_gemini.config.help import print_help
 from megatron_gemini.config.options import NO_SETTINGS, option_settings, split_options
 from megatron_gemini.config.run import RunConfig
@@ -44,12 +45,13 @@ def load_config(argv: list[str], presets: Presets | None = None, prog: str = "me
         given.append((_preset_values(name, presets), SettingSource(f"preset {name}: ")))
     given.append((document, SettingSource(f"{options.config}: ")))
     line = SettingSource("--", text=True)
+    # The kinds of sections first, from all sources: a file's settings may belong to a kind that an option chooses.
     chosen = choices([*given, (options.kinds(), line)], ROOT)
     values = _merged(given, chosen)
     names = (*NO_SETTINGS, *setting_names(ROOT, chosen))
     settings = option_settings(options, ROOT, dataclasses.replace(line, choices=chosen, names=names))
     config = build(RunConfig, cast("Partial", merge(values, settings)))
-    if options.help:
+    if options.help:  # last, so that it shows the values that this command line has, and its mistakes are told
         print_help(config, options.config or "", str(name or ""), " ".join(plugins.loaded()), prog)
     return config
 
@@ -61,9 +63,10 @@ def read_config(path: str | Path) -> RunConfig:
     """
     values = read_yaml(path)
     config = config_from_dict(values, str(path))
-    written = values.get("encoders")
+    written = values.get("encoders")  # as read, since the configuration has all that are registered
     if not isinstance(written, Mapping):
         return config
+    # A plugin that is always installed would otherwise add its encoder to the model of every older checkpoint.
     absent = [name for name in config.encoders if name not in written]
     off = {name: dataclasses.replace(config.encoders[name], enabled=False) for name in absent}
     return dataclasses.replace(config, encoders={**config.encoders, **off})

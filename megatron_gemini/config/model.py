@@ -26,14 +26,17 @@ class ModelConfig:
     """RMSNorm on every query and key head, for stability with mixed modalities (Chameleon)."""
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    # As in Gemma. Image codes are ids of the same vocabulary, so that the one table reads and writes them too.
     tie_embeddings: bool = True
+    # Narrow models set their own, near 1 / sqrt(width). At a width of 128 the loss of captions was 0.69 with 0.02 and
+    # 0.22 with 0.1 after 125 to 150 steps (docs/log.md).
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
         positive(self, "model", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
         positive(self, "model", "rope_theta", "norm_eps", "init_std")
         divides(self.kv_heads, self.heads, "model.kv_heads", "model.heads")
-        divides(2, self.head_width, "2", "model.head_width")
+        divides(2, self.head_width, "2", "model.head_width")  # RoPE turns pairs of values
         one_of(self, "model", "activation", ("gelu", "silu"))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
-from megatron_gemini.config.convert import Partial, SettingSource, merge, partial, unknown
+from megatron_gemini.config.build import Partial, merge
+from megatron_gemini.config.convert import SettingSource, partial, unknown
 from megatron_gemini.config.schema import (
     CHOICE,
     Choices,
@@ -79,6 +80,7 @@ def option_settings(options: Options, root: Kind, source: SettingSource) -> Part
 
 def _split(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
     """Pairs of an option's name, with underscores and without dashes, and the values after it."""
+    # Not argparse: it would have to know the settings, some of which are there only once a file has been read.
     tokens = ["--help" if token == "-h" else token for token in argv]
     while tokens:
         token = tokens.pop(0)
@@ -86,9 +88,11 @@ def _split(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
             raise ValueError(f"{token!r} stands alone; settings are written --section.field value")
         name, equals, inline = token[2:].partition("=")
         values = [inline] if equals else []
+        # A value may begin with one dash: it is a negative number. What begins with two is the next option.
         while not equals and tokens and not tokens[0].startswith("--"):
             values.append(tokens.pop(0))
         name = name.replace("-", "_")
+        # DeepSpeed's launcher adds --local_rank to every rank's command line, and old scripts --deepspeed.
         if name in _IGNORED:
             if len(values) > _IGNORED[name]:
                 raise ValueError(f"{values[-1]!r} stands alone; settings are written --section.field value")

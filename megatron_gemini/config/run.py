@@ -22,6 +22,7 @@ class RunConfig:
     """Everything that decides a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    # Made when asked for: a plugin that is loaded later registers more.
     encoders: Annotated[Mapping[str, EncoderConfig], Named(ENCODERS)] = field(
         default_factory=lambda: {name: ENCODERS.get(name).section() for name in ENCODERS}
     )

@@ -154,6 +154,7 @@ def _scalar_or_values(hint: type) -> Scalar | Values:
     return Scalar(hint)
 
 
+# Not kept from one call to the next, as `kinds` is: a `Named` default has all that is registered now.
 def default_of(section: type[SectionValue], name: str) -> SettingValue:
     """What a field holds where nothing is set. Every setting has a default."""
     field = section.__dataclass_fields__[name]
@@ -174,11 +175,11 @@ def below(kind: Kind, name: str) -> Kind | None:
         case Section(section):
             return kinds(section).get(name)
         case Items(section):
-            return Section(section) if name.isdecimal() else None
+            return Section(section) if name.isdecimal() else None  # whether the list is as long, `merge` knows
         case Named():
             return Section(kind.of(name)) if name in kind.registry else None
         case Table(item):
-            return item if name else None
+            return item if name else None  # `--objective.weights. 1` has forgotten the name
         case _:
             return None
 

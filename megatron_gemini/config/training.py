@@ -21,6 +21,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         positive(self, "optimizer", "lr", "eps")
         at_least(self, "optimizer", 0, "weight_decay", "beta1", "beta2")
+        # A beta of 1 would keep the moments at their zeros for ever.
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be below 1")
@@ -39,6 +40,7 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         one_of(self, "schedule", "kind", ("cosine", "linear", "wsd"))
         at_least(self, "schedule", 0, "warmup_steps", "decay_steps", "final_ratio")
+        # All three kinds end at it: above 1 the rate would rise at the end, which is no schedule of these.
         if self.final_ratio > 1:
             raise ValueError(f"schedule.final_ratio is {self.final_ratio}; it is a share of optimizer.lr, at most 1")
 

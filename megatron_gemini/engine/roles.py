@@ -118,7 +118,8 @@ class Role(Generic[Output]):
     def forward_backward(self, rows: Sequence[Row], scale: float, collect: Callable[[Output], None]) -> None:
         """Gradients of scale * the sum of the rows' losses, of a trained role, once in every step of the engine.
 
-        scale: see `Engine.forward_backward`; DeepSpeed averages over the ranks that hold the same weights.
+        scale: the number of ranks that hold the same weights, since DeepSpeed averages over them, divided by the sum
+            of the step's loss weights.
         collect: called with every output of the last stage, on its ranks.
         """
         assert self.spec.trained, self.spec.name

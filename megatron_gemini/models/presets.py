@@ -26,6 +26,8 @@ _IMAGE_TOKENIZER: dict[str, Plain] = {
     "code_width": 32,
 }
 
+# Each is within a tenth of the parameters that its name says. Heads and MLP widths divide by 8, the GPUs of a node: so
+# many tensor-parallel ranks keep their traffic on NVLink.
 PRESETS: dict[str, dict[str, Plain]] = {
     "1b": {
         "model": {
@@ -108,4 +110,4 @@ def preset(name: str) -> dict[str, Plain]:
     """
     if name not in PRESETS:
         raise ValueError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
-    return copy.deepcopy(PRESETS[name])
+    return copy.deepcopy(PRESETS[name])  # the caller merges its own values into it

@@ -58,6 +58,7 @@ class PackedObjective(Objective[StepRows, LossOutput]):
         rows = OBJECTIVES.get(config.objective.kind).rows
         assert rows is not None, config.objective.kind
         self.form = rows(config.objective)
+        self.form.check(self.layout)
         self.loader = Loader(
             config, topology.rank, topology.world, self.layout, self.tokenizer, self.form, pin=device.type == "cuda"
         )

@@ -3,10 +3,8 @@
 Not saved are parameters (a node keeps the parameter itself) and what all layers share (RoPE's angles, the attention
 plan): less than a hundredth of a layer.
 
-Shape suffixes of what is counted:
-
-T tokens of the row, C those of this context rank, S those of this rank's stream between layers
-D width, N query heads, K key/value heads, H head width, F MLP width, V vocabulary rows of this rank
+Shape suffixes of what is counted: T tokens of the row, C those of this context rank, S those of this rank's stream.
+Of the model: D width, N query heads, K key/value heads, H head width, F MLP width, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A plugin that adds one of each kind: a modality with its encoder, two connectors, a data task and an objective.
+"""A plugin that adds one of each kind: a modality with its encoder, two connectors, an objective, a data
+task and a file format.
 
     python -m megatron_gemini.train --plugin tests.extension.plugin --config ...
 
@@ -7,8 +8,10 @@ Nothing of it is in the package. docs/extending.md walks through these files.
 
 from __future__ import annotations
 
-from megatron_gemini.registry import CONNECTORS, ENCODERS, MODALITIES, OBJECTIVES
+from megatron_gemini.registry import CONNECTORS, ENCODERS, FORMATS, MODALITIES, OBJECTIVES, TASKS
+from tests.extension.comma_separated import CSV
 from tests.extension.halving import HALVING
+from tests.extension.naming import NAMING
 from tests.extension.reading import READING
 from tests.extension.scored import SCORED
 from tests.extension.series import SERIES, SERIES_ENCODER
@@ -18,3 +21,5 @@ MODALITIES.register("series", SERIES)
 CONNECTORS.register("halving", HALVING)
 CONNECTORS.register("reading", READING)
 OBJECTIVES.register("scored", SCORED)
+TASKS.register("name_series", NAMING)
+FORMATS.register("csv", CSV)

@@ -6,6 +6,7 @@ Shape suffixes: I items, P inputs of four numbers, D encoder width.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -50,10 +51,14 @@ class Series:
 
 
 def decode(data: bytes, section: SeriesConfig) -> Series:
-    numbers = json.loads(data)
-    if not isinstance(numbers, list) or not 0 < len(numbers) <= LONGEST:
+    """A list of numbers in JSON. Raises BadSample, whatever else the file holds."""
+    try:
+        numbers = [float(number) for number in json.loads(data)]
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        numbers = []
+    if not 0 < len(numbers) <= LONGEST or not all(map(math.isfinite, numbers)):
         raise BadSample("bad_series", f"a series is a list of 1 to {LONGEST} numbers")
-    return Series(tuple(float(number) for number in numbers))
+    return Series(tuple(numbers))
 
 
 def prepare(series: Series, section: SeriesConfig) -> Prepared:

@@ -22,8 +22,9 @@ LEVELS = (
     {"models": set()},
     {"connectors": {"modalities"}, "modalities": set()},
     {"parallel": {"kernels"}, "kernels": set()},
-    {"config": {"contracts"}, "contracts": set()},
+    {"config": set()},
     {"registry": set(), "plugins": set()},
+    {"contracts": set()},
 )
 ENTRY_POINTS = {"cli", "train", "generate", "evaluate", "plan"}
 # Data stand beside the levels: they know of modalities how items are read, and of connectors how long runs become.

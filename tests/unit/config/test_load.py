@@ -278,3 +278,14 @@ def test_help_shows_every_setting_with_the_value_it_has_now(write, capsys):
     assert "12345" in shown
     assert "0.0625" in shown
     assert "\x1b" not in shown
+
+
+def test_help_shows_the_items_that_a_file_has(write, capsys):
+    text = "data: {sources: [{shards: a.tar}, {shards: b.tar, weight: 0.0625, fields: {text: [caption, txt]}}]}"
+    with pytest.raises(SystemExit):
+        load_config(["--config", write(text), "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--data.sources.1.weight FLOAT Share of the documents drawn from here" in shown
+    assert "(default: 0.0625)" in shown and "(default: a.tar)" in shown
+    assert "--data.sources.1.fields.NAME STR ... Where a sample has its fields" in shown
+    assert "(default: 'text caption txt')" in shown
