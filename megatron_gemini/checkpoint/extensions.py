@@ -19,6 +19,7 @@ from megatron_gemini import plugins
 from megatron_gemini.checkpoint.directory import write_text
 from megatron_gemini.config.load import read_config
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.modalities.control_tokens import control_tokens
 from megatron_gemini.registry import MODALITIES
 
 FILE = "extensions.json"
@@ -30,7 +31,7 @@ class Extensions:
     """Names of one model.
 
     plugins: all that were loaded, in order. connectors: kind, by enabled encoder. control_tokens: by what they stand
-    for, as in `registry.ModalityRegistry.control_tokens`, of all that the model reads or makes; others are in no row.
+    for, as in `modalities.control_tokens`, of all that the model reads or makes; others are in no row.
     """
 
     plugins: tuple[str, ...]
@@ -45,7 +46,7 @@ class Extensions:
         used = {spec.name for spec in MODALITIES.entries() if spec.encoder in kinds}
         makes = [spec for spec in MODALITIES.entries() if spec.codes is not None and spec.codes.size(config)]
         used |= {f"{spec.name}_{end}" for spec in makes for end in ("begin", "end")}
-        tokens = {meaning: token for meaning, token in MODALITIES.control_tokens().items() if meaning in used}
+        tokens = {meaning: token for meaning, token in control_tokens().items() if meaning in used}
         return Extensions(plugins.loaded(), config.objective.kind, kinds, tokens)
 
     @staticmethod
@@ -68,7 +69,7 @@ class Extensions:
 
     def check_tokens(self, origin: Path) -> None:
         """Raise ValueError unless every control token of this checkpoint still stands for the same."""
-        here = MODALITIES.control_tokens()
+        here = control_tokens()
         meanings = {token: meaning for meaning, token in here.items()}
         # Plugins get the next free tokens, so that another plugin, or another order of them, moves all that follow.
         options = " ".join(f"--plugin {name}" for name in self.plugins)

@@ -105,7 +105,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
         other = build()
         training_state.load(other, elsewhere)
         result["moved"] = train(other, STEPS, STEPS + MORE)
-    if elsewhere is not None and "tied" not in layout:
+    if elsewhere is not None and not {"tied", "toy_connectors"} & set(layout):
         config = dataclasses.replace(config, init_from=(InitFromConfig(str(elsewhere)),))
         begun = build()
         initialize(begun)

@@ -1,9 +1,10 @@
-"""Many training commands from one start of Python: imports cost seconds, a fork costs nothing.
+"""Many commands from one start of Python: imports cost seconds, a fork costs nothing.
 
     python -m tests.end_to_end.commands CASES.json
 
 CASES.json is a list of {"arguments": [...], "log": path, "accident": name}. Each runs in a forked process, exactly as
-`python -m megatron_gemini.train` would, with its output in its log; the statuses are printed as a JSON list.
+`python -m megatron_gemini.train` would, or `megatron-gemini` where the first argument is a command. Its output is in
+its log; the statuses are printed as a JSON list.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 from megatron_gemini import train
 from megatron_gemini.checkpoint import directory, training_state
-from megatron_gemini.cli import run_command
+from megatron_gemini.cli import COMMANDS, run_command
+from megatron_gemini.cli import main as run_named
 
 
 def signal_in_save() -> None:
@@ -61,7 +63,8 @@ def run_forked(case: dict[str, Any]) -> int:
     os.dup2(log, 2)
     ACCIDENTS[case["accident"]]()
     try:
-        status = run_command(train.main, case["arguments"])
+        arguments = case["arguments"]
+        status = run_named(arguments) if arguments[0] in COMMANDS else run_command(train.main, arguments)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
     sys.stdout.flush()

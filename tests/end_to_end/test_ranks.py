@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gemini.config.load import read_config
-from megatron_gemini.contracts import TokenLayout
+from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from tests.end_to_end.conftest import Start
@@ -81,5 +81,6 @@ def media_of_rank(path: Path, rank: int) -> list[set[str]]:
     """The encoders that have something to do in each step of one of two ranks."""
     config = read_config(path)
     tokenizer = TextTokenizer(config.data.text_model)
-    with Loader(config, rank, 2, TokenLayout(tokenizer.size, (("image", CODES),)), tokenizer) as loader:
+    layout = TokenLayout(tokenizer.size, (("image", CODES),))
+    with Loader(config, rank, 2, layout, tokenizer, RowFormat()) as loader:
         return [{name for batch in loader.next().values() for name in batch.media} for _ in range(STEPS)]

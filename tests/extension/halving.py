@@ -30,6 +30,7 @@ HALVING = ConnectorSpec(
     section=HalvingConfig,
     length=lambda length_S: (length_S + 1) // 2,
     parameters=lambda section, width, model_width: width * model_width + model_width,
-    saved_bytes=lambda section, width, model_width, embeddings, element: embeddings / 2 * width * element,
+    # The embeddings, the pair of each (8 bytes), and the means.
+    saved_bytes=lambda section, width, model_width, embeddings, element: embeddings * (1.5 * width * element + 8),
     build=build,
 )

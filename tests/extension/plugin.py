@@ -1,5 +1,5 @@
-"""A plugin that adds one of each kind: a modality with its encoder, two connectors, an objective, a data
-task and a file format.
+"""A plugin that adds one of each kind: a modality with its encoder, two connectors, an objective, a data task, a file
+format and a metric.
 
     python -m megatron_gemini.train --plugin tests.extension.plugin --config ...
 
@@ -8,8 +8,9 @@ Nothing of it is in the package. docs/extending.md walks through these files.
 
 from __future__ import annotations
 
-from megatron_gemini.registry import CONNECTORS, ENCODERS, FORMATS, MODALITIES, OBJECTIVES, TASKS
+from megatron_gemini.registry import CONNECTORS, ENCODERS, FORMATS, METRICS, MODALITIES, OBJECTIVES, TASKS
 from tests.extension.comma_separated import CSV
+from tests.extension.first_word import FIRST_WORD
 from tests.extension.halving import HALVING
 from tests.extension.naming import NAMING
 from tests.extension.reading import READING
@@ -23,3 +24,4 @@ CONNECTORS.register("reading", READING)
 OBJECTIVES.register("scored", SCORED)
 TASKS.register("name_series", NAMING)
 FORMATS.register("csv", CSV)
+METRICS.register("first_word", FIRST_WORD)

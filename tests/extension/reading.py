@@ -41,6 +41,14 @@ def build_reader(section: ReadingConfig, model: ModelConfig, layers: LayerFactor
     return Reader(model.width, model.heads, model.head_width, layers)
 
 
+def reader_saved(
+    section: ReadingConfig, model: ModelConfig, tokens: int, memory: int, tensor: int, element: int
+) -> float:
+    """The stream, its queries, and what attention gives; the memory with its keys and values."""
+    heads = model.heads * model.head_width // tensor
+    return (tokens * (model.width + 2 * heads) + memory * (model.width + 2 * heads)) * element
+
+
 READING = ConnectorSpec(
     name="reading",
     section=ReadingConfig,
@@ -52,5 +60,6 @@ READING = ConnectorSpec(
         layers=lambda section, model: tuple(range(1, model.layers, section.every)),
         parameters=lambda section, model, tensor: 4 * model.width * model.heads * model.head_width,
         build=build_reader,
+        saved_bytes=reader_saved,
     ),
 )

@@ -6,10 +6,10 @@ import json
 import math
 
 import pytest
+from megatron_gemini.evaluation.metrics.inputs import Texts
 
 from megatron_gemini.data.samples.items import Text
 from megatron_gemini.data.samples.spec import Fields
-from megatron_gemini.evaluation.metrics.inputs import Texts
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.extension.comma_separated import CSV
 from tests.extension.first_word import FIRST_WORD
@@ -17,7 +17,9 @@ from tests.extension.naming import NAMING, SCORE
 from tests.extension.series import Series, SeriesConfig, decode
 
 
-@pytest.mark.parametrize("bad", [b"", b"[", b"[]", b"7", b'["x"]', b"[NaN]", b"[[1]]", b"[1" + b"0" * 400 + b"]", b"\xff"])
+@pytest.mark.parametrize(
+    "bad", [b"", b"[", b"[]", b"7", b'["x"]', b"[NaN]", b"[[1]]", b"[1" + b"0" * 400 + b"]", b"\xff"]
+)
 def test_a_modality_refuses_what_is_no_series(bad):
     assert decode(b"[1, 2.5]", SeriesConfig()) == Series((1.0, 2.5))
     with pytest.raises(BadSample):

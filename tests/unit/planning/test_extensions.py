@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from megatron_gemini.config.load import config_from_dict
+from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Media
+from megatron_gemini.kernels.attention.plan import plan_cross_attention
 from megatron_gemini.models.encoders import build_connector, build_encoder
 from megatron_gemini.models.stage import DecoderStage, StageInput
 from megatron_gemini.parallel.parameters import initialize
@@ -31,6 +33,9 @@ from megatron_gemini.planning.activations import (
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.memory import MEDIA, rank_footprint
 from megatron_gemini.planning.parameters import stages
+from tests.extension.halving import HALVING
+from tests.extension.reading import READING
+from tests.extension.series import SERIES_ENCODER
 from tests.unit.planning import toys
 from tests.unit.planning.test_activations import LAYOUT, T, row, saved_bytes
 
@@ -85,6 +90,37 @@ def test_every_stage_of_a_pipeline_counts_the_readers_before_its_layers():
     reader = MODEL["width"] ** 2 + 1
     assert [a.parameters - b.parameters for a, b in zip(cut, plain, strict=True)] == [reader, 0, reader]
     assert whole == stages(run_of("halve"), LAYOUT.size)[0].parameters + 2 * reader
+
+
+def test_the_worked_example_of_a_plugin_has_the_parameters_and_activations_that_it_says():
+    """The files of tests/extension, which the documents walk through."""
+    encoder, section, inputs = SERIES_ENCODER.build(SERIES_ENCODER.section()), SERIES_ENCODER.section(), 160
+    initialize(encoder, 0)
+    media = Media(torch.ones(inputs, 4), torch.tensor([[16, 1, 1]] * 10), torch.zeros(10), torch.arange(inputs))
+    assert SERIES_ENCODER.parameters(section) == count(encoder)
+    found = saved_bytes(encoder, lambda: encoder(media))
+    assert SERIES_ENCODER.saved_bytes(section, inputs, 4) == pytest.approx(found, rel=0.05)
+
+    e_XE, lengths = torch.ones(inputs, 16).requires_grad_(), torch.tensor([16] * 10)
+    for spec in (HALVING, READING):
+        section = spec.section()
+        connector = spec.build(section, 16, 64)
+        initialize(connector, 0)
+        assert spec.parameters(section, 16, 64) == count(connector)
+        found = saved_bytes(connector, lambda connector=connector: connector(e_XE, lengths))
+        assert spec.saved_bytes(section, 16, 64, inputs, 4) == pytest.approx(found, rel=0.05)
+
+    model, memory = ModelConfig(**MODEL), 100
+    reader = READING.reads.build(section, model, LayerFactory(Topology.serial()))
+    initialize(reader, 0)
+    assert READING.reads.parameters(section, model, 1) == count(reader)
+    lengths = (100, 30, 90, 36)  # documents, each of which reads a quarter of the memory from its first token on
+    segment_M = torch.arange(1, 5).repeat_interleave(memory // 4)
+    after_M = torch.tensor([0, 100, 130, 220]).repeat_interleave(memory // 4)
+    plan = plan_cross_attention(row(lengths).segment_T, segment_M, after_M)
+    h_SD, memory_MD = torch.ones(T, 64).requires_grad_(), torch.ones(memory, 64).requires_grad_()
+    found = saved_bytes(reader, lambda: reader(h_SD, memory_MD, plan))
+    assert READING.reads.saved_bytes(section, model, T, memory, 1, 4) == pytest.approx(found, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
