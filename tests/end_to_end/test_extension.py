@@ -75,9 +75,9 @@ def ended(folder: Path, trained: Path) -> dict[str, Ended]:
         "without the plugin": (*config, *alone),
         "a checkpoint without it": ("generate", "--checkpoint", trained, "what is this?"),
         "another objective": (*config, *alone, *PLUGIN, "--objective.kind", "pretrain"),
+        "asked": ("generate", *PLUGIN, "--checkpoint", trained, "--series", folder / "x.series.json", "name"),
         "resumed": (*config, *alone, *PLUGIN, *FRAMES),
         "planned": ("plan", *config, *PLUGIN, "--gpus", 4, "--gpus_per_node", 4),
-        "asked": ("generate", *PLUGIN, "--checkpoint", trained, "--series", folder / "x.series.json", "name"),
     }
     found = dict(zip(cases, run_commands([(case, "") for case in cases.values()], folder), strict=True))
     del os.environ["FRAMES"]
