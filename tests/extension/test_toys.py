@@ -6,10 +6,10 @@ import json
 import math
 
 import pytest
-from megatron_gemini.evaluation.metrics.inputs import Texts
 
 from megatron_gemini.data.samples.items import Text
 from megatron_gemini.data.samples.spec import Fields
+from megatron_gemini.evaluation.metrics.inputs import Texts
 from megatron_gemini.modalities.bad_sample import BadSample
 from tests.extension.comma_separated import CSV
 from tests.extension.first_word import FIRST_WORD
