@@ -38,7 +38,7 @@ def load_config(argv: list[str], presets: Presets | None = None, prog: str = "me
     """
     options = split_options(argv)
     document = read_yaml(options.config) if options.config else {}
-    named = document.pop("preset", None)
+    named = document.pop("preset", None)  # no setting: what it gave is in the configuration that a run saves
     name = options.preset or named
     given: list[tuple[Mapping[str, Given], SettingSource]] = []
     if name is not None:

@@ -45,4 +45,5 @@ class RunConfig:
     @property
     def enabled_encoders(self) -> tuple[str, ...]:
         """Names of the encoders of the model, in the order in which every rank runs them."""
+        # A section that is not there is of an encoder that is not either: configurations in code may name a few.
         return tuple(name for name, section in self.encoders.items() if section.enabled)

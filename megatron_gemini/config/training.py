@@ -67,6 +67,7 @@ class TrainConfig:
     """Checkpoint of the image tokenizer whose codes the shards hold; copied into every checkpoint."""
 
     def __post_init__(self) -> None:
+        # keep is above 0: the newest checkpoint is what a stopped run goes on from.
         positive(self, "train", "steps", "rows_per_step", "keep", "validation_rows")
         at_least(self, "train", 0, "save_every", "validation_every", "seed")
 

@@ -37,7 +37,7 @@ def read_yaml(path: str | Path) -> dict[str, Plain]:
 
 def parse_yaml(text: str, origin: str) -> dict[str, Plain]:
     """The mapping that a YAML text holds; `origin` names it in the errors of `read_yaml`. An empty text is `{}`."""
-    import yaml
+    import yaml  # where a file is read: options alone need none of it
 
     try:
         _refuse_bombs(text, origin)
