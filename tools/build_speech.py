@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.shard_writer import (
     Sample,
     is_built,
@@ -142,7 +143,7 @@ def flac(wave: np.ndarray, rate: int) -> bytes:
 def digit_images(out: Path, side: str) -> dict[int, list[tuple[int, bytes]]]:
     """(place in scikit-learn's data set, png) of the side's digits, by class."""
     try:
-        shards = Shards.from_pattern(str(out / side / "digits-*.tar"))
+        shards = Shards(expand_shards(str(out / side / "digits-*.tar")))
     except ValueError as error:
         raise ValueError(f"{error}; run tools/build_digits.py --out {out} first") from None
     images: dict[int, list[tuple[int, bytes]]] = {label: [] for label in range(len(WORDS))}

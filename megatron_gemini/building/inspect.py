@@ -62,7 +62,7 @@ def inspect(paths: Sequence[str], at_most: int = 0) -> Contents:
 
 
 def _inspect_sample(found: Contents, shards: Shards, sample: int) -> None:
-    endings, key = shards.endings(sample), shards.keys[sample]
+    endings, key = shards.endings(sample), shards.key(sample)
     found.read += 1
     found.kinds[" + ".join(sorted(endings))] += 1
     for ending in endings:

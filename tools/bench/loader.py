@@ -32,8 +32,9 @@ from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.sources.index_cache import index_path, write_index
+from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.shard_writer import write_shards
-from megatron_gemini.data.sources.shards import Shards, expand_shards
+from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.image.preprocess import decode_image, fit_image
 
 SIDE, TARGET, PATCH = 512, 224, 14

@@ -77,6 +77,7 @@ class Lane:
                 f"every data source is used up after {self._rows} rows of lane {self.number}; raise the epochs or "
                 "tokens of data.sources, or lower train.steps"
             )
+        # The oldest goes first whatever fits: every document has its row in time, however badly its size fits others.
         chosen, room, more = [], self.limits, [0]
         while more:
             for place in reversed(more):
@@ -93,7 +94,7 @@ class Lane:
             if drawn is None:
                 return
             self.read += 1
-            if self._add(*drawn):
+            if self._add(*drawn):  # a bad sample is a draw, but spends nothing of a budget of tokens
                 self.mixture.spend(drawn[0], len(self._waiting[-1][2]))
 
     def _add(self, source: int, position: int) -> bool:
@@ -134,6 +135,7 @@ class Lane:
         self.mixture.load_state(state)
         self._quarantined = {(label, position): reason for label, position, reason in state["quarantined"]}
         self._waiting = []
+        # Documents are not in the state: they are drawn again by their positions, which alone decide them.
         for label, position in state["waiting"]:
             self._add(numbers[label], position)
 

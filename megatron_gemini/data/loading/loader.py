@@ -14,7 +14,7 @@ from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import LaneState, skipped_in, with_quarantined
 from megatron_gemini.data.loading.prefetch import Prefetch
-from megatron_gemini.data.loading.reader import LaneReader, make_sources, skipped_table
+from megatron_gemini.data.loading.reader import LaneReader, make_sources
 from megatron_gemini.data.loading.workers import Lanes, WorkerPool
 from megatron_gemini.data.packing.wire import pinned
 from megatron_gemini.data.samples.document import Encodes
@@ -28,6 +28,7 @@ def lanes_of(rank: int, ranks: int, lanes: int) -> range:
     """The lanes that a rank reads: their numbers mod ranks, or spread over all ranks where these are more."""
     if lanes >= ranks:
         return range(rank, lanes, ranks)
+    # Few lanes are spread over all nodes, whose ranks are neighbors: the first ranks alone would read on one machine.
     first, after = -(-rank * lanes // ranks), -(-(rank + 1) * lanes // ranks)
     return range(first, after)
 
@@ -36,7 +37,7 @@ class Loader:
     """Rows of global step s are the rows s*R .. s*R + R-1 (R = train.rows_per_step) of one endless sequence.
 
     Row n comes from lane n mod data.lanes. Each lane belongs to one rank of the job, whatever the layout, so that no
-    sample is read or decoded twice; neither the rows nor their order depend on the ranks, nor on the processes that
+    sample is read or decoded twice. Neither the rows nor their order depend on the ranks, nor on the processes that
     data.workers gives each of them. A rank runs only its own lanes.
 
     sources: of the lanes. pin: rows in page-locked memory, for a GPU.
@@ -59,6 +60,7 @@ class Loader:
             raise ValueError("data.sources is empty; name at least one set of shards")
         self._config, self._layout, self._tokenizer, self._form, self._pin = config, layout, tokenizer, form, pin
         self._rows, self._first_row = config.train.rows_per_step, 0
+        # With workers, this process reads only what it checks: the cache's memory is theirs.
         self.sources = make_sources(config, layout, tokenizer, 0 if data.workers else data.cache_bytes)
         for source in self.sources:
             source.check_shards()
@@ -81,6 +83,7 @@ class Loader:
             raise ValueError(
                 "data.validation is empty; name the shards of the validation loss or leave validation_every 0"
             )
+        # As many lanes as rows, each asked once: any number of ranks then reads the same rows without reading ahead.
         rows = config.train.validation_rows
         data = dataclasses.replace(
             config.data,
@@ -133,7 +136,7 @@ class Loader:
             )
         self.close()
         mine = {str(number): lanes[str(number)] for number in self._reader.lanes}
-        if self._config.data.workers:
+        if self._config.data.workers:  # which take the states; this process would decode all that waits in vain
             for number, lane in self._reader.lanes.items():
                 lane.check_sources(mine[str(number)])
         else:
@@ -195,10 +198,6 @@ class Loader:
         for state in self._handed_out.values():
             total.update(skipped_in(state))
         return total
-
-    def skipped_table(self) -> str:
-        """`skipped` as lines of source, reason and count, the most frequent first."""
-        return skipped_table(self.skipped)
 
     def _report_shards(self) -> Counter[tuple[str, str]]:
         """Members that the tars' indices left out, after a warning for each damaged shard."""

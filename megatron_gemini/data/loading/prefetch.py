@@ -18,6 +18,7 @@ class Prefetch(Generic[T]):
 
     def __init__(self, make: Callable[[], T], depth: int) -> None:
         self._make, self._depth = make, depth
+        # Bounded, since whatever is ready is held in memory: rows with their pixels.
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(depth, 1))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None

@@ -93,14 +93,11 @@ class DocumentSource:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def sample_at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample) of a position; every epoch has an order of its own of all samples."""
-        return self.order.at(position)
-
     def document(self, position: int) -> Document:
         """The document at a position. Raises BadSample."""
-        epoch, sample = self.sample_at(position)
-        key = self.shards.keys[sample]
+        epoch, sample = self.order.at(position)
+        key = self.shards.key(sample)
+        # Keyed by the sample and not by its position: a source with other samples beside it asks this one the same.
         random = random_stream(self.seed, "prompt", self.label, epoch, key)
         document = self.pipeline.document(self.sample(sample), random)
         check_fits(document, self.limits)
@@ -112,7 +109,7 @@ class DocumentSource:
         if sample is None:
             members = self.shards.read(number, self.names)
             self.schema.check(members)
-            key = f"{self.label}/{self.shards.keys[number]}"
+            key = f"{self.label}/{self.shards.key(number)}"
             sample = self.pipeline.fixed(Sample(key, members, partial(read_named, self.shards, number)))
             self.cache.put(self.label, number, sample)
         return sample
@@ -120,6 +117,7 @@ class DocumentSource:
     def check_shards(self) -> None:
         """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly
         spread ones."""
+        # The first usable sample is proof enough: it is the wrong field or a wrong file that is to be found here.
         bounds = [*self.shards.first_sample, len(self)]
         for number in range(0, len(self.shards.paths), -(-len(self.shards.paths) // CHECKED_SHARDS)):
             path, first, end = self.shards.paths[number], bounds[number], bounds[number + 1]

@@ -74,9 +74,9 @@ class Lanes:
 class WorkerPool:
     """Runs the lanes of a rank in data.workers processes, each lane in one of them.
 
-    The processes are forked from a server that has imported what they need and nothing else, so none inherits the
+    The processes are forked from a server that has imported what they need and nothing else. So none inherits the
     rank's threads, GPU or network connections, and a new one starts in milliseconds. A process that dies or needs more
-    than data.sample_seconds for a sample is replaced, and what it was decoding is given up: the lane counts and skips
+    than data.sample_seconds for a sample is replaced, and what it was decoding is given up. The lane counts and skips
     it, in this process and, through the lane's state, in every later one.
     """
 
@@ -107,7 +107,7 @@ class WorkerPool:
             for share, rows in zip(shares, ahead, strict=True)
         ]
         self._of_lane = {lane: worker for worker in self._workers for lane in worker.work.lanes}
-        atexit.register(self.close)
+        atexit.register(self.close)  # a run that ends with an error closes nothing
         for worker in self._workers:
             self._start(worker)
 
@@ -127,6 +127,7 @@ class WorkerPool:
         assert made == number, (made, number)
         worker.deaths = 0
         self._lanes.states[str(lane)] = state
+        # What the worker has made ahead is lost with it: another one goes on from the last row that has arrived.
         worker.work = replace(worker.work, first=number + 1)
         return batch, state
 
@@ -144,6 +145,7 @@ class WorkerPool:
         if header.get("error"):
             raise ValueError(running.rows.recv_bytes().decode(errors="replace"))
         body = torch.empty(header["bytes"], dtype=torch.uint8, pin_memory=self._pin)
+        # Into page-locked memory at once: the row is copied to the GPU from where it has arrived.
         running.rows.recv_bytes_into(memoryview(body.numpy()))  # type: ignore[arg-type]
         number, state = header["extra"]["row"], header["extra"]["state"]
         return cast("int", number), cast("LaneState", state), from_bytes(header, body)

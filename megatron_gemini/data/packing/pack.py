@@ -6,14 +6,15 @@ I items, O encoder output embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from megatron_gemini.config.data import DataConfig
 from megatron_gemini.contracts import Batch, Media, RowFormat
-from megatron_gemini.data.packing.columns import pack_columns
+from megatron_gemini.data.packing.columns import lay_out, of_targets, pack_columns
 from megatron_gemini.data.samples.document import Document, Size
 from megatron_gemini.data.samples.items import EncoderInput
 from megatron_gemini.modalities.bad_sample import BadSample
@@ -32,6 +33,8 @@ def choose(waiting: Sequence[Size], room: Size) -> list[int]:
     with the older documents. Where all of them would need more inputs of an encoder than there is room for, the
     documents are chosen from as many as keep the limits together, the oldest first: then any choice of them does.
     """
+    # Several budgets at once would be a knapsack of as many dimensions. Tokens are what a row is filled by; the
+    # encoders' budgets only bound their memory, so that the documents which keep them are taken first.
     places, left = [], room
     for place, size in enumerate(waiting):
         if size.tokens <= room.tokens and left.first_exceeded(size) is None:
@@ -92,35 +95,26 @@ def pack(documents: Sequence[Document], row_tokens: int, form: RowFormat) -> Bat
 
     layout = documents[0].layout
     pad, weight_of = layout.control("pad"), np.array([form.weight(target) for target in layout.targets])
-    token_T = np.full(row_tokens, pad, np.int64)
-    target_T = np.full(row_tokens, pad, np.int64)
-    weight_T = np.zeros(row_tokens, np.float32)
-    position_T = np.zeros(row_tokens, np.int64)
-    segment_T = np.zeros(row_tokens, np.int32)
-    span_T = np.zeros(row_tokens, np.int32)
-    modality_T = np.zeros(row_tokens, np.int8)
-    begins, begin, spans = [], 0, 0
-    for number, document in enumerate(documents, start=1):
-        end = begin + len(document)
-        token_T[begin:end] = document.token_L
-        position_T[begin:end] = np.arange(len(document))
-        segment_T[begin:end] = number
-        span_T[begin:end] = np.where(document.span_L > 0, document.span_L + spans, 0)
-        predicting = slice(begin, end - 1)
-        target_T[predicting] = document.token_L[1:]
-        modality_T[predicting] = document.modality_L[1:]
-        weight_T[predicting] = (weight_of[document.modality_L] * document.loss_L)[1:]
-        spans += int(document.span_L.max(initial=0))
-        begins.append(begin)
-        begin = end
+    begins = [0, *itertools.accumulate(map(len, documents))][:-1]
+    # A document numbers its own spans from 1; in the row every one needs a number of its own.
+    last_spans = [int(document.span_L.max(initial=0)) for document in documents]
+    spans_before = [0, *itertools.accumulate(last_spans)][:-1]
+    spans = [
+        np.where(document.span_L > 0, document.span_L + before, 0)
+        for document, before in zip(documents, spans_before, strict=True)
+    ]
+
+    def row(values: Iterable[np.ndarray], dtype: str, fill: int = 0) -> torch.Tensor:
+        return lay_out(values, dtype, fill, row_tokens)
+
     return Batch(
-        token_T=torch.from_numpy(token_T),
-        target_T=torch.from_numpy(target_T),
-        weight_T=torch.from_numpy(weight_T),
-        position_T=torch.from_numpy(position_T),
-        segment_T=torch.from_numpy(segment_T),
-        span_T=torch.from_numpy(span_T),
-        modality_T=torch.from_numpy(modality_T),
+        token_T=row((document.token_L for document in documents), "int64", pad),
+        target_T=row((of_targets(document.token_L, pad) for document in documents), "int64", pad),
+        weight_T=row((of_targets(weight_of[d.modality_L] * d.loss_L, 0) for d in documents), "float32"),
+        position_T=row((np.arange(len(document)) for document in documents), "int64"),
+        segment_T=row((np.full(len(d), number) for number, d in enumerate(documents, start=1)), "int32"),
+        span_T=row(spans, "int32"),
+        modality_T=row((of_targets(document.modality_L, 0) for document in documents), "int8"),
         columns=pack_columns(documents, form.columns, row_tokens),
         media=_media(documents, begins),
         samples=[document.key for document in documents],

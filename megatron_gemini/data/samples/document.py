@@ -38,9 +38,6 @@ class Size:
         left = {name: count - taken.inputs.get(name, 0) for name, count in self.inputs.items()}
         return Size(self.tokens - taken.tokens, left)
 
-    def holds(self, size: Size) -> bool:
-        return size.tokens <= self.tokens and self.first_exceeded(size) is None
-
     def first_exceeded(self, size: Size) -> str | None:
         """The first encoder of which `size` has more inputs than there is room for."""
         return next((name for name, room in self.inputs.items() if size.inputs.get(name, 0) > room), None)

@@ -35,6 +35,7 @@ def read_attachment(shard: str, name: str) -> bytes | None:
     if not is_url(shard):
         if not os.path.isfile(path):
             return None
+        # The name is plain, but what lies there may be a link that somebody put into the folder.
         if os.path.commonpath([os.path.realpath(path), os.path.realpath(folder)]) != os.path.realpath(folder):
             raise BadSample("unsafe_name", f"{name[:80]!r} is a link out of the folder of the shard")
     try:

@@ -9,12 +9,23 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
-# What fsspec opens without running a program or calling a host that the name alone chooses.
+# What fsspec opens without running a program or calling a host that the name alone chooses. Chained addresses (::)
+# are refused with the others: "simplecache::" writes files, and any scheme can stand behind it.
 STORES = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hdfs")
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
-_MAX_SHARDS = 1_000_000
+_MAX_SHARDS = 1_000_000  # a range such as {0..999999999} would otherwise take all memory before anything is looked for
+
+
+class FileSystem(Protocol):
+    """What is needed of one of fsspec's."""
+
+    def open(self, path: str, mode: str) -> BinaryIO: ...
+
+    def glob(self, path: str) -> list[str]: ...
+
+    def isfile(self, path: str) -> bool: ...
 
 
 def is_url(path: str) -> bool:
@@ -35,7 +46,7 @@ def open_binary(path: str) -> BinaryIO:
     if not is_url(path):
         return open(path, "rb")
     file_system, name = _store(path)
-    return cast(BinaryIO, file_system.open(name, "rb"))
+    return file_system.open(name, "rb")
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -48,17 +59,16 @@ def expand_shards(pattern: str) -> list[str]:
         raise ValueError("a data source has no shards; set its `shards` to a path such as data/train-{000..015}.tar")
     paths: list[str] = []
     for name in _expand_braces(pattern):
-        found = _in_store(name) if is_url(name) else _local(name)
+        if is_url(name):
+            found = _in_store(name)
+        elif glob.has_magic(name):
+            found = sorted(glob.glob(name))
+        else:
+            found = [name] if os.path.isfile(name) else []
         if not found:
             raise ValueError(f"no shard matches {name!r}{'' if is_url(name) else _nearest(name)}")
         paths += found
     return sorted(dict.fromkeys(paths))
-
-
-def _local(name: str) -> list[str]:
-    if glob.has_magic(name):
-        return sorted(glob.glob(name))
-    return [name] if os.path.isfile(name) else []
 
 
 def _in_store(url: str) -> list[str]:
@@ -68,11 +78,11 @@ def _in_store(url: str) -> list[str]:
     return sorted(f"{scheme}://{path.lstrip('/')}" for path in found)
 
 
-def _store(url: str) -> tuple[Any, str]:
+def _store(url: str) -> tuple[FileSystem, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        return cast("tuple[FileSystem, str]", fsspec.core.url_to_fs(url))
     except ImportError as error:
         raise ValueError(f"{url!r} needs a client that is not installed: {error}") from None
 
