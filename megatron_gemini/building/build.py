@@ -56,13 +56,14 @@ def build(
     if journal.is_complete:
         return journal.entries
     duplicates, done = Duplicates(plan.dedup, plan.dedup_bits), 0
+    # Samples that are in finished shards count as seen, or a build that goes on would keep other ones.
     for entry in journal.entries:
         done = entry.next_record
         for sample in entry.samples:
             duplicates.keep(sample.sha256, int(sample.picture, 16))
     rest = itertools.islice(records, done, None)
     limit = SLACK + plan.examiner.fetcher.seconds
-    tqdm.monitor_interval = 0  # no thread beside the workers' start
+    tqdm.monitor_interval = 0  # no thread may run while the workers are forked
     with tqdm(total=total, initial=done, unit=" records", disable=None) as bar:
         results = Workers(plan.examiner, workers, limit).map(rest)
         for entry in _shards(results, duplicates, plan, folder, len(journal.entries), done, bar):
@@ -86,6 +87,7 @@ def _shards(
         position = record.number + 1
         bar.update()
         found = found or Examined(record, "process_lost", f"{record.image[:200]}: its process crashed or took too long")
+        # In the parent and in the records' order: which of two duplicates stays does not depend on the workers.
         reason = found.reason or duplicates.reason(found.sha256, found.picture)
         if reason:
             dropped.add(reason, found.detail or record.image[:200])

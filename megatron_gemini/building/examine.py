@@ -70,6 +70,7 @@ class Examiner:
         _refuse(record.problem or self.filters.check_columns(record.columns), "the table's row says so")
         caption = _caption(record)
         _refuse(self.filters.check_caption(caption), f"{len(caption)} characters: {caption[:60]!r}")
+        # The most expensive step comes last: what a column or the caption rules out is never downloaded.
         data = self.fetcher.fetch(record.image) if record.is_url else read_file(record.image, self.max_bytes)
         for algorithm, expected in record.hashes.items():
             _refuse(
@@ -78,6 +79,7 @@ class Examiner:
         image_HW3 = decode_image(data)
         height, width = image_HW3.shape[:2]
         _refuse(self.filters.check_size(width, height), f"{width} x {height} pixels")
+        # By the content: names and the server's type are somebody else's claims.
         ending = next((ending for start, ending in _ENDINGS.items() if data.startswith(start)), "")
         if not ending:  # a format that the loader does not take: GIF, BMP
             file = io.BytesIO()

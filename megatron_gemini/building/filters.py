@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_gemini.config.schema import Plain
 
-SCRIPT_SHARE = 0.9  # of a caption's letters
+SCRIPT_SHARE = 0.9  # of a caption's letters: a name in another writing system is no reason to leave a caption out
 
 
 @dataclass(frozen=True)

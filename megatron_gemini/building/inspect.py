@@ -68,6 +68,7 @@ def _inspect_sample(found: Contents, shards: Shards, sample: int) -> None:
     endings, key = shards.endings(sample), shards.key(sample)
     found.read += 1
     found.kinds[" + ".join(sorted(endings))] += 1
+    # Member by member, so that one that is damaged hides no other.
     for ending in endings:
         try:
             data = shards.read(sample, [ending])[ending]

@@ -90,6 +90,7 @@ class Journal:
         self.folder, self._own = folder, folder / ".build"
         self.entries: list[JournalEntry] = []
         self._own.mkdir(parents=True, exist_ok=True)
+        # Compared as JSON has it: tuples of the options are lists in the file.
         state, plain = self._own / "build.json", json.loads(json.dumps(identity))
         if not state.exists():
             write_json(state, plain)
@@ -99,6 +100,7 @@ class Journal:
                 f"{str(folder)!r} holds a build with other {' and '.join(names) or 'settings'}; "
                 "choose another --out, or delete it to build anew"
             )
+        # In order, up to the first that is missing or whose shard is: what comes after it is built again, the same.
         while entry := self._entry(len(self.entries)):
             self.entries.append(entry)
 

@@ -42,6 +42,7 @@ class Workers(Generic[Item, Result]):
                 try:
                     yield self._first(waiting)
                 except BrokenProcessPool:
+                    # The pool does not tell which item it was, and gives up all that were under way.
                     pool.shutdown(cancel_futures=True)
                     yield from self._one_by_one(waiting)
                     pool = self._pool(self._workers)
@@ -113,6 +114,7 @@ def _start(task: _Task[Item, Result]) -> None:
 
 
 def _watch(parent: int) -> None:
+    # A build that is killed cannot end its workers, which would go on downloading.
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

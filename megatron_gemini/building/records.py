@@ -64,7 +64,7 @@ def folder_records(folders: Sequence[str], captions: CaptionOrigin) -> list[Reco
         if not os.path.isdir(folder):
             raise ValueError(f"{folder!r} is no folder; --images takes folders of pictures")
         for place, folders_below, names in os.walk(folder):
-            folders_below.sort()
+            folders_below.sort()  # os.walk follows this list, in whose order the file system gave it
             for name in sorted(names):
                 if name.lower().endswith(IMAGE_FILES):
                     path = Path(place, name)
@@ -79,6 +79,7 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
     digest = hashlib.sha256()
     for path in filter(os.path.exists, paths):
         found = os.stat(path)
+        # Not the contents: reading a terabyte of pictures to go on with a build would take as long as the build.
         digest.update(
             f"{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
         )
@@ -139,6 +140,7 @@ def _record(number: int, row: Row, columns: Columns, root: str) -> Record:
         return Record(number, place, True, caption, plain, hashes)
     if "\0" in place:
         return Record(number, problem="path_outside")
+    # Links are followed before the comparison: one in the folder may lead out of it.
     inside, path = os.path.realpath(root or "."), os.path.realpath(os.path.join(root, place))
     if os.path.commonpath([inside, path]) != inside:  # a table may name any file of the machine
         return Record(number, problem="path_outside")
@@ -156,11 +158,11 @@ def _rows(path: str) -> Iterator[Row | str]:
 
 
 def _separated(path: str, delimiter: str) -> Iterator[Row | str]:
-    csv.field_size_limit(MAX_ROW_BYTES)
+    csv.field_size_limit(MAX_ROW_BYTES)  # a quote that is never closed would read the rest of the file as one field
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
         header = next(reader, [])
-        if len(set(header)) < len(header):
+        if len(set(header)) < len(header):  # the second one would silently count
             raise ValueError(f"{path!r} has a column twice: {', '.join(header)}")
         while True:
             try:

@@ -79,6 +79,7 @@ def plot(samples: Sequence[KeptSample], path: Path) -> None:
     values = columns(samples)
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
+    # Logarithms: sizes of pictures from the web span three powers of ten.
     axes[0].scatter(values["width"], values["height"], s=4, alpha=0.3, color="#0072b2")
     axes[0].set(xlabel="width (pixels)", ylabel="height (pixels)", xscale="log", yscale="log")
     labeled = (

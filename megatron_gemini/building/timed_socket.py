@@ -27,7 +27,7 @@ class TimedSocket:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the time is over")
-        self._socket.settimeout(left)
+        self._socket.settimeout(left)  # anew for every call: a socket's own limit is for one of them
         return self._socket
 
     def sendall(self, data: Buffer) -> None:

@@ -80,7 +80,7 @@ class Lane:
         # The oldest goes first whatever fits: every document has its row in time, however badly its size fits others.
         chosen, room, more = [], self.limits, [0]
         while more:
-            for place in reversed(more):
+            for place in reversed(more):  # from behind, so that the places of the others stay right
                 chosen.append(self._waiting.pop(place)[2])
                 room = room - chosen[-1].size
             self._fill()
@@ -100,7 +100,7 @@ class Lane:
     def _add(self, source: int, position: int) -> bool:
         """Let the document at a position wait for its row. False, and counted with the reason, if it cannot be used."""
         label = self.sources[source].label
-        reason = self._quarantined.pop((label, position), "")
+        reason = self._quarantined.pop((label, position), "")  # a position comes once, and is then done with
         if not reason:
             try:
                 self._waiting.append((source, position, self.draw(self, source, position)))
@@ -133,6 +133,7 @@ class Lane:
         self._rows, self.read = state["rows"], state["read"]
         self.skipped = skipped_in(state)
         self.mixture.load_state(state)
+        # What crashed a worker is in the state, since a resume may be without workers, where nothing could survive it.
         self._quarantined = {(label, position): reason for label, position, reason in state["quarantined"]}
         self._waiting = []
         # Documents are not in the state: they are drawn again by their positions, which alone decide them.
@@ -141,6 +142,7 @@ class Lane:
 
     def check_sources(self, state: LaneState) -> None:
         """Raise ValueError if the sources are not those of `state`."""
+        # With other numbers of samples, every position would be another sample.
         now = {source.label: len(source) for source in self.sources}
         if state["samples"] != now:
             raise ValueError(
@@ -158,6 +160,7 @@ def skipped_in(state: LaneState) -> Counter[tuple[str, str]]:
 def with_quarantined(state: LaneState, lane: int, lanes: int, quarantined: Iterable[Quarantined]) -> LaneState:
     """`state` of a lane, told of samples that must not be tried (again), as far as it has not drawn them yet."""
     waiting = {(label, position) for label, position in state["waiting"]}
+    # Draw n of a lane is the position lane + n * lanes: what it has drawn, and does not wait, cannot come again.
     known = {(label, position): reason for label, position, reason in [*state["quarantined"], *quarantined]}
     ahead = [
         [label, position, reason]

@@ -62,6 +62,7 @@ class Loader:
         self._rows, self._first_row = config.train.rows_per_step, 0
         # With workers, this process reads only what it checks: the cache's memory is theirs.
         self.sources = make_sources(config, layout, tokenizer, 0 if data.workers else data.cache_bytes)
+        # Before any thread or process starts: what is wrong with a path or a field ends the run at once.
         for source in self.sources:
             source.check_shards()
         self._of_shards = self._report_shards() if rank == 0 else Counter()  # every rank sees all shards
@@ -128,6 +129,7 @@ class Loader:
         count, lanes = self._config.data.lanes, cast("Mapping[str, LaneState]", states)
         if set(lanes) != {str(number) for number in range(count)}:
             raise ValueError(f"the checkpoint has {len(lanes)} data lanes, not {count}; keep data.lanes {len(lanes)}")
+        # The lanes' rows add up to the run's, and say where it goes on: between two steps, and nowhere else.
         rows = sum(state["rows"] for state in lanes.values())
         if rows % self._rows:
             raise ValueError(
@@ -160,6 +162,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading ahead and end the workers. Safe to call twice."""
+        # In this order: the thread that reads ahead waits for the pool, whose processes wait for nobody.
         if self._pool is not None:
             self._pool.interrupt()
         if self._ahead is not None:
@@ -186,6 +189,7 @@ class Loader:
                 continue
             batch, state = self._pool.row(row) if self._pool else self._reader.row(row)
             self._lanes.states[str(lane)] = state
+            # Workers' rows have arrived in such memory already.
             batches[number] = pinned(batch) if self._pin and not self._pool else batch
         self._first_row += self._rows
         return batches, dict(self._lanes.states)

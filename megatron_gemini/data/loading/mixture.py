@@ -67,7 +67,7 @@ class Mixture:
         for source, share in enumerate(shares):
             self._credit[source] += share
         chosen = max((i for i, share in enumerate(shares) if share), key=lambda i: self._credit[i])
-        self._credit[chosen] -= 1.0
+        self._credit[chosen] -= 1.0  # as much as all of them have just got, so that the sum stays as it is
         self._drawn[chosen] += 1
         return chosen, self._position(self._drawn[chosen] - 1)
 
@@ -77,6 +77,7 @@ class Mixture:
 
     def shares(self, row: int) -> list[float]:
         """Each source's share of the draws now; 0 for one that is used up or has no weight in this phase."""
+        # By the run's step and not by the lane's draws: the curriculum is the same for all lanes at any time.
         step = (self.number + self.lanes * row) // self.rows_per_step
         weights = [weights for begin, weights in self._phases if begin <= step][-1]
         left = [0.0 if self._used_up(source) else weight for source, weight in enumerate(weights)]

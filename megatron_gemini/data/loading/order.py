@@ -55,7 +55,7 @@ class Order:
                     filled = 0
                 filled += count
             windows = np.split(shards, begins[1:])
-            while len(self._epochs) > 1:
+            while len(self._epochs) > 1:  # this one and the one before, which some lanes have not finished
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = windows, np.cumsum([np.diff(self.bounds)[window].sum() for window in windows])
         return self._epochs[epoch]

@@ -51,6 +51,7 @@ class Prefetch(Generic[T]):
 
     def close(self) -> None:
         """Stop after the thing being made, and drop what is ready. Safe to call twice."""
+        # The thread may be in the middle of a row, or wait at the full queue for a reader that does not come any more.
         self._stop.set()
         while self._thread is not None and self._thread.is_alive():
             while not self._ready.empty():  # a full queue would hold the thread

@@ -105,6 +105,7 @@ class LaneReader:
     def _judge(self) -> None:
         """Called with a bad sample that is not counted in `skipped` yet."""
         skipped = self.skipped()
+        # What a filter leaves out has been read and is not bad: it counts on neither side.
         filtered = sum(count for (_, reason), count in skipped.items() if reason.startswith(FILTERED))
         read = sum(lane.read for lane in self.lanes.values()) - filtered
         bad = skipped.total() + 1 - filtered

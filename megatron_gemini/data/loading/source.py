@@ -31,6 +31,7 @@ CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found
 def source_labels(sources: tuple[SourceConfig, ...]) -> list[str]:
     """A distinct name of every source, for logs, states and random streams. Raises ValueError for a name used twice."""
     labels = [source.name or f"{source.task}:{source.shards.rsplit('/', 1)[-1]}" for source in sources]
+    # A label is a key of random streams and of states: two sources of one would draw alike and mix their counts.
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise ValueError(f"two data sources are called {twice[0]!r}; give each its own data.sources name")
@@ -51,6 +52,7 @@ class Cache:
         return self._samples.get((label, number))
 
     def put(self, label: str, number: int, sample: Sample) -> None:
+        # Never more than the limit, and nothing in the place of anything: see the class.
         cost = sum(map(field_bytes, sample.fields.values()))
         if cost <= self.left:
             self.left -= cost
@@ -87,6 +89,7 @@ class DocumentSource:
         except ValueError as error:
             raise ValueError(f"the data source {label!r}: {error}") from None
         self.names = self.schema.members()
+        # Indices go into the run's folder, which is there to be written to and is seen by all ranks.
         self.shards = open_records(source, self.names, Path(config.train.output_dir) / "shard-index")
         self.order = Order(self.shards.bounds, self.seed, label, self.shards.window)
 

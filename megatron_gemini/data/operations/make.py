@@ -29,7 +29,7 @@ def make_operation(text: str, setting: Setting) -> tuple[Operation, bool]:
     modality says, with those of the arguments that this one knows. Raises ValueError for an unknown name or argument,
     with the nearest known one, and for a value out of range.
     """
-    match = _CALL.fullmatch(text)
+    match = _CALL.fullmatch(text)  # read, never evaluated: a YAML may come from a stranger
     if match is None:
         raise ValueError(f"the operation {text!r} is written like resize or resize(tokens=256)")
     name, inside = match.group(1), match.group(2) or ""

@@ -30,8 +30,8 @@ def choose(waiting: Sequence[Size], room: Size) -> list[int]:
     """Places of the waiting documents that together fill what is left of a row best, in increasing order.
 
     waiting: the oldest first. All of them if they fit. Otherwise those that fill the most tokens, and of equals those
-    with the older documents. Where all of them would need more inputs of an encoder than there is room for, the
-    documents are chosen from as many as keep the limits together, the oldest first: then any choice of them does.
+    with the older documents. Where all of them would need more inputs of an encoder than there is room for, it is
+    chosen among as many as keep the limits together, the oldest first. Then any choice of them does.
     """
     # Several budgets at once would be a knapsack of as many dimensions. Tokens are what a row is filled by; the
     # encoders' budgets only bound their memory, so that the documents which keep them are taken first.
@@ -50,6 +50,7 @@ def fullest(lengths: Sequence[int], room: int) -> list[int]:
     """
     if sum(lengths) <= room:
         return list(range(len(lengths)))
+    # A Python integer is the table of the subset sum: 16 documents in a row of 2,048 tokens cost 20 microseconds.
     mask = (1 << room + 1) - 1
     sums = [1]
     for length in reversed(lengths):
@@ -87,7 +88,7 @@ def pack(documents: Sequence[Document], row_tokens: int, form: RowFormat) -> Bat
     Raises BadSample("too_long") for a document longer than a row, BadSample("bad_column") for one whose columns are not
     as `form` declares them, ValueError when they do not fit together.
     """
-    for document in documents:
+    for document in documents:  # told apart from documents that only do not fit together, which is a caller's mistake
         check_fits(document, Size(row_tokens))
     total = sum(map(len, documents))
     if total > row_tokens:
@@ -129,6 +130,7 @@ def _media(documents: Sequence[Document], begins: Sequence[int]) -> dict[str, Me
         for item, offset in zip(document.media, document.media_begin, strict=True)
     ]
     media = {}
+    # In the order of the registry: every rank and every row has its encoders in the same one.
     for encoder in ENCODERS:
         mine = [(item, start) for item, start in placed if item.encoder == encoder]
         if mine:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SUFFIX = ".index.json"
-MAX_SUMMARY = 16 * 1024  # bytes
+MAX_SUMMARY = 16 * 1024  # bytes: a file whose first line has no end is not read whole
 WORTH_KEEPING = 1000  # members; the headers of fewer are read faster than a file is made
 _PROBES = 64  # headers that are read to tell a tar; reading all of them is what the index saves
 
@@ -164,4 +164,5 @@ def _members(rest: bytes, tar_bytes: int) -> list[Member] | None:
             return None
         if refusal(member.name, b"0", member.size) or not BLOCK <= member.offset <= tar_bytes - member.size:
             return None
+    # An index that `write_index` made has no name twice, since `index_tar` refuses the second.
     return members if len({member.name for member in members}) == len(members) else None

@@ -47,6 +47,7 @@ class Parquet(Table):
 
     @property
     def window(self) -> int:  # type: ignore[override]
+        # Records of one group alone would keep the file's own order from group to group.
         groups = sum(map(len, self._begins))
         return max(1, GROUPS_TOGETHER * len(self) // groups)
 
@@ -83,6 +84,7 @@ class Parquet(Table):
         large = max((group.total_byte_size for group in groups), default=0)
         if large > MAX_GROUP_BYTES:
             raise ValueError(f"a row group of {path!r} has {large:,} bytes; write it with at most {MAX_GROUP_BYTES:,}")
+        # Columns that nobody asked for may be images of megabytes, and are not read.
         wanted = columns if RECORD in names else [name for name in columns if name in names]
         if not wanted:
             raise ValueError(f"{path!r} has the columns {', '.join(columns)}, none of {', '.join(names)}; set `fields`")

@@ -36,6 +36,7 @@ def write_shards(folder: Path, name: str, samples: Iterable[Sample], samples_per
         shards[path] = len(chunk)
     if not shards:
         raise ValueError(f"there are no samples for {str(folder / name)!r}")
+    # A glob would find the last shards of a longer build and train on them.
     for stale in set(folder.glob(f"{name}-[0-9][0-9][0-9].tar")) - set(shards):
         stale.unlink()
     return shards
@@ -48,7 +49,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, members in samples:
                 for ending, data in members.items():
-                    header = tarfile.TarInfo(f"{key}.{ending}")
+                    header = tarfile.TarInfo(f"{key}.{ending}")  # whose time, owner and rights are always the same
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
         os.replace(partial, path)
@@ -62,7 +63,7 @@ def shard_digest(path: Path) -> str:
     index = index_tar(str(path))
     with open(path, "rb") as file:
         for member in index.members:
-            if not member.name.endswith(".codes.json"):
+            if not member.name.endswith(".codes.json"):  # or a build would count as changed, and throw the codes away
                 file.seek(member.offset)
                 digest.update(f"{member.name}\0{member.size}\0".encode())
                 digest.update(file.read(member.size))

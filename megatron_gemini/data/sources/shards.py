@@ -102,6 +102,7 @@ class Shards:
 
     def _keep(self, shard: int, contents: ShardContents) -> ShardContents:
         self._open[shard] = contents
+        # Counted by members, as a shard may hold ten samples or a million.
         while len(self._open) > 1 and sum(map(len, self._open.values())) > MAX_OPEN_MEMBERS:
             self._open.popitem(last=False)
         return contents
@@ -139,6 +140,8 @@ class Shards:
         contents = self._contents(shard)
         members, key, found = contents.members(place), contents.keys[place], {}
         try:
+            # Opened for every sample: ten thousand shards are more than a process may have open. Not buffered, since a
+            # buffer would read beyond the member.
             with open(self.paths[shard], "rb", buffering=0) as file:
                 for ending in endings:
                     if ending in members:
@@ -167,6 +170,7 @@ class ShardContents:
             key, ending = sample_key(member.name)
             samples.setdefault(key, []).append(place)
             numbers[place] = endings.setdefault(ending, len(endings))
+        # Members of a sample need not lie together; its place is that of its first.
         order = np.array([place for places in samples.values() for place in places], np.int64)
         self.keys, self._endings = list(samples), list(endings)
         self._first = np.cumsum([0, *map(len, samples.values())])

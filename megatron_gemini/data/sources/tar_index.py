@@ -63,7 +63,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
                 elif kind in _REGULAR:
                     seen.add(name)
                     index.members.append(Member(name, offset, size))
-                    if len(index.members) > MAX_MEMBERS:
+                    if len(index.members) > MAX_MEMBERS:  # which cost a hostile tar half a kilobyte each
                         raise _Damaged(f"more than {MAX_MEMBERS:,} members")
         except _Damaged as damage:
             index.damage = str(damage)
@@ -73,10 +73,11 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
 
 def refusal(name: str, kind: bytes, size: int, max_member_bytes: int = MAX_MEMBER_BYTES) -> str:
     """Why a member is left out; empty when it is not."""
-    if kind == _FOLDER:
+    if kind == _FOLDER:  # says nothing, and is no loss
         return ""
     if kind not in _REGULAR:
         return "tar_link" if kind in _LINKS else "tar_special_file"
+    # Nothing here writes to a name, but it becomes a key, in messages and states, and other tools unpack shards.
     if not name or name.startswith("/") or "\\" in name or not name.isprintable() or ".." in name.split("/"):
         return "tar_unsafe_name"
     return "tar_member_too_large" if size > max_member_bytes else ""

@@ -25,7 +25,7 @@ class RemoteTars(Shards):
         contents = self._contents(shard)
         members, key, found = contents.members(place), contents.keys[place], {}
         try:
-            with open_binary(self.paths[shard]) as file:
+            with open_binary(self.paths[shard]) as file:  # a range of the object for every member, not all of it
                 for ending in [ending for ending in endings if ending in members]:
                     offset, size = members[ending]
                     if ending.endswith(TEXT_ENDINGS) and size > MAX_TEXT_BYTES:
