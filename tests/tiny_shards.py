@@ -18,6 +18,7 @@ from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import RowFormat, TokenLayout
+from megatron_gemini.data.sources.spec import Records
 from megatron_gemini.modalities.video.encode import encode_video
 from megatron_gemini.objectives.pretrain.spec import PretrainConfig
 
@@ -97,6 +98,11 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     header = tarfile.TarInfo(name)
     header.size = len(data)
     tar.addfile(header, io.BytesIO(data))
+
+
+def keys_of(records: Records) -> list[str]:
+    """Of all samples, in their order."""
+    return [records.key(number) for number in range(len(records))]
 
 
 def texts(path: Path, count: int, length: int = 5) -> str:

@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from megatron_gemini.data.samples.decode_json import Json
+from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.shard_writer import (
     Sample,
     is_built,
@@ -142,7 +144,7 @@ def flac(wave: np.ndarray, rate: int) -> bytes:
 def digit_images(out: Path, side: str) -> dict[int, list[tuple[int, bytes]]]:
     """(place in scikit-learn's data set, png) of the side's digits, by class."""
     try:
-        shards = Shards.from_pattern(str(out / side / "digits-*.tar"))
+        shards = Shards(expand_shards(str(out / side / "digits-*.tar")))
     except ValueError as error:
         raise ValueError(f"{error}; run tools/build_digits.py --out {out} first") from None
     images: dict[int, list[tuple[int, bytes]]] = {label: [] for label in range(len(WORDS))}
@@ -165,12 +167,13 @@ def speech_samples(speaker: Speaker, side: str, out: Path, options: Options) -> 
                     rate, pitch = int(random.integers(*WORDS_PER_MINUTE)), int(random.integers(*PITCH))
                     wave = speaker.say(word, accent, voice, rate, pitch)
                     index, png = images[label][int(random.integers(len(images[label])))]
-                    metadata = {"label": label, "voice": voice, "accent": accent, "words_per_minute": rate}
+                    metadata: dict[str, Json] = {"label": label, "voice": voice, "accent": accent, "pitch": pitch}
+                    metadata |= {"words_per_minute": rate, "sklearn_index": index}
                     members = {
                         "flac": flac(with_pauses(wave, speaker.rate, *random.uniform(*PAUSE_SECONDS, 2)), speaker.rate),
                         "txt": word.encode(),
                         "png": png,
-                        "json": json_member({**metadata, "pitch": pitch, "sklearn_index": index}),
+                        "json": json_member(metadata),
                     }
                     yield f"{voice.lower()}-{accent}-{word}-{take}", members
 
@@ -181,7 +184,7 @@ def build(out: Path, options: Options) -> None:
     digits = out / "digits.manifest.json"
     if not digits.is_file():
         raise ValueError(f"{str(out)!r} has no digits to draw; run tools/build_digits.py --out {out} first")
-    described = {
+    described: dict[str, Json] = {
         **asdict(options),
         "split_rule": SPLIT_RULE,
         "voices": {side: list(voices) for side, voices in VOICES.items()},
@@ -199,7 +202,7 @@ def build(out: Path, options: Options) -> None:
         shards |= written
         taken = time.monotonic() - started
         print(f"{side}/speech: {sum(written.values())} samples in {len(written)} shards, {taken:.1f} s")
-    split = {side: {"voices": list(voices)} for side, voices in VOICES.items()}
+    split: dict[str, Json] = {side: {"voices": list(voices)} for side, voices in VOICES.items()}
     write_json(out / "speech.split.json", {"rule": SPLIT_RULE, **split})
     write_manifest(manifest, described, shards)
 

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from megatron_gemini.building.contact_sheet import contact_sheet  # here, so that --help answers at once
     from megatron_gemini.building.inspect import inspect, lines, plain
-    from megatron_gemini.data.sources.shards import Shards, expand_shards
+    from megatron_gemini.data.sources.paths import expand_shards
+    from megatron_gemini.data.sources.shards import Shards
 
     if options.at_most < 0:
         raise ValueError(f"--at-most is {options.at_most}; it is a number of samples, 0 for all")

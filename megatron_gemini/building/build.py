@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -16,7 +16,10 @@ from megatron_gemini.building.journal import Dropped, Journal, JournalEntry, Kep
 from megatron_gemini.building.parallel import Workers
 from megatron_gemini.building.records import Record
 from megatron_gemini.data.sources.index_cache import write_index
-from megatron_gemini.data.sources.shard_writer import Sample, json_member, write_shard
+from megatron_gemini.data.sources.shard_writer import json_member, write_shard
+
+if TYPE_CHECKING:
+    from megatron_gemini.data.samples.decode_json import Json
 
 SLACK = 30.0  # seconds that a record may take beside its download
 
@@ -40,7 +43,7 @@ def build(
     records: Iterable[Record],
     plan: BuildPlan,
     folder: Path,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, Json],
     workers: int,
     total: int | None,
 ) -> list[JournalEntry]:
@@ -53,13 +56,14 @@ def build(
     if journal.is_complete:
         return journal.entries
     duplicates, done = Duplicates(plan.dedup, plan.dedup_bits), 0
+    # Samples that are in finished shards count as seen, or a build that goes on would keep other ones.
     for entry in journal.entries:
         done = entry.next_record
         for sample in entry.samples:
             duplicates.keep(sample.sha256, int(sample.picture, 16))
     rest = itertools.islice(records, done, None)
     limit = SLACK + plan.examiner.fetcher.seconds
-    tqdm.monitor_interval = 0  # no thread beside the workers' start
+    tqdm.monitor_interval = 0  # no thread may run while the workers are forked
     with tqdm(total=total, initial=done, unit=" records", disable=None) as bar:
         results = Workers(plan.examiner, workers, limit).map(rest)
         for entry in _shards(results, duplicates, plan, folder, len(journal.entries), done, bar):
@@ -83,6 +87,7 @@ def _shards(
         position = record.number + 1
         bar.update()
         found = found or Examined(record, "process_lost", f"{record.image[:200]}: its process crashed or took too long")
+        # In the parent and in the records' order: which of two duplicates stays does not depend on the workers.
         reason = found.reason or duplicates.reason(found.sha256, found.picture)
         if reason:
             dropped.add(reason, found.detail or record.image[:200])
@@ -100,16 +105,21 @@ def _shards(
 
 def _write(kept: list[Examined], dropped: Dropped, folder: Path, name: str, position: int) -> JournalEntry:
     path = folder / name
-    write_shard(path, map(_sample, kept))
+    # Keyed by the record's number: a name of somebody else's says nothing and may mean anything.
+    write_shard(
+        path,
+        (
+            (
+                f"{item.record.number:09d}",
+                {item.ending: item.data, "txt": item.caption.encode(), "json": json_member(item.metadata())},
+            )
+            for item in kept
+        ),
+    )
     write_index(str(path))
+    # The shard is whole on disk; the journal's entry comes after it, so that a kill in between only builds it again.
     samples = tuple(
         KeptSample(item.sha256, f"{item.picture:x}", item.width, item.height, len(item.caption), len(item.data))
         for item in kept
     )
     return JournalEntry(name, path.stat().st_size, position, samples, dropped)
-
-
-def _sample(item: Examined) -> Sample:
-    """Keyed by the record's number: a name of somebody else's says nothing and may mean anything."""
-    members = {item.ending: item.data, "txt": item.caption.encode(), "json": json_member(item.metadata())}
-    return f"{item.record.number:09d}", members

@@ -49,6 +49,7 @@ def _tile(shards: Shards, sample: int) -> tuple[Image.Image, str]:
 
 def _wrapped(text: str) -> str:
     lines: Sequence[str] = [""]
+    # Cut before it is split: a caption may be a megabyte.
     for word in text[: _LETTERS * _LINES * 2].split():
         piece = word[:_LETTERS]
         lines = (

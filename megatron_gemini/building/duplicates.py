@@ -17,6 +17,7 @@ def difference_hash(image_HW3: np.ndarray) -> int:
     Two sizes or JPEG qualities of one picture differ in a few bits, unrelated pictures in about half of them. All
     pictures of one color are alike. (dHash, in both directions.)
     """
+    # 9 x 9 pixels, so that 8 differences stand in every row and column.
     grey = Image.fromarray(image_HW3).convert("L").resize((9, 9), Image.Resampling.LANCZOS)
     values = np.asarray(grey, np.int16)
     right, down = values[:8, :-1] > values[:8, 1:], values[:-1, :8] > values[1:, :8]
@@ -55,7 +56,7 @@ class Duplicates:
 
     def __init__(self, kind: str, distance: int) -> None:
         self.kind = kind
-        self._files: set[bytes] = set()
+        self._files: set[bytes] = set()  # bytes and not hexadecimal text: half the memory, for millions of samples
         self._near = Near(distance)
 
     def reason(self, sha256: str, picture: int) -> str:

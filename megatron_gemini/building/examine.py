@@ -8,9 +8,8 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 from megatron_gemini.building.duplicates import difference_hash
@@ -20,6 +19,9 @@ from megatron_gemini.building.records import Record
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
+
+if TYPE_CHECKING:
+    from megatron_gemini.config.schema import Plain
 
 _ENDINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 
@@ -42,10 +44,10 @@ class Examined:
     width: int = 0
     height: int = 0
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         """The sample's .json member: its table's columns, under what the build knows itself."""
         name = self.record.image if self.record.is_url else os.path.basename(self.record.image)
-        own = {"source": name, "sha256": self.sha256, "width": self.width, "height": self.height}
+        own: dict[str, Plain] = {"source": name, "sha256": self.sha256, "width": self.width, "height": self.height}
         return {**self.record.columns, **own}
 
 
@@ -68,6 +70,7 @@ class Examiner:
         _refuse(record.problem or self.filters.check_columns(record.columns), "the table's row says so")
         caption = _caption(record)
         _refuse(self.filters.check_caption(caption), f"{len(caption)} characters: {caption[:60]!r}")
+        # The most expensive step comes last: what a column or the caption rules out is never downloaded.
         data = self.fetcher.fetch(record.image) if record.is_url else read_file(record.image, self.max_bytes)
         for algorithm, expected in record.hashes.items():
             _refuse(
@@ -76,9 +79,12 @@ class Examiner:
         image_HW3 = decode_image(data)
         height, width = image_HW3.shape[:2]
         _refuse(self.filters.check_size(width, height), f"{width} x {height} pixels")
+        # By the content: names and the server's type are somebody else's claims.
         ending = next((ending for start, ending in _ENDINGS.items() if data.startswith(start)), "")
         if not ending:  # a format that the loader does not take: GIF, BMP
-            data, ending = _png(image_HW3), "png"
+            file = io.BytesIO()
+            Image.fromarray(image_HW3).save(file, "PNG")
+            data, ending = file.getvalue(), "png"
         sha256 = hashlib.sha256(data).hexdigest()
         return Examined(record, "", "", data, ending, caption, sha256, difference_hash(image_HW3), width, height)
 
@@ -115,9 +121,3 @@ def _caption(record: Record) -> str:
 def _refuse(reason: str | bool, detail: str) -> None:
     if reason:
         raise BadSample(str(reason), detail)
-
-
-def _png(image_HW3: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image_HW3).save(file, "PNG")
-    return file.getvalue()

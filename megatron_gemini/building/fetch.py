@@ -1,10 +1,14 @@
 """Downloading what a list of addresses names, where whoever wrote the list is not trusted.
 
-A list can name anything: a cloud machine's metadata service, a router's page, a server that never stops sending. So
-only http and https are spoken, every host is resolved here and all of its addresses must be public, the connection goes
-to the very address that was checked (a second resolution could answer otherwise), each redirect is checked like the
-first address, and size and time are limited while bytes arrive. Nothing is sent but the request: no credentials, no
-cookies, and no proxy of the environment. What the server says of the content is not believed; decoding it tells.
+A list can name anything: a cloud machine's metadata service, a router's page, a server that never stops sending. So:
+
+- Only http and https are spoken.
+- Every host is resolved here, and all of its addresses must be public.
+- The connection goes to the very address that was checked, since a second resolution could answer otherwise.
+- Each redirect is checked like the first address.
+- Size and time are limited while bytes arrive.
+- Nothing is sent but the request: no credentials, no cookies, and no proxy of the environment.
+- What the server says of the content is not believed; decoding it tells.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ USER_AGENT = "megatron_gemini-build_shards/1"
 OPT_OUT = {"noai", "noimageai", "none", "noindex"}
 """Words of the X-Robots-Tag header with which a site says that its pictures are not for this."""
 _SAFE = "%/:=&?~#+!$,;'@()*[]"  # what stays as it is in a path or query
+# Not compressed: a few bytes could become gigabytes before any limit sees them.
 _HEADERS = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity", "Connection": "close"}
 _CHUNK = 64 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -34,6 +39,7 @@ def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet, also seen through IPv6's ways of carrying IPv4."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
+        # An address of the local network can hide in each of these.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
         if ip in _NAT64:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
@@ -104,6 +110,7 @@ class Fetcher:
 
     def _connect(self, address: Address, deadline: float) -> TimedSocket:
         ips = resolve(address.host, address.port)
+        # All of them, since whoever owns the name could put a private address beside a public one.
         for ip in ips:
             if not self.is_allowed(ip):
                 raise BadSample("host_not_public", f"{address.host[:80]} is {ip}, which is not a public address")
@@ -125,7 +132,7 @@ class Fetcher:
             raise BadSample(f"http_{response.status}", f"the server answers with status {response.status}")
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise BadSample("fetch_encoded", "the server sends a compressed body, which was not asked for")
-        declared = response.length  # None where the server does not say
+        declared = response.length  # None where the server does not say; it may lie, so that the bytes are counted too
         body = bytearray()
         while len(body) <= self.max_bytes and (declared or 0) <= self.max_bytes:
             chunk = response.read(_CHUNK)
@@ -149,12 +156,12 @@ def read_address(url: str) -> Address:
         raise BadSample("url_invalid", one_line(error)) from None
     if parts.scheme not in ("http", "https"):
         raise BadSample("url_scheme", f"{parts.scheme[:20]!r} is not http or https")
-    if "@" in parts.netloc:
+    if "@" in parts.netloc:  # also a way to let one host look like another
         raise BadSample("url_credentials", "it carries a user name or password")
     if not host:
         raise BadSample("url_invalid", "it names no host")
     port = port if port is not None else (443 if parts.scheme == "https" else 80)
-    if port < 1024 and port not in (80, 443):
+    if port < 1024 and port not in (80, 443):  # a request could be read as mail or as a command there
         raise BadSample("url_port", f"port {port} belongs to another service")
     target = quote(parts.path or "/", _SAFE) + (f"?{quote(parts.query, _SAFE)}" if parts.query else "")
     return Address(url, parts.scheme, host, port, target)

@@ -6,9 +6,12 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-SCRIPT_SHARE = 0.9  # of a caption's letters
+if TYPE_CHECKING:
+    from megatron_gemini.config.schema import Plain
+
+SCRIPT_SHARE = 0.9  # of a caption's letters: a name in another writing system is no reason to leave a caption out
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Filters:
         if not 0 <= self.min_caption <= self.max_caption:
             raise ValueError(f"captions of {self.min_caption} to {self.max_caption} characters; exchange the two")
 
-    def check_columns(self, columns: Mapping[str, Any]) -> str:
+    def check_columns(self, columns: Mapping[str, Plain]) -> str:
         """The reason why a table's row is left out, or ''. A value that is missing or no number is one."""
         for name, limit in self.minimum:
             value = _number(columns.get(name))
@@ -79,9 +82,11 @@ def script(letter: str) -> str:
     return "HAN" if name == "CJK" else name
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Plain) -> float | None:
+    if not isinstance(value, (str, int, float)):
+        return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, ValueError):
         return None
     return number if math.isfinite(number) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from megatron_gemini.building.contact_sheet import contact_sheet
 from megatron_gemini.building.journal import JournalEntry
@@ -12,14 +12,17 @@ from megatron_gemini.building.report import plot, summary, table
 from megatron_gemini.data.sources.shard_writer import write_json
 from megatron_gemini.data.sources.shards import Shards
 
+if TYPE_CHECKING:
+    from megatron_gemini.data.samples.decode_json import Json
 
-def finish(entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, Any]) -> str:
+
+def finish(entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, Json]) -> str:
     """Write report.json, sizes.png and samples.png and return the report as a table.
 
     Raises ValueError with that table when no record was of use.
     """
     report = summary(entries)
-    write_json(folder / "report.json", {"options": dict(options), **report})
+    write_json(folder / "report.json", {"options": dict(options), **cast("dict[str, Json]", report)})
     if not report["kept"]:
         raise ValueError(f"no record can be used, so there is no shard:\n{table(report)}")
     plot([sample for entry in entries for sample in entry.samples], folder / "sizes.png")

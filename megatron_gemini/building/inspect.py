@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -16,6 +16,9 @@ from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.data.sources.tar_index import index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.registry import MODALITIES
+
+if TYPE_CHECKING:
+    from megatron_gemini.data.samples.decode_json import Json
 
 
 @dataclass
@@ -62,9 +65,10 @@ def inspect(paths: Sequence[str], at_most: int = 0) -> Contents:
 
 
 def _inspect_sample(found: Contents, shards: Shards, sample: int) -> None:
-    endings, key = shards.endings(sample), shards.keys[sample]
+    endings, key = shards.endings(sample), shards.key(sample)
     found.read += 1
     found.kinds[" + ".join(sorted(endings))] += 1
+    # Member by member, so that one that is damaged hides no other.
     for ending in endings:
         try:
             data = shards.read(sample, [ending])[ending]
@@ -96,7 +100,7 @@ def lines(found: Contents) -> list[str]:
     return [*shown, "nothing is damaged" if not (found.bad or found.damage) else "some of it is damaged"]
 
 
-def plain(found: Contents) -> dict[str, Any]:
+def plain(found: Contents) -> dict[str, Json]:
     """The findings as JSON: all but the single sizes."""
     return {
         "samples": found.samples,

@@ -7,9 +7,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from megatron_gemini.data.sources.shard_writer import write_json
+
+if TYPE_CHECKING:
+    from megatron_gemini.config.schema import Plain
+    from megatron_gemini.data.samples.decode_json import Json
 
 
 @dataclass
@@ -40,6 +44,30 @@ class KeptSample:
     bytes: int
 
 
+class _SavedDropped(TypedDict):
+    counts: dict[str, int]
+    first: dict[str, str]
+
+
+class _SavedSample(TypedDict):
+    sha256: str
+    picture: str
+    width: int
+    height: int
+    characters: int
+    bytes: int
+
+
+class _Saved(TypedDict):
+    """A `JournalEntry` as JSON."""
+
+    shard: str
+    shard_bytes: int
+    next_record: int
+    samples: list[_SavedSample]
+    dropped: _SavedDropped
+
+
 @dataclass(frozen=True)
 class JournalEntry:
     """A shard that is whole. shard: its name, '' for the records after the last one. next_record: where to go on."""
@@ -58,10 +86,11 @@ class Journal:
     Raises ValueError when the folder has another build.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Json]) -> None:
         self.folder, self._own = folder, folder / ".build"
         self.entries: list[JournalEntry] = []
         self._own.mkdir(parents=True, exist_ok=True)
+        # Compared as JSON has it: tuples of the options are lists in the file.
         state, plain = self._own / "build.json", json.loads(json.dumps(identity))
         if not state.exists():
             write_json(state, plain)
@@ -71,6 +100,7 @@ class Journal:
                 f"{str(folder)!r} holds a build with other {' and '.join(names) or 'settings'}; "
                 "choose another --out, or delete it to build anew"
             )
+        # In order, up to the first that is missing or whose shard is: what comes after it is built again, the same.
         while entry := self._entry(len(self.entries)):
             self.entries.append(entry)
 
@@ -84,8 +114,8 @@ class Journal:
         self.entries.append(entry)
 
     def _entry(self, number: int) -> JournalEntry | None:
-        value = _read(self._own / f"{number:06d}.json")
-        try:
+        value = cast("_Saved", _read(self._own / f"{number:06d}.json"))
+        try:  # as it was written, or whatever a full disk has left of it
             dropped = Dropped(**value["dropped"])
             samples = tuple(KeptSample(**sample) for sample in value["samples"])
             entry = JournalEntry(value["shard"], value["shard_bytes"], value["next_record"], samples, dropped)
@@ -95,8 +125,8 @@ class Journal:
         return entry if whole else None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> Plain:
     try:
-        return json.loads(path.read_bytes())
+        return cast("Plain", json.loads(path.read_bytes()))
     except (OSError, ValueError):
         return None

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 4  # items under way, a worker
+AHEAD = 4  # items under way, a worker: enough that none waits for the one whose result is due
 
 
 class Workers(Generic[Item, Result]):
@@ -28,7 +29,7 @@ class Workers(Generic[Item, Result]):
     """
 
     def __init__(self, function: Callable[[Item], Result], workers: int, seconds: float) -> None:
-        self._function, self._workers, self._seconds = function, workers, seconds
+        self._task, self._workers = _Task(function, seconds), workers
 
     def map(self, items: Iterable[Item]) -> Iterator[tuple[Item, Result | None]]:
         """(item, result) in the order of the items; None for an item that took its process down."""
@@ -41,6 +42,7 @@ class Workers(Generic[Item, Result]):
                 try:
                     yield self._first(waiting)
                 except BrokenProcessPool:
+                    # The pool does not tell which item it was, and gives up all that were under way.
                     pool.shutdown(cancel_futures=True)
                     yield from self._one_by_one(waiting)
                     pool = self._pool(self._workers)
@@ -54,12 +56,12 @@ class Workers(Generic[Item, Result]):
 
     def _pool(self, workers: int) -> ProcessPoolExecutor:
         fork = multiprocessing.get_context("fork")  # before there are threads; workers start with everything imported
-        return ProcessPoolExecutor(workers, fork, _start, (self._function, self._seconds))
+        return ProcessPoolExecutor(workers, fork, _start, (self._task,))
 
     @staticmethod
     def _submit(pool: ProcessPoolExecutor, item: Item) -> Future[Result] | None:
         try:
-            return pool.submit(_run, item)
+            return cast("Future[Result]", pool.submit(_run, item))
         except BrokenProcessPool:  # an item before this one is to blame; it comes up when its turn comes
             return None
 
@@ -78,18 +80,33 @@ class Workers(Generic[Item, Result]):
             with self._pool(1) as pool:
                 result: Result | None = None  # what it stays if the process ends
                 with contextlib.suppress(BrokenProcessPool):
-                    result = pool.submit(_run, item).result()
+                    result = cast("Result", pool.submit(_run, item).result())
             yield item, result
 
 
-_function: Callable | None = None
-_limit = 0.0
+@dataclass(frozen=True)
+class _Task(Generic[Item, Result]):
+    """What the workers do, with an end to the process at an item that takes too long."""
+
+    function: Callable[[Item], Result]
+    seconds: float
+
+    def __call__(self, item: Item) -> Result:
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        try:
+            return self.function(item)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _start(function: Callable, seconds: float) -> None:
+_task: _Task | None = None
+"""Of this process, if it is a worker. It comes by the fork, so that it need not be fit for pickling."""
+
+
+def _start(task: _Task[Item, Result]) -> None:
     """In a new worker: remember the task, leave Ctrl-C to the parent, and end when the parent is gone."""
-    global _function, _limit
-    _function, _limit = function, seconds
+    global _task
+    _task = task
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -97,15 +114,12 @@ def _start(function: Callable, seconds: float) -> None:
 
 
 def _watch(parent: int) -> None:
+    # A build that is killed cannot end its workers, which would go on downloading.
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _run(item: Any) -> Any:
-    assert _function is not None
-    signal.setitimer(signal.ITIMER_REAL, _limit)
-    try:
-        return _function(item)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+def _run(item: Item) -> object:
+    assert _task is not None
+    return _task(item)

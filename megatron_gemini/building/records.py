@@ -10,18 +10,23 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from megatron_gemini.building.captions import CaptionOrigin
+
+if TYPE_CHECKING:
+    from megatron_gemini.config.schema import Plain
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 MAX_ROW_BYTES = 1024 * 1024
-MAX_JSON_DEPTH = 16
 IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename", "image_path")
 URL_COLUMNS = ("url",)
 CAPTION_COLUMNS = ("caption", "text", "txt", "top_caption")
 HASHES = ("sha256", "md5")
+Row: TypeAlias = "dict[str, Plain]"
+"""A row of a table, as far as JSON could hold it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Record:
     image: str = ""
     is_url: bool = False
     caption: str | Path | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Plain] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
 
@@ -59,7 +64,7 @@ def folder_records(folders: Sequence[str], captions: CaptionOrigin) -> list[Reco
         if not os.path.isdir(folder):
             raise ValueError(f"{folder!r} is no folder; --images takes folders of pictures")
         for place, folders_below, names in os.walk(folder):
-            folders_below.sort()
+            folders_below.sort()  # os.walk follows this list, in whose order the file system gave it
             for name in sorted(names):
                 if name.lower().endswith(IMAGE_FILES):
                     path = Path(place, name)
@@ -74,6 +79,7 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
     digest = hashlib.sha256()
     for path in filter(os.path.exists, paths):
         found = os.stat(path)
+        # Not the contents: reading a terabyte of pictures to go on with a build would take as long as the build.
         digest.update(
             f"{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
         )
@@ -101,7 +107,7 @@ def row_count(path: str) -> int | None:
     return parquet.read_metadata(path).num_rows
 
 
-def _choose(path: str, row: Mapping[str, Any], wanted: Columns) -> Columns:
+def _choose(path: str, row: Row, wanted: Columns) -> Columns:
     """`wanted` with every name that was left open filled in."""
 
     def find(name: str, usual: Sequence[str]) -> str:
@@ -118,28 +124,30 @@ def _choose(path: str, row: Mapping[str, Any], wanted: Columns) -> Columns:
     return Columns(image, url, caption)
 
 
-def _record(number: int, row: dict[str, Any], columns: Columns, root: str) -> Record:
+def _record(number: int, row: Row, columns: Columns, root: str) -> Record:
     place, caption = row.pop(columns.image or columns.url, None), row.pop(columns.caption, None)
     if not isinstance(place, str) or not place:
         return Record(number, problem="no_image")
-    plain = {str(name): value for name, value in row.items() if _is_plain(value)}
+    # What JSON has no number for, and what is nested or no text, is left behind.
+    plain = {
+        str(name): value
+        for name, value in row.items()
+        if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    }
     caption = caption if isinstance(caption, str) else None
     if columns.url:
         hashes = {name: str(row[name]).lower() for name in HASHES if row.get(name)}
         return Record(number, place, True, caption, plain, hashes)
     if "\0" in place:
         return Record(number, problem="path_outside")
+    # Links are followed before the comparison: one in the folder may lead out of it.
     inside, path = os.path.realpath(root or "."), os.path.realpath(os.path.join(root, place))
     if os.path.commonpath([inside, path]) != inside:  # a table may name any file of the machine
         return Record(number, problem="path_outside")
     return Record(number, path, False, caption, plain)
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _rows(path: str) -> Iterator[dict[str, Any] | str]:
+def _rows(path: str) -> Iterator[Row | str]:
     """Rows as dicts; a reason in the place of one that cannot be read."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in TABLES:
@@ -149,12 +157,12 @@ def _rows(path: str) -> Iterator[dict[str, Any] | str]:
     return _json_lines(path) if ending == ".jsonl" else _separated(path, "\t" if ending == ".tsv" else ",")
 
 
-def _separated(path: str, delimiter: str) -> Iterator[dict[str, Any] | str]:
-    csv.field_size_limit(MAX_ROW_BYTES)
+def _separated(path: str, delimiter: str) -> Iterator[Row | str]:
+    csv.field_size_limit(MAX_ROW_BYTES)  # a quote that is never closed would read the rest of the file as one field
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
         header = next(reader, [])
-        if len(set(header)) < len(header):
+        if len(set(header)) < len(header):  # the second one would silently count
             raise ValueError(f"{path!r} has a column twice: {', '.join(header)}")
         while True:
             try:
@@ -164,14 +172,14 @@ def _separated(path: str, delimiter: str) -> Iterator[dict[str, Any] | str]:
             except csv.Error:
                 yield "bad_row"
                 continue
-            if row:
+            if row:  # an empty line is none
                 yield dict(zip(header, row, strict=True)) if len(row) == len(header) else "bad_row"
 
 
-def _json_lines(path: str) -> Iterator[dict[str, Any] | str]:
+def _json_lines(path: str) -> Iterator[Row | str]:
     with open(path, "rb") as file:
         while line := file.readline(MAX_ROW_BYTES + 1):
-            if len(line) > MAX_ROW_BYTES:
+            if len(line) > MAX_ROW_BYTES:  # the rest of it is read away in pieces
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_ROW_BYTES)
                 yield "bad_row"
@@ -182,16 +190,16 @@ def _json_lines(path: str) -> Iterator[dict[str, Any] | str]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            yield row if isinstance(row, dict) else "bad_row"
+            yield cast("Row", row) if isinstance(row, dict) else "bad_row"
 
 
-def _parquet(path: str) -> Iterator[dict[str, Any] | str]:
+def _parquet(path: str) -> Iterator[Row | str]:
     with _parquet_library(path).ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):
             yield from batch.to_pylist()
 
 
-def _parquet_library(path: str) -> Any:
+def _parquet_library(path: str) -> ModuleType:
     """pyarrow.parquet, whose errors are ValueErrors or OSErrors."""
     try:
         import pyarrow.parquet

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -14,20 +14,43 @@ from megatron_gemini.building.journal import Dropped, JournalEntry, KeptSample
 _QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
 
-def summary(entries: Sequence[JournalEntry]) -> dict[str, Any]:
-    """The report in plain JSON: records read, samples kept, what was left out by reason, and quantiles of sizes."""
+class Reason(TypedDict):
+    """How many records were left out for a reason, and what was said of the first."""
+
+    count: int
+    first: str
+
+
+class Report(TypedDict):
+    """Plain JSON: records read, samples kept, by shard, what was left out by reason, and quantiles of sizes."""
+
+    records: int
+    kept: int
+    shards: dict[str, int]
+    bytes: int
+    dropped: dict[str, Reason]
+    sizes: dict[str, dict[str, int]]
+
+
+def summary(entries: Sequence[JournalEntry]) -> Report:
+    """What came of all records."""
     dropped = Dropped()
     for entry in entries:
         dropped.merge(entry.dropped)
     samples = [sample for entry in entries for sample in entry.samples]
-    return {
-        "records": entries[-1].next_record,
-        "kept": len(samples),
-        "shards": {entry.shard: len(entry.samples) for entry in entries if entry.shard},
-        "bytes": sum(sample.bytes for sample in samples),
-        "dropped": {reason: {"count": count, "first": dropped.first[reason]} for reason, count in _sorted(dropped)},
-        "sizes": {name: _quantiles(values) for name, values in columns(samples).items()} if samples else {},
+    most_common = Counter(dropped.counts).most_common()
+    sizes = {
+        name: {each: int(np.quantile(values, share, method="nearest")) for each, share in _QUANTILES.items()}
+        for name, values in (columns(samples) if samples else {}).items()
     }
+    return Report(
+        records=entries[-1].next_record,
+        kept=len(samples),
+        shards={entry.shard: len(entry.samples) for entry in entries if entry.shard},
+        bytes=sum(sample.bytes for sample in samples),
+        dropped={reason: Reason(count=count, first=dropped.first[reason]) for reason, count in most_common},
+        sizes=sizes,
+    )
 
 
 def columns(samples: Sequence[KeptSample]) -> dict[str, np.ndarray]:
@@ -36,7 +59,7 @@ def columns(samples: Sequence[KeptSample]) -> dict[str, np.ndarray]:
     return dict(zip(("width", "height", "characters", "bytes"), table.T, strict=True))
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report for a reader: lines of counts with their share, then the sizes."""
     records = report["records"]
     lines = [f"{'records':<24}{records:>12,}", f"{'kept':<24}{report['kept']:>12,}  {_share(report['kept'], records)}"]
@@ -56,6 +79,7 @@ def plot(samples: Sequence[KeptSample], path: Path) -> None:
     values = columns(samples)
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
+    # Logarithms: sizes of pictures from the web span three powers of ten.
     axes[0].scatter(values["width"], values["height"], s=4, alpha=0.3, color="#0072b2")
     axes[0].set(xlabel="width (pixels)", ylabel="height (pixels)", xscale="log", yscale="log")
     labeled = (
@@ -70,14 +94,6 @@ def plot(samples: Sequence[KeptSample], path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(str(path), dpi=110)
-
-
-def _sorted(dropped: Dropped) -> list[tuple[str, int]]:
-    return Counter(dropped.counts).most_common()
-
-
-def _quantiles(values: np.ndarray) -> dict[str, int]:
-    return {name: int(np.quantile(values, share, method="nearest")) for name, share in _QUANTILES.items()}
 
 
 def _share(count: int, of: int) -> str:

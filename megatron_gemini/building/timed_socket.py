@@ -10,7 +10,10 @@ import io
 import socket
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class TimedSocket:
@@ -24,10 +27,10 @@ class TimedSocket:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the time is over")
-        self._socket.settimeout(left)
+        self._socket.settimeout(left)  # anew for every call: a socket's own limit is for one of them
         return self._socket
 
-    def sendall(self, data: Any) -> None:
+    def sendall(self, data: Buffer) -> None:
         self.wait().sendall(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -53,5 +56,5 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Buffer) -> int:
         return self._source.wait().recv_into(buffer)

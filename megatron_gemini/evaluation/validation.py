@@ -71,7 +71,7 @@ def read_examples(
     records = open_records(source, names)
     examples = []
     for sample in spaced(len(records), limit):
-        key = records.keys[sample]
+        key = records.key(sample)
         try:
             members = records.read(sample, names)
             schema.check(members)
@@ -119,7 +119,7 @@ def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limi
                 members = records.read(sample, records.endings(sample))
             except BadSample:
                 continue
-            fingerprint.add(records.keys[sample], members, names)
+            fingerprint.add(records.key(sample), members, names)
     return fingerprint
 
 

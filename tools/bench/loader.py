@@ -19,8 +19,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -31,11 +32,14 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.data.samples.decode_json import Json
 from megatron_gemini.data.sources.index_cache import index_path, write_index
+from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.shard_writer import write_shards
-from megatron_gemini.data.sources.shards import Shards, expand_shards
+from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.image.preprocess import decode_image, fit_image
 
+Figures: TypeAlias = "Mapping[str, Json]"
 SIDE, TARGET, PATCH = 512, 224, 14
 LAYOUT = TokenLayout(256, (("image", 0),))
 
@@ -130,7 +134,7 @@ def installed(name: str) -> bool:
         return False
 
 
-def decode(folder: Path, rounds: int) -> dict[str, object]:
+def decode(folder: Path, rounds: int) -> Figures:
     paths = pictures(folder / "photos", 400)
     readers = {name: reader for name, reader in READERS.items() if installed(name)}
     rates: dict[str, list[float]] = {name: [] for name in readers}
@@ -143,7 +147,7 @@ def decode(folder: Path, rounds: int) -> dict[str, object]:
             assert count == 400, (name, count)
             if number:
                 rates[name].append(count / (time.process_time() - began))
-    result: dict[str, object] = {name: {"median": statistics.median(r), "best": max(r)} for name, r in rates.items()}
+    result: dict[str, Json] = {name: {"median": statistics.median(r), "best": max(r)} for name, r in rates.items()}
     others = [name for name in rates if name != "megatron_gemini"]
     for name in others:
         ratios = [mine / other for mine, other in zip(rates["megatron_gemini"], rates[name], strict=True)]
@@ -151,7 +155,7 @@ def decode(folder: Path, rounds: int) -> dict[str, object]:
     return result
 
 
-def startup(folder: Path) -> dict[str, object]:
+def startup(folder: Path) -> Figures:
     many = folder / "many"
     write_shards(folder, "one", ((f"{i:05d}", {"txt": b"a text", "json": b"{}"}) for i in range(1000)))
     one = str(folder / "one-000.tar")
@@ -171,7 +175,7 @@ def startup(folder: Path) -> dict[str, object]:
     return {"shards": len(expand_shards(source.shards)), "samples": samples, **seconds, "resident_MB": resident() >> 20}
 
 
-def memory(folder: Path) -> dict[str, object]:
+def memory(folder: Path) -> Figures:
     tiny = io.BytesIO()
     Image.new("RGB", (28, 28), "red").save(tiny, "PNG")
     folder /= "tiny"
@@ -185,7 +189,7 @@ def memory(folder: Path) -> dict[str, object]:
         while seen < 100_000:
             seen += sum(len(batch.samples) for batch in loader.next().values())
             if seen >= due:
-                found[seen] = resident() >> 20
+                found[str(seen)] = resident() >> 20
                 due += 15_000
     return {"resident_MB_after_samples": found}
 
@@ -209,7 +213,7 @@ def main() -> None:
     parser.add_argument("part", choices=("decode", "startup", "memory"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Callable[[], dict[str, object]]] = {
+    parts: dict[str, Callable[[], Figures]] = {
         "decode": lambda: decode(options.folder, options.rounds),
         "startup": lambda: startup(options.folder),
         "memory": lambda: memory(options.folder),

@@ -77,9 +77,10 @@ class Lane:
                 f"every data source is used up after {self._rows} rows of lane {self.number}; raise the epochs or "
                 "tokens of data.sources, or lower train.steps"
             )
+        # The oldest goes first whatever fits: every document has its row in time, however badly its size fits others.
         chosen, room, more = [], self.limits, [0]
         while more:
-            for place in reversed(more):
+            for place in reversed(more):  # from behind, so that the places of the others stay right
                 chosen.append(self._waiting.pop(place)[2])
                 room = room - chosen[-1].size
             self._fill()
@@ -93,13 +94,13 @@ class Lane:
             if drawn is None:
                 return
             self.read += 1
-            if self._add(*drawn):
+            if self._add(*drawn):  # a bad sample is a draw, but spends nothing of a budget of tokens
                 self.mixture.spend(drawn[0], len(self._waiting[-1][2]))
 
     def _add(self, source: int, position: int) -> bool:
         """Let the document at a position wait for its row. False, and counted with the reason, if it cannot be used."""
         label = self.sources[source].label
-        reason = self._quarantined.pop((label, position), "")
+        reason = self._quarantined.pop((label, position), "")  # a position comes once, and is then done with
         if not reason:
             try:
                 self._waiting.append((source, position, self.draw(self, source, position)))
@@ -132,13 +133,16 @@ class Lane:
         self._rows, self.read = state["rows"], state["read"]
         self.skipped = skipped_in(state)
         self.mixture.load_state(state)
+        # What crashed a worker is in the state, since a resume may be without workers, where nothing could survive it.
         self._quarantined = {(label, position): reason for label, position, reason in state["quarantined"]}
         self._waiting = []
+        # Documents are not in the state: they are drawn again by their positions, which alone decide them.
         for label, position in state["waiting"]:
             self._add(numbers[label], position)
 
     def check_sources(self, state: LaneState) -> None:
         """Raise ValueError if the sources are not those of `state`."""
+        # With other numbers of samples, every position would be another sample.
         now = {source.label: len(source) for source in self.sources}
         if state["samples"] != now:
             raise ValueError(
@@ -156,6 +160,7 @@ def skipped_in(state: LaneState) -> Counter[tuple[str, str]]:
 def with_quarantined(state: LaneState, lane: int, lanes: int, quarantined: Iterable[Quarantined]) -> LaneState:
     """`state` of a lane, told of samples that must not be tried (again), as far as it has not drawn them yet."""
     waiting = {(label, position) for label, position in state["waiting"]}
+    # Draw n of a lane is the position lane + n * lanes: what it has drawn, and does not wait, cannot come again.
     known = {(label, position): reason for label, position, reason in [*state["quarantined"], *quarantined]}
     ahead = [
         [label, position, reason]

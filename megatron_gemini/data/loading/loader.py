@@ -14,7 +14,7 @@ from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import LaneState, skipped_in, with_quarantined
 from megatron_gemini.data.loading.prefetch import Prefetch
-from megatron_gemini.data.loading.reader import LaneReader, make_sources, skipped_table
+from megatron_gemini.data.loading.reader import LaneReader, make_sources
 from megatron_gemini.data.loading.workers import Lanes, WorkerPool
 from megatron_gemini.data.packing.wire import pinned
 from megatron_gemini.data.samples.document import Encodes
@@ -28,6 +28,7 @@ def lanes_of(rank: int, ranks: int, lanes: int) -> range:
     """The lanes that a rank reads: their numbers mod ranks, or spread over all ranks where these are more."""
     if lanes >= ranks:
         return range(rank, lanes, ranks)
+    # Few lanes are spread over all nodes, whose ranks are neighbors: the first ranks alone would read on one machine.
     first, after = -(-rank * lanes // ranks), -(-(rank + 1) * lanes // ranks)
     return range(first, after)
 
@@ -36,7 +37,7 @@ class Loader:
     """Rows of global step s are the rows s*R .. s*R + R-1 (R = train.rows_per_step) of one endless sequence.
 
     Row n comes from lane n mod data.lanes. Each lane belongs to one rank of the job, whatever the layout, so that no
-    sample is read or decoded twice; neither the rows nor their order depend on the ranks, nor on the processes that
+    sample is read or decoded twice. Neither the rows nor their order depend on the ranks, nor on the processes that
     data.workers gives each of them. A rank runs only its own lanes.
 
     sources: of the lanes. pin: rows in page-locked memory, for a GPU.
@@ -59,7 +60,9 @@ class Loader:
             raise ValueError("data.sources is empty; name at least one set of shards")
         self._config, self._layout, self._tokenizer, self._form, self._pin = config, layout, tokenizer, form, pin
         self._rows, self._first_row = config.train.rows_per_step, 0
+        # With workers, this process reads only what it checks: the cache's memory is theirs.
         self.sources = make_sources(config, layout, tokenizer, 0 if data.workers else data.cache_bytes)
+        # Before any thread or process starts: what is wrong with a path or a field ends the run at once.
         for source in self.sources:
             source.check_shards()
         self._of_shards = self._report_shards() if rank == 0 else Counter()  # every rank sees all shards
@@ -81,6 +84,7 @@ class Loader:
             raise ValueError(
                 "data.validation is empty; name the shards of the validation loss or leave validation_every 0"
             )
+        # As many lanes as rows, each asked once: any number of ranks then reads the same rows without reading ahead.
         rows = config.train.validation_rows
         data = dataclasses.replace(
             config.data,
@@ -125,6 +129,7 @@ class Loader:
         count, lanes = self._config.data.lanes, cast("Mapping[str, LaneState]", states)
         if set(lanes) != {str(number) for number in range(count)}:
             raise ValueError(f"the checkpoint has {len(lanes)} data lanes, not {count}; keep data.lanes {len(lanes)}")
+        # The lanes' rows add up to the run's, and say where it goes on: between two steps, and nowhere else.
         rows = sum(state["rows"] for state in lanes.values())
         if rows % self._rows:
             raise ValueError(
@@ -133,7 +138,7 @@ class Loader:
             )
         self.close()
         mine = {str(number): lanes[str(number)] for number in self._reader.lanes}
-        if self._config.data.workers:
+        if self._config.data.workers:  # which take the states; this process would decode all that waits in vain
             for number, lane in self._reader.lanes.items():
                 lane.check_sources(mine[str(number)])
         else:
@@ -157,6 +162,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop reading ahead and end the workers. Safe to call twice."""
+        # In this order: the thread that reads ahead waits for the pool, whose processes wait for nobody.
         if self._pool is not None:
             self._pool.interrupt()
         if self._ahead is not None:
@@ -183,6 +189,7 @@ class Loader:
                 continue
             batch, state = self._pool.row(row) if self._pool else self._reader.row(row)
             self._lanes.states[str(lane)] = state
+            # Workers' rows have arrived in such memory already.
             batches[number] = pinned(batch) if self._pin and not self._pool else batch
         self._first_row += self._rows
         return batches, dict(self._lanes.states)
@@ -195,10 +202,6 @@ class Loader:
         for state in self._handed_out.values():
             total.update(skipped_in(state))
         return total
-
-    def skipped_table(self) -> str:
-        """`skipped` as lines of source, reason and count, the most frequent first."""
-        return skipped_table(self.skipped)
 
     def _report_shards(self) -> Counter[tuple[str, str]]:
         """Members that the tars' indices left out, after a warning for each damaged shard."""

@@ -37,7 +37,7 @@ class Mixture:
     """The draws of lane `number` of `lanes`, which takes the positions number, number + lanes, ... of every source.
 
     Every draw adds to each source's credit its share of the weights and takes one from the source that has the most:
-    shares hold to within a document or so at any time. The first credits are random, so lanes do not draw in step.
+    shares hold to within a document or so at any time.
     A source that is used up drops out, and the others take its share.
     """
 
@@ -54,6 +54,7 @@ class Mixture:
         self.number, self.lanes, self.sources, self.rows_per_step = number, lanes, sources, rows_per_step
         phases = [(0, [source.weight for source in sources]), *((p.step, list(p.weights)) for p in data.curriculum)]
         self._phases = [(step, [weight ** (1 / data.temperature) for weight in weights]) for step, weights in phases]
+        # Without a phase of its own every lane would draw the same source at the same time.
         self._credit = random_stream(seed, "mixture", number).random(len(sources)).tolist()
         self._drawn = [0] * len(sources)  # positions taken, good or bad
         self._tokens = [0] * len(sources)
@@ -66,9 +67,9 @@ class Mixture:
         for source, share in enumerate(shares):
             self._credit[source] += share
         chosen = max((i for i, share in enumerate(shares) if share), key=lambda i: self._credit[i])
-        self._credit[chosen] -= 1.0
+        self._credit[chosen] -= 1.0  # as much as all of them have just got, so that the sum stays as it is
         self._drawn[chosen] += 1
-        return chosen, self._position(chosen, self._drawn[chosen] - 1)
+        return chosen, self._position(self._drawn[chosen] - 1)
 
     def spend(self, source: int, tokens: int) -> None:
         """Count the tokens of a document that was drawn."""
@@ -76,6 +77,7 @@ class Mixture:
 
     def shares(self, row: int) -> list[float]:
         """Each source's share of the draws now; 0 for one that is used up or has no weight in this phase."""
+        # By the run's step and not by the lane's draws: the curriculum is the same for all lanes at any time.
         step = (self.number + self.lanes * row) // self.rows_per_step
         weights = [weights for begin, weights in self._phases if begin <= step][-1]
         left = [0.0 if self._used_up(source) else weight for source, weight in enumerate(weights)]
@@ -85,14 +87,12 @@ class Mixture:
     def _used_up(self, source: int) -> bool:
         limits = self.sources[source]
         positions = math.ceil(limits.epochs * len(limits)) if limits.epochs else math.inf
-        budget = self._share_of(limits.tokens) if limits.tokens else math.inf
-        return self._position(source, self._drawn[source]) >= positions or self._tokens[source] >= budget
+        # A budget is divided over the lanes: a lane knows its own draws only, and so is the same on any ranks.
+        share = limits.tokens // self.lanes + (self.number < limits.tokens % self.lanes)
+        budget = share if limits.tokens else math.inf
+        return self._position(self._drawn[source]) >= positions or self._tokens[source] >= budget
 
-    def _share_of(self, tokens: int) -> int:
-        """This lane's part of a budget."""
-        return tokens // self.lanes + (self.number < tokens % self.lanes)
-
-    def _position(self, source: int, draw: int) -> int:
+    def _position(self, draw: int) -> int:
         return self.number + self.lanes * draw
 
     def state(self) -> MixtureState:

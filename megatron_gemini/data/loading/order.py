@@ -9,16 +9,16 @@ import numpy as np
 
 from megatron_gemini.data.random_stream import random_stream
 
-WINDOW = 1 << 17
+WINDOW = 1 << 17  # samples: a permutation of one megabyte, over a hundred shards of a thousand samples
 _KEPT = 4  # windows: some lanes begin one, or an epoch, while others finish the one before
 
 
 class Order:
     """Every epoch has all samples once. Up to `WINDOW` samples are permuted as a whole.
 
-    Of more samples, the shards are permuted and put into windows of whole shards, at most `WINDOW` samples each unless
-    one shard has more, and the samples of each window are permuted: at any time only the shards of a window are read,
-    and only its permutation is in memory.
+    Of more samples, the shards are permuted and put into windows of whole shards, and the samples of each window are
+    permuted. A window has at most `WINDOW` samples unless one shard has more. At any time only the shards of a window
+    are read, and only its permutation is in memory.
     """
 
     def __init__(self, bounds: Sequence[int], seed: int, label: str, window: int = 0) -> None:
@@ -45,28 +45,26 @@ class Order:
         """(shards of every window, where each window ends in the epoch)."""
         if epoch not in self._epochs:
             shards = np.arange(len(self.bounds) - 1)
+            # Few samples are one window, whatever the shards: how they are divided into shards changes nothing then.
             if len(self) > self.window:
                 shards = random_stream(*self.key, epoch, "shards").permutation(shards)
-            windows = self._cut(shards)
-            while len(self._epochs) > 1:
+            begins, filled = [0], 0
+            for place, count in enumerate(np.diff(self.bounds)[shards].tolist()):
+                if filled and filled + count > self.window:
+                    begins.append(place)
+                    filled = 0
+                filled += count
+            windows = np.split(shards, begins[1:])
+            while len(self._epochs) > 1:  # this one and the one before, which some lanes have not finished
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = windows, np.cumsum([np.diff(self.bounds)[window].sum() for window in windows])
         return self._epochs[epoch]
-
-    def _cut(self, shards: np.ndarray) -> list[np.ndarray]:
-        begins, filled = [0], 0
-        for place, count in enumerate(np.diff(self.bounds)[shards].tolist()):
-            if filled and filled + count > self.window:
-                begins.append(place)
-                filled = 0
-            filled += count
-        return np.split(shards, begins[1:])
 
     def _order(self, epoch: int, window: int) -> np.ndarray:
         """The samples of a window in their order, int64."""
         key = (epoch, window)
         if key not in self._samples:
-            shards = np.sort(self._windows(epoch)[0][window])
+            shards = np.sort(self._windows(epoch)[0][window])  # so that the window's permutation alone decides
             samples = np.concatenate([np.arange(self.bounds[shard], self.bounds[shard + 1]) for shard in shards])
             random = random_stream(*self.key, epoch, *([window] if window else []))
             self._samples[key] = samples[random.permutation(len(samples))]

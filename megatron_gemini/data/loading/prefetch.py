@@ -18,6 +18,7 @@ class Prefetch(Generic[T]):
 
     def __init__(self, make: Callable[[], T], depth: int) -> None:
         self._make, self._depth = make, depth
+        # Bounded, since whatever is ready is held in memory: rows with their pixels.
         self._ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(maxsize=max(depth, 1))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -50,6 +51,7 @@ class Prefetch(Generic[T]):
 
     def close(self) -> None:
         """Stop after the thing being made, and drop what is ready. Safe to call twice."""
+        # The thread may be in the middle of a row, or wait at the full queue for a reader that does not come any more.
         self._stop.set()
         while self._thread is not None and self._thread.is_alive():
             while not self._ready.empty():  # a full queue would hold the thread

@@ -80,10 +80,17 @@ class LaneReader:
         self._watch(lane.number, number, position)
         try:
             document = source.document(position)
-            check_columns(document, self._form.columns)
+            check_columns(document, self._form.columns)  # when the row is packed, it would be too late to skip it
             return document
         except BadSample as error:
-            self._tell(source.label, error)
+            if (source.label, error.reason) not in self._told:
+                self._told.add((source.label, error.reason))
+                logger.warning(
+                    "skipped a sample of %s (%s); more of this kind are only counted: %s",
+                    source.label,
+                    error.reason,
+                    error,
+                )
             if not isinstance(error, FilteredSample):
                 self._judge()
             elif lane.read > FEW_PASS and lane.skipped.total() + 1 >= lane.read:
@@ -95,16 +102,10 @@ class LaneReader:
         finally:
             self._done()
 
-    def _tell(self, label: str, error: BadSample) -> None:
-        if (label, error.reason) not in self._told:
-            self._told.add((label, error.reason))
-            logger.warning(
-                "skipped a sample of %s (%s); more of this kind are only counted: %s", label, error.reason, error
-            )
-
     def _judge(self) -> None:
         """Called with a bad sample that is not counted in `skipped` yet."""
         skipped = self.skipped()
+        # What a filter leaves out has been read and is not bad: it counts on neither side.
         filtered = sum(count for (_, reason), count in skipped.items() if reason.startswith(FILTERED))
         read = sum(lane.read for lane in self.lanes.values()) - filtered
         bad = skipped.total() + 1 - filtered

@@ -31,6 +31,7 @@ CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found
 def source_labels(sources: tuple[SourceConfig, ...]) -> list[str]:
     """A distinct name of every source, for logs, states and random streams. Raises ValueError for a name used twice."""
     labels = [source.name or f"{source.task}:{source.shards.rsplit('/', 1)[-1]}" for source in sources]
+    # A label is a key of random streams and of states: two sources of one would draw alike and mix their counts.
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise ValueError(f"two data sources are called {twice[0]!r}; give each its own data.sources name")
@@ -51,6 +52,7 @@ class Cache:
         return self._samples.get((label, number))
 
     def put(self, label: str, number: int, sample: Sample) -> None:
+        # Never more than the limit, and nothing in the place of anything: see the class.
         cost = sum(map(field_bytes, sample.fields.values()))
         if cost <= self.left:
             self.left -= cost
@@ -87,20 +89,18 @@ class DocumentSource:
         except ValueError as error:
             raise ValueError(f"the data source {label!r}: {error}") from None
         self.names = self.schema.members()
+        # Indices go into the run's folder, which is there to be written to and is seen by all ranks.
         self.shards = open_records(source, self.names, Path(config.train.output_dir) / "shard-index")
         self.order = Order(self.shards.bounds, self.seed, label, self.shards.window)
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def sample_at(self, position: int) -> tuple[int, int]:
-        """(epoch, sample) of a position; every epoch has an order of its own of all samples."""
-        return self.order.at(position)
-
     def document(self, position: int) -> Document:
         """The document at a position. Raises BadSample."""
-        epoch, sample = self.sample_at(position)
-        key = self.shards.keys[sample]
+        epoch, sample = self.order.at(position)
+        key = self.shards.key(sample)
+        # Keyed by the sample and not by its position: a source with other samples beside it asks this one the same.
         random = random_stream(self.seed, "prompt", self.label, epoch, key)
         document = self.pipeline.document(self.sample(sample), random)
         check_fits(document, self.limits)
@@ -112,7 +112,7 @@ class DocumentSource:
         if sample is None:
             members = self.shards.read(number, self.names)
             self.schema.check(members)
-            key = f"{self.label}/{self.shards.keys[number]}"
+            key = f"{self.label}/{self.shards.key(number)}"
             sample = self.pipeline.fixed(Sample(key, members, partial(read_named, self.shards, number)))
             self.cache.put(self.label, number, sample)
         return sample
@@ -120,6 +120,7 @@ class DocumentSource:
     def check_shards(self) -> None:
         """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly
         spread ones."""
+        # The first usable sample is proof enough: it is the wrong field or a wrong file that is to be found here.
         bounds = [*self.shards.first_sample, len(self)]
         for number in range(0, len(self.shards.paths), -(-len(self.shards.paths) // CHECKED_SHARDS)):
             path, first, end = self.shards.paths[number], bounds[number], bounds[number + 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import itertools
 import os
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 
@@ -27,14 +28,6 @@ from megatron_gemini.data.packing.wire import to_bytes
 from megatron_gemini.data.samples.document import Encodes
 
 LANE, SOURCE, POSITION, STARTED = range(4)  # of what a worker says that it is decoding; STARTED 0: nothing
-
-
-class SharedFloats(Protocol):
-    """Numbers that two processes see."""
-
-    def __getitem__(self, place: int, /) -> float: ...
-
-    def __setitem__(self, place: int, value: float, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -81,14 +74,16 @@ class Packed:
         return cast("Work", pickle.loads(self.content))
 
 
-def run_worker(packed: Packed, rows: Connection, lifeline: Connection, now_decoding: SharedFloats) -> None:
+def run_worker(
+    packed: Packed, rows: Connection, lifeline: Connection, now_decoding: ctypes.Array[ctypes.c_double]
+) -> None:
     """The whole life of a worker process. now_decoding: four numbers, see `LANE` and the following."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the rank's business; its end is the end of this process too
     _end_with_parent(lifeline)
     try:
         work = packed.unpack()
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # the workers are the parallelism
         _send_rows(work, rows, now_decoding)
     except (BrokenPipeError, ConnectionResetError):
         pass
@@ -98,7 +93,7 @@ def run_worker(packed: Packed, rows: Connection, lifeline: Connection, now_decod
         _send_error(rows, f"a data worker failed:\n{traceback.format_exc()}")
 
 
-def _send_rows(work: Work, rows: Connection, now_decoding: SharedFloats) -> None:
+def _send_rows(work: Work, rows: Connection, now_decoding: ctypes.Array[ctypes.c_double]) -> None:
     def watch(lane: int, source: int, position: int) -> None:
         now_decoding[LANE], now_decoding[SOURCE], now_decoding[POSITION] = lane, source, position
         now_decoding[STARTED] = time.monotonic()
@@ -116,10 +111,12 @@ def _send_rows(work: Work, rows: Connection, now_decoding: SharedFloats) -> None
         number = next(numbers)
         return (number, *reader.row(number))
 
+    # A pipe holds 64 kB, less than a row with its pixels: without this thread a worker would rest until it is asked.
     ahead = Prefetch(make, work.ahead)
     while True:
         number, batch, state = ahead.next()
         header, body = to_bytes(batch, {"row": number, "state": cast("Plain", state)})
+        # Two messages: the first has the size of the second, which the rank then receives where it is to stay.
         rows.send_bytes(header)
         rows.send_bytes(body)
 

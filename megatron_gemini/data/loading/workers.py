@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import math
 import multiprocessing
@@ -21,7 +22,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import LaneState, Quarantined, with_quarantined
 from megatron_gemini.data.loading.source import source_labels
-from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, SharedFloats, Work, run_worker
+from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, Work, run_worker
 from megatron_gemini.data.packing.wire import from_bytes, parse_header
 from megatron_gemini.data.samples.document import Encodes
 
@@ -40,7 +41,7 @@ class _Running(NamedTuple):
     process: ForkServerProcess
     rows: Connection
     lifeline: Connection
-    now_decoding: SharedFloats
+    now_decoding: ctypes.Array[ctypes.c_double]
 
     def end(self) -> None:
         self.process.kill()
@@ -74,9 +75,9 @@ class Lanes:
 class WorkerPool:
     """Runs the lanes of a rank in data.workers processes, each lane in one of them.
 
-    The processes are forked from a server that has imported what they need and nothing else, so none inherits the
+    The processes are forked from a server that has imported what they need and nothing else. So none inherits the
     rank's threads, GPU or network connections, and a new one starts in milliseconds. A process that dies or needs more
-    than data.sample_seconds for a sample is replaced, and what it was decoding is given up: the lane counts and skips
+    than data.sample_seconds for a sample is replaced, and what it was decoding is given up. The lane counts and skips
     it, in this process and, through the lane's state, in every later one.
     """
 
@@ -95,6 +96,7 @@ class WorkerPool:
         self._config, self._lanes, self._pin, self._closing = config, lanes, pin, threading.Event()
         self._labels = source_labels(config.data.sources)
         self._context = multiprocessing.get_context("forkserver")
+        # Imported once, in the server, so that a worker in the place of another is there in milliseconds.
         self._context.set_forkserver_preload(["megatron_gemini.data.loading.worker"])
         numbers = sorted(map(int, lanes.states))
         count = min(config.data.workers, len(numbers))
@@ -107,7 +109,7 @@ class WorkerPool:
             for share, rows in zip(shares, ahead, strict=True)
         ]
         self._of_lane = {lane: worker for worker in self._workers for lane in worker.work.lanes}
-        atexit.register(self.close)
+        atexit.register(self.close)  # a run that ends with an error closes nothing
         for worker in self._workers:
             self._start(worker)
 
@@ -127,6 +129,7 @@ class WorkerPool:
         assert made == number, (made, number)
         worker.deaths = 0
         self._lanes.states[str(lane)] = state
+        # What the worker has made ahead is lost with it: another one goes on from the last row that has arrived.
         worker.work = replace(worker.work, first=number + 1)
         return batch, state
 
@@ -144,6 +147,7 @@ class WorkerPool:
         if header.get("error"):
             raise ValueError(running.rows.recv_bytes().decode(errors="replace"))
         body = torch.empty(header["bytes"], dtype=torch.uint8, pin_memory=self._pin)
+        # Into page-locked memory at once: the row is copied to the GPU from where it has arrived.
         running.rows.recv_bytes_into(memoryview(body.numpy()))  # type: ignore[arg-type]
         number, state = header["extra"]["row"], header["extra"]["state"]
         return cast("int", number), cast("LaneState", state), from_bytes(header, body)
@@ -159,7 +163,7 @@ class WorkerPool:
         ended = worker.now()
         ended.end()  # from here on, what it says of itself stays as it is
         if ended.now_decoding[STARTED] > 0 and (not slow or self._late(ended)):
-            self._quarantine(ended.now_decoding, "too_slow" if slow else "worker_crashed")
+            self._quarantine(list(ended.now_decoding), "too_slow" if slow else "worker_crashed")
         elif not slow:  # a slow one had just finished its sample
             worker.deaths += 1
             if worker.deaths >= _DEATHS:
@@ -169,7 +173,7 @@ class WorkerPool:
                 )
         self._start(worker)
 
-    def _quarantine(self, now_decoding: SharedFloats, reason: str) -> None:
+    def _quarantine(self, now_decoding: Sequence[float], reason: str) -> None:
         lane, source, position = (int(now_decoding[place]) for place in (LANE, SOURCE, POSITION))
         label = self._labels[source]
         self._lanes.quarantined.setdefault(lane, []).append((label, position, reason))
@@ -185,7 +189,8 @@ class WorkerPool:
         worker.work = replace(worker.work, states=states)
         receiving, sending = self._context.Pipe(duplex=False)
         watching, lifeline = self._context.Pipe(duplex=False)
-        now_decoding = cast("SharedFloats", self._context.RawArray("d", 4))
+        # Memory that both see, without a lock: one that a killed process holds would stay locked for ever.
+        now_decoding = self._context.RawArray(ctypes.c_double, 4)
         process = self._context.Process(
             target=run_worker,
             args=(worker.work.packed(), sending, watching, now_decoding),
@@ -193,6 +198,7 @@ class WorkerPool:
             daemon=True,
         )
         process.start()
+        # The ends that the process has must be closed here, or its death would not end what is read from it.
         sending.close()
         watching.close()
         worker.running = _Running(process, receiving, lifeline, now_decoding)

@@ -29,7 +29,7 @@ def make_operation(text: str, setting: Setting) -> tuple[Operation, bool]:
     modality says, with those of the arguments that this one knows. Raises ValueError for an unknown name or argument,
     with the nearest known one, and for a value out of range.
     """
-    match = _CALL.fullmatch(text)
+    match = _CALL.fullmatch(text)  # read, never evaluated: a YAML may come from a stranger
     if match is None:
         raise ValueError(f"the operation {text!r} is written like resize or resize(tokens=256)")
     name, inside = match.group(1), match.group(2) or ""
@@ -40,7 +40,8 @@ def make_operation(text: str, setting: Setting) -> tuple[Operation, bool]:
     else:
         of_items = {each.name: each.operations[name] for each in MODALITIES.entries() if name in each.operations}
         if not of_items:
-            raise ValueError(f"{name!r} is no operation; {nearest(name, operation_names())}")
+            known = [*OPERATIONS.names, *(each for spec in MODALITIES.entries() for each in spec.operations)]
+            raise ValueError(f"{name!r} is no operation; {nearest(name, known)}")
         make = partial(_change_items, of_items, setting)
         known = list(dict.fromkeys(each for one in of_items.values() for each in _argument_names(one.make)))
         random = any(operation.random for operation in of_items.values())
@@ -49,12 +50,6 @@ def make_operation(text: str, setting: Setting) -> tuple[Operation, bool]:
         return make(**arguments), random
     except ValueError as error:
         raise ValueError(f"the operation {text!r}: {error}") from None
-
-
-def operation_names() -> list[str]:
-    """Of all operations, on samples and on items."""
-    of_items = [name for spec in MODALITIES.entries() for name in spec.operations]
-    return list(dict.fromkeys([*OPERATIONS.names, *of_items]))
 
 
 def _argument_names(make: Callable[..., Made]) -> list[str]:

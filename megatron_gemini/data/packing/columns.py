@@ -5,7 +5,7 @@ Shape suffixes: T tokens of the row, L tokens of one document.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -65,14 +65,22 @@ def pack_columns(documents: Sequence[Document], columns: Sequence[Column], row_t
         if column.per == "document":
             packed[column.name] = torch.from_numpy(np.stack(values))
             continue
-        row_T = np.full(row_tokens, column.fill, np.dtype(column.dtype))
-        begin = 0
-        for values_L in values:
-            end = begin + len(values_L)
-            if column.per == "token":
-                row_T[begin:end] = values_L
-            else:
-                row_T[begin : end - 1] = values_L[1:]
-            begin = end
-        packed[column.name] = torch.from_numpy(row_T)
+        if column.per == "target":
+            values = [of_targets(values_L, column.fill) for values_L in values]
+        packed[column.name] = lay_out(values, column.dtype, column.fill, row_tokens)
     return packed
+
+
+def lay_out(documents: Iterable[np.ndarray], dtype: str, fill: float, row_tokens: int) -> torch.Tensor:
+    """The values of documents, [L] each, back to back in a row [T] that `fill` fills up."""
+    row_T = np.full(row_tokens, fill, np.dtype(dtype))
+    begin = 0
+    for values_L in documents:
+        row_T[begin : begin + len(values_L)] = values_L
+        begin += len(values_L)
+    return torch.from_numpy(row_T)
+
+
+def of_targets(values_L: np.ndarray, fill: float) -> np.ndarray:
+    """[L]: where a token is predicted, the value that it has; the last token predicts none and gets `fill`."""
+    return np.append(values_L[1:], np.array(fill, values_L.dtype))

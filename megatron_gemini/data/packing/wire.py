@@ -15,7 +15,7 @@ from megatron_gemini.contracts import Batch, Media
 if TYPE_CHECKING:
     from megatron_gemini.config.schema import Plain
 
-_ALIGNED = 64  # bytes: where each tensor begins
+_ALIGNED = 64  # bytes: a view of wider values must begin at a multiple of their size; 64 is a line of the cache
 _TENSORS = tuple(f.name for f in dataclasses.fields(Batch) if f.name.endswith("_T"))
 _MEDIA = tuple(f.name for f in dataclasses.fields(Media))
 
@@ -69,6 +69,7 @@ def parse_header(header: bytes) -> Header:
 
 def from_bytes(header: Header, body: torch.Tensor) -> Batch:
     """The row, whose tensors are views of `body`, uint8[header["bytes"]]."""
+    # Views, no copies: with page-locked memory the tensors are where the GPU takes them from.
     parts: dict[str, dict[str, torch.Tensor]] = {"row": {}, "columns": {}}
     for part, name, dtype, shape, begin in header["tensors"]:
         kind: torch.dtype = getattr(torch, dtype)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Fetch: TypeAlias = Callable[[str], bytes | None]
 """Gives a file that a document or conversation names; None if there is none."""
 CAPTIONS = "captions"
-"""The field with every text that a sample has."""
+"""The field with every text that a sample has: data sets come with several captions of one image."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class SampleDecoder:
             member, content = found[0]
             try:
                 fields[name] = self._value(field, content, fetch or members.get)
-                if name == TEXT:
+                if name == TEXT:  # an empty text among others is no reason to leave the sample out
                     others = (decode_text(other) for _, other in found[1:] if other.strip())
                     fields[CAPTIONS] = [fields.text(), *others]
             except BadSample as error:
@@ -89,7 +89,7 @@ def over_items(fields: Fields, change: Callable[[Item], Item]) -> Fields:
 
     An item that stands in several places is changed once.
     """
-    changed: dict[int, Item] = {}
+    changed: dict[int, Item] = {}  # by identity: to compare pixels would cost more than to change them
 
     def once(item: Item) -> Item:
         if isinstance(item, (Text, Codes)):
@@ -116,5 +116,6 @@ def field_bytes(value: FieldValue) -> int:
         return sum(map(field_bytes, value))
     if isinstance(value, (EncoderInput, RawItem)):
         return value.nbytes + 512
+    # The constants are about what Python's own objects take.
     text = value.text if isinstance(value, Text) else value if isinstance(value, str) else ""
     return 2 * len(text) + 8 * (len(value.codes) if isinstance(value, Codes) else 0) + 128

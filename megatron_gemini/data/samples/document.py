@@ -38,9 +38,6 @@ class Size:
         left = {name: count - taken.inputs.get(name, 0) for name, count in self.inputs.items()}
         return Size(self.tokens - taken.tokens, left)
 
-    def holds(self, size: Size) -> bool:
-        return size.tokens <= self.tokens and self.first_exceeded(size) is None
-
     def first_exceeded(self, size: Size) -> str | None:
         """The first encoder of which `size` has more inputs than there is room for."""
         return next((name for name, room in self.inputs.items() if size.inputs.get(name, 0) > room), None)
@@ -134,7 +131,7 @@ def build_document(
         writer.control("model", loss=False)
         for item in answer:
             writer.item(prepare(item, encoders), loss=True, key=key)
-    if answer is None or answer:
+    if answer is None or answer:  # an open document goes on where the model begins to answer
         writer.control("eos", loss=answer is not None or loss_on_prompt)
     return writer.document(key)
 
@@ -158,6 +155,7 @@ def build_conversation(
         writer.control("model" if turn.answer else "user", loss=False)
         for item in turn.items:
             writer.item(prepare(item, encoders), loss=turn.answer, key=key)
+        # The model learns where its turn ends. The user's has no end of its own: `model` says that it is over.
         if turn.answer:
             writer.control("eos", loss=True)
     return writer.document(key)
@@ -168,6 +166,7 @@ class _Writer:
 
     def __init__(self, layout: TokenLayout, text_tokenizer: Encodes) -> None:
         self.layout, self.text_tokenizer = layout, text_tokenizer
+        # Lists, which grow run by run, and arrays once at the end: an array would be copied with every item.
         self.tokens: list[int] = []
         self.losses: list[bool] = []
         self.modalities: list[int] = []
@@ -208,8 +207,9 @@ class _Writer:
         self.media.append(item)
         self.media_begin.append(len(self.tokens))
         placeholder = self.layout.control(item.placeholder)
-        if item.memory:
+        if item.memory:  # its embeddings are in no stream; from this placeholder on they may be read
             self.run([placeholder], loss=False)
+        # Without loss wherever they stand: what placeholders stand for is given, and no token says it.
         for length in item.spans:
             self.last_span += 1
             self.run([placeholder] * length, loss=False, span=self.last_span)

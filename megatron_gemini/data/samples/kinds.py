@@ -32,7 +32,7 @@ def made_as(kind: str) -> tuple[ModalitySpec, CodesSpec] | None:
 
 def decode_item(kind: str, data: bytes, config: RunConfig) -> Item:
     """A member or file as an item, not yet prepared. Raises BadSample."""
-    if kind == TEXT:
+    if kind == TEXT:  # has no settings: the decoder reads it itself
         return Text(decode_text(data))
     made = made_as(kind)
     if made is not None:

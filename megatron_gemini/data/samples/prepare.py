@@ -30,6 +30,7 @@ def prepare(item: Item, encoders: Mapping[str, EncoderConfig]) -> Text | Codes |
 
 def encoder_input(spec: ModalitySpec, prepared: Prepared, section: EncoderConfig) -> EncoderInput:
     """A prepared item with its placeholders: as many as its encoder and connector make embeddings of it."""
+    # A run of the encoder's embeddings stays one span in the stream, whose tokens see each other as they did there.
     connector = CONNECTORS.get(section.connector.kind)
     spans_I, length_I = ENCODERS.get(spec.encoder).spans(np.array([prepared.grid], np.int64))
     spans = (int(connector.length(length_I)[0]),) * int(spans_I[0])

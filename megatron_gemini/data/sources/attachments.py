@@ -15,7 +15,9 @@ def read_named(records: Records, sample: int, name: str) -> bytes | None:
 
     None if there is none. Raises BadSample as `read_attachment` and `Records.read` do.
     """
-    for member in dict.fromkeys((name, name.lower())):
+    for member in dict.fromkeys(
+        (name, name.lower())
+    ):  # endings of members are lower case, names in documents may not be
         if found := records.read(sample, [member]).get(member):
             return found
     return read_attachment(records.path(sample), name)
@@ -28,6 +30,7 @@ def read_attachment(shard: str, name: str) -> bytes | None:
     a link. Raises BadSample: unsafe_name, attachment_too_large, read_error.
     """
     parts = name.split("/")
+    # A backslash, a colon and NUL mean something to other systems, to stores and to the C library.
     if not name or len(name) > 1024 or any(part in ("", ".", "..") for part in parts) or set(name) & set("\\\0:"):
         raise BadSample("unsafe_name", f"{name[:80]!r} is no path below the folder of the shard")
     folder = shard.rpartition("/")[0] if is_url(shard) else os.path.dirname(shard) or "."
@@ -35,11 +38,12 @@ def read_attachment(shard: str, name: str) -> bytes | None:
     if not is_url(shard):
         if not os.path.isfile(path):
             return None
+        # The name is plain, but what lies there may be a link that somebody put into the folder.
         if os.path.commonpath([os.path.realpath(path), os.path.realpath(folder)]) != os.path.realpath(folder):
             raise BadSample("unsafe_name", f"{name[:80]!r} is a link out of the folder of the shard")
     try:
         with open_binary(path) as file:
-            data = file.read(MAX_MEMBER_BYTES + 1)
+            data = file.read(MAX_MEMBER_BYTES + 1)  # one byte more tells a file that is too large from one that is not
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_gemini.data.sources.columns import RECORD, column_bytes, is_binary
 from megatron_gemini.data.sources.paths import open_binary
@@ -13,9 +13,12 @@ from megatron_gemini.data.sources.spec import FormatSpec
 from megatron_gemini.data.sources.table import Table
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 
+if TYPE_CHECKING:
+    import pyarrow
+
 GROUPS_TOGETHER = 4  # row groups whose records are shuffled together
 _KEPT = 2 * GROUPS_TOGETHER + 1  # some lanes begin a window while others finish the one before
-MAX_GROUP_BYTES = 1024 * 1024 * 1024
+MAX_GROUP_BYTES = 1024 * 1024 * 1024  # of which every worker keeps `_KEPT`
 
 
 class Parquet(Table):
@@ -34,7 +37,7 @@ class Parquet(Table):
             self._columns.append(columns)
             self._begins.append([0, *itertools.accumulate(rows)][:-1])
             counts.append(sum(rows))
-        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], pyarrow.Table] = OrderedDict()
         super().__init__(paths, counts)
 
     @property
@@ -44,6 +47,7 @@ class Parquet(Table):
 
     @property
     def window(self) -> int:  # type: ignore[override]
+        # Records of one group alone would keep the file's own order from group to group.
         groups = sum(map(len, self._begins))
         return max(1, GROUPS_TOGETHER * len(self) // groups)
 
@@ -80,18 +84,20 @@ class Parquet(Table):
         large = max((group.total_byte_size for group in groups), default=0)
         if large > MAX_GROUP_BYTES:
             raise ValueError(f"a row group of {path!r} has {large:,} bytes; write it with at most {MAX_GROUP_BYTES:,}")
+        # Columns that nobody asked for may be images of megabytes, and are not read.
         wanted = columns if RECORD in names else [name for name in columns if name in names]
         if not wanted:
             raise ValueError(f"{path!r} has the columns {', '.join(columns)}, none of {', '.join(names)}; set `fields`")
         return [group.num_rows for group in groups], wanted
 
-    def _group(self, file: int, group: int) -> Any:
+    def _group(self, file: int, group: int) -> pyarrow.Table:
         """One row group as an Arrow table. Raises BadSample: read_error."""
         import pyarrow.parquet
 
         if (file, group) not in self._groups:
             try:
                 with open_binary(self.paths[file]) as content:
+                    # The workers are the parallelism; threads of Arrow's own would compete with them.
                     table = pyarrow.parquet.ParquetFile(content).read_row_group(
                         group, columns=self._columns[file], use_threads=False
                     )

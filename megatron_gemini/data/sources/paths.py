@@ -9,12 +9,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
-# What fsspec opens without running a program or calling a host that the name alone chooses.
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+# What fsspec opens without running a program or calling a host that the name alone chooses. Chained addresses (::)
+# are refused with the others: "simplecache::" writes files, and any scheme can stand behind it.
 STORES = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hdfs")
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
-_MAX_SHARDS = 1_000_000
+_MAX_SHARDS = 1_000_000  # a range such as {0..999999999} would otherwise take all memory before anything is looked for
 
 
 def is_url(path: str) -> bool:
@@ -35,7 +39,7 @@ def open_binary(path: str) -> BinaryIO:
     if not is_url(path):
         return open(path, "rb")
     file_system, name = _store(path)
-    return cast(BinaryIO, file_system.open(name, "rb"))
+    return cast("BinaryIO", file_system.open(name, "rb"))
 
 
 def expand_shards(pattern: str) -> list[str]:
@@ -48,17 +52,16 @@ def expand_shards(pattern: str) -> list[str]:
         raise ValueError("a data source has no shards; set its `shards` to a path such as data/train-{000..015}.tar")
     paths: list[str] = []
     for name in _expand_braces(pattern):
-        found = _in_store(name) if is_url(name) else _local(name)
+        if is_url(name):
+            found = _in_store(name)
+        elif glob.has_magic(name):
+            found = sorted(glob.glob(name))
+        else:
+            found = [name] if os.path.isfile(name) else []
         if not found:
             raise ValueError(f"no shard matches {name!r}{'' if is_url(name) else _nearest(name)}")
         paths += found
     return sorted(dict.fromkeys(paths))
-
-
-def _local(name: str) -> list[str]:
-    if glob.has_magic(name):
-        return sorted(glob.glob(name))
-    return [name] if os.path.isfile(name) else []
 
 
 def _in_store(url: str) -> list[str]:
@@ -68,11 +71,11 @@ def _in_store(url: str) -> list[str]:
     return sorted(f"{scheme}://{path.lstrip('/')}" for path in found)
 
 
-def _store(url: str) -> tuple[Any, str]:
+def _store(url: str) -> tuple[AbstractFileSystem, str]:
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        return cast("tuple[AbstractFileSystem, str]", fsspec.core.url_to_fs(url))
     except ImportError as error:
         raise ValueError(f"{url!r} needs a client that is not installed: {error}") from None
 
@@ -84,6 +87,7 @@ def _expand_braces(pattern: str) -> list[str]:
     for inside, text in zip(parts[1::2], parts[2::2], strict=True):
         first, dots, last = inside.partition("..")
         counted = bool(dots) and "," not in inside
+        # The product is known before any name is made.
         count = int(last) - int(first) + 1 if counted else inside.count(",") + 1
         total *= max(count, 0)
         if not 0 < total <= _MAX_SHARDS:
@@ -103,6 +107,7 @@ def _nearest(name: str) -> str:
             return f"; the folder {str(folder)!r} does not exist (paths are relative to {os.getcwd()!r})"
         folder = folder.parent
     ending = Path(name).suffix or ".tar"
+    # Of a folder with millions of files not all are read for the end of an error message.
     names = sorted(entry.name for entry in itertools.islice(folder.iterdir(), 10_000) if entry.suffix == ending)
     near = difflib.get_close_matches(Path(name).name, names, n=3, cutoff=0.3) or names[:3]
     if not near:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_gemini.config.data import AUTO, SourceConfig
 from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.registry import FORMATS
 
 if TYPE_CHECKING:
-    from megatron_gemini.config.data import SourceConfig
     from megatron_gemini.data.sources.spec import Records
 
 
@@ -20,12 +20,8 @@ def open_records(source: SourceConfig, names: Sequence[str], cache: Path | None 
     Raises ValueError for files that are missing, cannot be read or are of several formats.
     """
     paths = expand_shards(source.shards)
-    kind = source.format if source.format != "auto" else format_of(paths)
-    return FORMATS.get(kind).open(paths, names, cache)
-
-
-def format_of(paths: Sequence[str]) -> str:
-    """The format that the files' endings tell. Raises ValueError where they tell several."""
+    if source.format != AUTO:
+        return FORMATS.get(source.format).open(paths, names, cache)
     # Of two formats with one ending the older has it, so that no plugin changes how built-in ones are found.
     by_ending = {ending: spec.name for spec in reversed(FORMATS.entries()) for ending in spec.endings}
     kinds = {by_ending.get(Path(path).suffix.lower(), FORMATS.names[0]) for path in paths}
@@ -33,4 +29,4 @@ def format_of(paths: Sequence[str]) -> str:
         raise ValueError(
             f"{paths[0]!r} and others are {' and '.join(sorted(kinds))} files; make two data sources of them"
         )
-    return kinds.pop()
+    return FORMATS.get(kinds.pop()).open(paths, names, cache)

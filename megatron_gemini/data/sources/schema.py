@@ -49,6 +49,7 @@ class Condition:
             raise ValueError(f"the filter {text!r} is no condition; write, say, similarity >= 0.3 or NSFW in UNLIKELY")
         name, compare, value = match.groups()
         several = compare.endswith("in")
+        # Metadata hold numbers as text ("pwatermark": "0.2"), so that what reads as a number is one.
         values = tuple(_plain(part.strip().strip("'\"")) for part in (value.split(",") if several else [value]))
         if compare in _ORDER and isinstance(values[0], str):
             raise ValueError(f"the filter {text!r} compares with {value!r}, which is no number")
@@ -105,7 +106,7 @@ class Schema:
         for name in self.names[field]:
             member, _, key = name.partition(":")
             content = members.get(member)
-            if content is not None and key:
+            if content is not None and key:  # a member without that key does not have the field, and the next name may
                 record = decode_json(content)
                 content = column_bytes(record.get(key)) if isinstance(record, dict) else None
             if content is not None:

@@ -10,11 +10,15 @@ import os
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from megatron_gemini.data.sources.tar_index import index_tar
 
-Sample = tuple[str, Mapping[str, bytes]]  # key, members by ending
+if TYPE_CHECKING:
+    from megatron_gemini.data.samples.decode_json import Json
+
+Sample: TypeAlias = tuple[str, Mapping[str, bytes]]
+"""(key, members by ending)."""
 
 
 def write_shards(folder: Path, name: str, samples: Iterable[Sample], samples_per_shard: int = 1000) -> dict[Path, int]:
@@ -32,6 +36,7 @@ def write_shards(folder: Path, name: str, samples: Iterable[Sample], samples_per
         shards[path] = len(chunk)
     if not shards:
         raise ValueError(f"there are no samples for {str(folder / name)!r}")
+    # A glob would find the last shards of a longer build and train on them.
     for stale in set(folder.glob(f"{name}-[0-9][0-9][0-9].tar")) - set(shards):
         stale.unlink()
     return shards
@@ -44,7 +49,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
         with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, members in samples:
                 for ending, data in members.items():
-                    header = tarfile.TarInfo(f"{key}.{ending}")
+                    header = tarfile.TarInfo(f"{key}.{ending}")  # whose time, owner and rights are always the same
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
         os.replace(partial, path)
@@ -58,7 +63,7 @@ def shard_digest(path: Path) -> str:
     index = index_tar(str(path))
     with open(path, "rb") as file:
         for member in index.members:
-            if not member.name.endswith(".codes.json"):
+            if not member.name.endswith(".codes.json"):  # or a build would count as changed, and throw the codes away
                 file.seek(member.offset)
                 digest.update(f"{member.name}\0{member.size}\0".encode())
                 digest.update(file.read(member.size))
@@ -66,20 +71,20 @@ def shard_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(path: Path, options: Mapping[str, Any], shards: Mapping[Path, int]) -> None:
+def write_manifest(path: Path, options: Mapping[str, Json], shards: Mapping[Path, int]) -> None:
     """Record a finished build: its options, and each shard's number of samples and digest, relative to the manifest."""
-    entries = {
+    entries: dict[str, Json] = {
         str(shard.relative_to(path.parent)): {"samples": samples, "sha256": shard_digest(shard)}
         for shard, samples in sorted(shards.items())
     }
     write_json(path, {"options": dict(options), "shards": entries})
 
 
-def is_built(path: Path, options: Mapping[str, Any]) -> bool:
+def is_built(path: Path, options: Mapping[str, Json]) -> bool:
     """Whether the manifest at `path` is of these options and all its shards are there, unchanged."""
     try:
         manifest = json.loads(path.read_text())
-        same = manifest["options"] == json.loads(json.dumps(options))
+        same = manifest["options"] == json.loads(json.dumps(options))  # tuples become the lists that were written
         return same and all(
             shard_digest(path.parent / name) == entry["sha256"] for name, entry in manifest["shards"].items()
         )
@@ -87,13 +92,13 @@ def is_built(path: Path, options: Mapping[str, Any]) -> bool:
         return False
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
     """Write JSON so that the file is whole or absent."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     os.replace(partial, path)
 
 
-def json_member(value: Any) -> bytes:
+def json_member(value: Json) -> bytes:
     """A value as a shard's .json member."""
     return json.dumps(value, sort_keys=True).encode()

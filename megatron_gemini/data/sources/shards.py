@@ -20,13 +20,11 @@ from megatron_gemini.data.sources.index_cache import (
     sample_key,
     write_index,
 )
-from megatron_gemini.data.sources.keys import Keys
-from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.tar_index import Member, index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
 
-MAX_TEXT_BYTES = 1024 * 1024
-_TEXT_ENDINGS = ("txt", "json")
+MAX_TEXT_BYTES = 1024 * 1024  # a caption of 50 MB would be tokenized before anybody sees that no row holds it
+TEXT_ENDINGS = ("txt", "json")
 MAX_OPEN_MEMBERS = 1_000_000  # whose names and places are kept in memory: about 100 MB
 
 
@@ -37,7 +35,7 @@ class Shards:
     the tar, and a large tar's index is then kept in `cache`. What a shard holds is looked up when a sample of it is
     asked for, and kept for the shards used last.
 
-    keys: `folder/name` of every sample, up to the first dot of its file name; members are named by what follows.
+    A sample's members are named by what follows the first dot of their file names.
     first_sample: number of the first sample of every shard. rejected: members that were left out, by reason.
     damage: shards that break off, by path.
     Raises ValueError naming the shard when one cannot be opened or holds no usable member.
@@ -49,24 +47,14 @@ class Shards:
         self.paths, self.cache = list(paths), cache
         self.rejected: dict[str, int] = {}
         self.damage: dict[str, str] = {}
-        self._open: OrderedDict[int, _Contents] = OrderedDict()  # the one used last at the end
+        self._open: OrderedDict[int, ShardContents] = OrderedDict()  # the one used last at the end
         self._summaries = [self._list(number, path) for number, path in enumerate(self.paths)]
         counts = [summary.samples for summary in self._summaries]
         self.first_sample: list[int] = [0, *itertools.accumulate(counts)][:-1]
         self._samples = sum(counts)
 
-    @classmethod
-    def from_pattern(cls, pattern: str) -> Shards:
-        """Shards that a path with globs and ranges names, as `expand_shards` does."""
-        return cls(expand_shards(pattern))
-
     def __len__(self) -> int:
         return self._samples
-
-    @property
-    def keys(self) -> Sequence[str]:
-        """Of every sample; looked up as they are asked for."""
-        return Keys(len(self), self.key)
 
     @property
     def bounds(self) -> list[int]:
@@ -90,13 +78,14 @@ class Shards:
     def _index(self, number: int, path: str) -> Summary:
         """Read the headers of a tar. Raises OSError if it cannot be read."""
         index = index_tar(path)
-        contents = self._keep(number, _Contents(index.members))
+        contents = self._keep(number, ShardContents(index.members))
+        # Not beside the shard, whose folder may be shared or read-only.
         if self.cache is not None and len(index.members) >= WORTH_KEEPING:
             with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
                 write_index(path, self.cache, index)
         return Summary(len(contents.keys), os.path.getsize(path), 0, "", index.rejected, index.damage)
 
-    def _contents(self, shard: int) -> _Contents:
+    def _contents(self, shard: int) -> ShardContents:
         """What the shard holds. Raises BadSample: shard_changed, read_error."""
         if shard in self._open:
             self._open.move_to_end(shard)
@@ -106,13 +95,14 @@ class Shards:
             members = read_members(path, summary, self.cache) or index_tar(path).members
         except OSError as error:
             raise BadSample("read_error", f"{path}: {error.strerror}") from None
-        contents = _Contents(members)
+        contents = ShardContents(members)
         if len(contents.keys) != summary.samples:
             raise BadSample("shard_changed", f"{path} had {summary.samples} samples and has {len(contents.keys)} now")
         return self._keep(shard, contents)
 
-    def _keep(self, shard: int, contents: _Contents) -> _Contents:
+    def _keep(self, shard: int, contents: ShardContents) -> ShardContents:
         self._open[shard] = contents
+        # Counted by members, as a shard may hold ten samples or a million.
         while len(self._open) > 1 and sum(map(len, self._open.values())) > MAX_OPEN_MEMBERS:
             self._open.popitem(last=False)
         return contents
@@ -125,7 +115,10 @@ class Shards:
         return shard, sample - self.first_sample[shard]
 
     def key(self, sample: int) -> str:
-        """`keys[sample]`."""
+        """`folder/name` of a sample, up to the first dot of its file name.
+
+        Raises BadSample: shard_changed, read_error.
+        """
         shard, place = self._find(sample)
         return self._contents(shard).keys[place]
 
@@ -147,6 +140,8 @@ class Shards:
         contents = self._contents(shard)
         members, key, found = contents.members(place), contents.keys[place], {}
         try:
+            # Opened for every sample: ten thousand shards are more than a process may have open. Not buffered, since a
+            # buffer would read beyond the member.
             with open(self.paths[shard], "rb", buffering=0) as file:
                 for ending in endings:
                     if ending in members:
@@ -156,15 +151,15 @@ class Shards:
         return found
 
     def _read(self, descriptor: int, key: str, ending: str, offset: int, size: int) -> bytes:
-        if ending.endswith(_TEXT_ENDINGS) and size > MAX_TEXT_BYTES:
+        if ending.endswith(TEXT_ENDINGS) and size > MAX_TEXT_BYTES:
             raise BadSample("text_too_large", f"{key}.{ending} has {size:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
-        data = os.pread(descriptor, size, offset)
+        data = os.pread(descriptor, size, offset)  # leaves no position behind that another thread could move
         if len(data) < size:
             raise BadSample("read_error", f"{key}.{ending}: the shard has become shorter while it was being read")
         return data
 
 
-class _Contents:
+class ShardContents:
     """The members of one shard by sample, in columns: a few dozen bytes a member."""
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -175,6 +170,7 @@ class _Contents:
             key, ending = sample_key(member.name)
             samples.setdefault(key, []).append(place)
             numbers[place] = endings.setdefault(ending, len(endings))
+        # Members of a sample need not lie together; its place is that of its first.
         order = np.array([place for places in samples.values() for place in places], np.int64)
         self.keys, self._endings = list(samples), list(endings)
         self._first = np.cumsum([0, *map(len, samples.values())])

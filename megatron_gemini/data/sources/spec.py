@@ -27,13 +27,13 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def keys(self) -> Sequence[str]: ...
-
-    @property
     def bounds(self) -> Sequence[int]: ...
 
     @property
     def window(self) -> int: ...
+
+    def key(self, sample: int) -> str:
+        """A name of the sample that is its own among all of the source."""
 
     def endings(self, sample: int) -> list[str]:
         """Names of the sample's members; of a table, of the whole record alone."""

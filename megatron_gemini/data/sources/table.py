@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from megatron_gemini.data.sources.columns import RECORD
-from megatron_gemini.data.sources.keys import Keys
 
 
 class Table:
@@ -33,12 +32,8 @@ class Table:
     def bounds(self) -> Sequence[int]:
         return [*self.first_sample, len(self)]
 
-    @property
-    def keys(self) -> Sequence[str]:
-        return Keys(len(self), self.key)
-
     def endings(self, sample: int) -> list[str]:
-        """The name of the whole record."""
+        """The name of the whole record: which columns it has is known only once it is read."""
         return [RECORD]
 
     def path(self, sample: int) -> str:
@@ -46,7 +41,6 @@ class Table:
         return self.paths[self._find(sample)[0]]
 
     def key(self, sample: int) -> str:
-        """`keys[sample]`."""
         file, number = self._find(sample)
         return f"{PurePosixPath(self.paths[file]).stem}/{number}"
 

@@ -40,6 +40,7 @@ class TarIndex:
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
 
+# The standard library's tarfile takes a broken header for the end of the tar, and so hides what is lost.
 class _Damaged(Exception):
     """The rest of the tar cannot be trusted."""
 
@@ -62,7 +63,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
                 elif kind in _REGULAR:
                     seen.add(name)
                     index.members.append(Member(name, offset, size))
-                    if len(index.members) > MAX_MEMBERS:
+                    if len(index.members) > MAX_MEMBERS:  # which cost a hostile tar half a kilobyte each
                         raise _Damaged(f"more than {MAX_MEMBERS:,} members")
         except _Damaged as damage:
             index.damage = str(damage)
@@ -72,10 +73,11 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
 
 def refusal(name: str, kind: bytes, size: int, max_member_bytes: int = MAX_MEMBER_BYTES) -> str:
     """Why a member is left out; empty when it is not."""
-    if kind == _FOLDER:
+    if kind == _FOLDER:  # says nothing, and is no loss
         return ""
     if kind not in _REGULAR:
         return "tar_link" if kind in _LINKS else "tar_special_file"
+    # Nothing here writes to a name, but it becomes a key, in messages and states, and other tools unpack shards.
     if not name or name.startswith("/") or "\\" in name or not name.isprintable() or ".." in name.split("/"):
         return "tar_unsafe_name"
     return "tar_member_too_large" if size > max_member_bytes else ""
@@ -92,7 +94,7 @@ def _walk(file: BinaryIO) -> Iterator[tuple[str, bytes, int, int]]:
         kind, size = header[156:157], _checked_size(header, position)
         offset, position = position + BLOCK, position + BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
         if kind in b"LKxg":
-            if size > MAX_EXTENDED_HEADER:
+            if size > MAX_EXTENDED_HEADER:  # before it is read: it holds a name, and may claim any size
                 raise _Damaged(f"an extended header of {size:,} bytes at byte {offset - BLOCK:,}")
             content = _read(file, offset, size)
             if kind == b"L":
@@ -100,14 +102,17 @@ def _walk(file: BinaryIO) -> Iterator[tuple[str, bytes, int, int]]:
             elif kind == b"x":
                 extended = _pax_records(content)
             continue
-        if "size" in extended:
+        if "size" in extended:  # which counts instead of the header's, so that sizes above 8 GiB can be said
             size = _decimal(extended["size"])
             position = offset + (size + BLOCK - 1) // BLOCK * BLOCK
         if offset + size > end:
             raise _Damaged(f"it breaks off at byte {end:,}, within a member")
-        name = extended.get("path") or long_name or _header_name(header)
+        name, prefix = _text(header[:100]), _text(header[345:500])
+        if prefix and header[257:263] == b"ustar\0":
+            name = f"{prefix}/{name}"
+        name = (extended.get("path") or long_name or name).removeprefix("./")  # as `tar cf x.tar .` writes names
         long_name, extended = "", {}
-        yield _plain(name), kind, offset, size
+        yield name if len(name) <= MAX_NAME_BYTES else "", kind, offset, size  # an empty name is refused
     raise _Damaged(f"it breaks off at byte {end:,}, without an end marker")
 
 
@@ -132,11 +137,6 @@ def _checked_size(header: bytes, position: int) -> int:
         raise _Damaged(f"no tar header at byte {position:,}") from None
 
 
-def _header_name(header: bytes) -> str:
-    name, prefix = _text(header[:100]), _text(header[345:500])
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
-
-
 def _pax_records(content: bytes) -> dict[str, str]:
     """`length key=value` lines, where the length counts the whole line."""
     records, position = {}, 0
@@ -159,9 +159,3 @@ def _decimal(text: str) -> int:
 
 def _text(data: bytes) -> str:
     return data.split(b"\0", 1)[0][: MAX_NAME_BYTES + 1].decode("utf-8", "replace")
-
-
-def _plain(name: str) -> str:
-    """Without the leading `./` that tar writes for `tar cf x.tar .`; too long a name becomes empty, so refused."""
-    name = name.removeprefix("./")
-    return name if len(name) <= MAX_NAME_BYTES else ""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_gemini.data.sources.index_cache import Summary
 from megatron_gemini.data.sources.paths import open_binary
-from megatron_gemini.data.sources.shards import MAX_TEXT_BYTES, Shards, _Contents
+from megatron_gemini.data.sources.shards import MAX_TEXT_BYTES, TEXT_ENDINGS, ShardContents, Shards
 from megatron_gemini.data.sources.tar_index import index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
 
@@ -16,7 +16,7 @@ class RemoteTars(Shards):
 
     def _index(self, number: int, path: str) -> Summary:
         index = index_tar(path)
-        contents = self._keep(number, _Contents(index.members))
+        contents = self._keep(number, ShardContents(index.members))
         return Summary(len(contents.keys), 0, 0, "", index.rejected, index.damage)
 
     def read(self, sample: int, endings: Sequence[str]) -> dict[str, bytes]:
@@ -25,10 +25,10 @@ class RemoteTars(Shards):
         contents = self._contents(shard)
         members, key, found = contents.members(place), contents.keys[place], {}
         try:
-            with open_binary(self.paths[shard]) as file:
+            with open_binary(self.paths[shard]) as file:  # a range of the object for every member, not all of it
                 for ending in [ending for ending in endings if ending in members]:
                     offset, size = members[ending]
-                    if ending.endswith(("txt", "json")) and size > MAX_TEXT_BYTES:
+                    if ending.endswith(TEXT_ENDINGS) and size > MAX_TEXT_BYTES:
                         raise BadSample("text_too_large", f"{key}.{ending} has {size:,} bytes, of {MAX_TEXT_BYTES:,}")
                     file.seek(offset)
                     found[ending] = file.read(size)

@@ -68,11 +68,12 @@ def conversation(description: Plain) -> list[Said]:
     turns: list[Said] = []
     for message in description:
         answer, entries = _message(message)
+        # In generation the user's turns and the model's alternate, and so they do here.
         if turns and turns[-1].answer == answer:
             turns[-1].entries.extend([(TEXT, "\n"), *entries])
         else:
             turns.append(Said(answer, entries))
-    while turns and not turns[-1].answer:
+    while turns and not turns[-1].answer:  # what is said after the last answer has none to learn
         turns.pop()
     if not turns:
         raise BadSample("no_answer", "the conversation has no message of the assistant to learn from")
@@ -111,7 +112,7 @@ def _entry(item: Plain) -> Entry:
 
 def _mmc4(description: Mapping[str, Plain]) -> list[Entry]:
     texts, images = _list(description, "text_list"), _list(description, "image_info")
-    before: dict[int, list[Entry]] = {}
+    before: dict[int, list[Entry]] = {}  # several images may belong to one sentence
     for image in images:
         place = image.get("matched_text_index") if isinstance(image, Mapping) else None
         if not isinstance(image, Mapping) or type(place) is not int or not 0 <= place < len(texts):

@@ -18,6 +18,7 @@ def draw_speech(fields: Fields, words: str) -> Example:
     return Example([fields.item("audio"), Text(words)], [fields.item("codes")])
 
 
+# The caption alone is among the prompts, as a person may type it.
 GENERATE = TaskSpec(
     "generate",
     fields=(TEXT, "codes"),

@@ -58,6 +58,7 @@ def decode_audio(data: bytes, max_seconds: float = 30.0) -> np.ndarray:
             raise BadSample(
                 "audio_truncated", f"the audio ends after {len(samples)} of the {file.frames} samples in its header"
             )
+    # Before resampling, which would smear a NaN over its neighbors and cost as much for silence as for speech.
     check_wave(samples)
     return np.ascontiguousarray(soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE), dtype=np.float32)
 
@@ -105,11 +106,6 @@ def log_mel_frames(samples: int) -> int:
     return (samples + HOP - 1) // HOP
 
 
-def audio_output_length(frames: int) -> int:
-    """Embeddings of so many log-mel frames after two stride-2 convolutions: one for every 40 ms begun."""
-    return (frames + 3) // 4
-
-
 def log_mel(wave_16k: np.ndarray | torch.Tensor, mels: int = 128) -> torch.Tensor:
     """Log-mel spectrogram of float32[samples] at 16 kHz as float32[L, M] in [-1, 1].
 
@@ -121,16 +117,12 @@ def log_mel(wave_16k: np.ndarray | torch.Tensor, mels: int = 128) -> torch.Tenso
     frames = log_mel_frames(wave.numel())
     before = (WINDOW - HOP) // 2
     padded = torch.nn.functional.pad(wave, (before, (frames - 1) * HOP + WINDOW - before - wave.numel()))
-    windows = padded.unfold(0, WINDOW, HOP) * _hann(wave.device)
+    windows = padded.unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW, periodic=True, device=wave.device)
     power_LB = torch.fft.rfft(windows, n=FOURIER).abs().square()
     energy_LM = power_LB @ _mel_filters(mels).to(wave.device).T
     peak = energy_LM.max().clamp_min(1e-10)
     level_LM = torch.log10((energy_LM / peak).clamp_min(10.0**-DYNAMIC_RANGE))
     return level_LM * (2.0 / DYNAMIC_RANGE) + 1.0
-
-
-def _hann(device: torch.device) -> torch.Tensor:
-    return torch.hann_window(WINDOW, periodic=True, device=device)
 
 
 @functools.lru_cache(maxsize=4)

@@ -24,9 +24,9 @@ INSPECTED_SECONDS = 3600.0  # a shard may hold recordings that are too long for 
 
 
 def spans(grid_I3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A grid is (log-mel frames, 1, 1): two convolutions of stride 2 leave a quarter, rounded up twice."""
+    """A grid is (log-mel frames, 1, 1): two convolutions of stride 2 leave one embedding for every 40 ms begun."""
     frames_I = grid_I3[:, 0]
-    return frames_I * 0 + 1, (frames_I + 3) // 4
+    return frames_I * 0 + 1, (frames_I + 3) // 4  # a quarter, rounded up twice
 
 
 def parameters(audio: AudioConfig) -> int:

@@ -58,8 +58,10 @@ def _beside_media(data: bytes) -> list[tuple[int, int]]:
 
 
 def _is_plain_sound(data: bytes, begin: int, place: int) -> bool:
-    """Whether the table at `place` is of a sound track of PCM samples, which FFmpeg does not list one by one: each
-    lasts one tick, and the samples are as many as the sampling rate says."""
+    """Whether the table at `place` is of a sound track of PCM samples, which FFmpeg does not list one by one.
+
+    Each of them lasts one tick, and they are as many as the sampling rate says.
+    """
     track = max(data.rfind(b"trak", begin, place), begin)
     end = data.find(b"trak", place)
     content = data[track : end if end >= 0 else len(data)][: 1024 * 1024]

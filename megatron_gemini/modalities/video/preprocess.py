@@ -36,9 +36,9 @@ def decode_video(
 ) -> tuple[np.ndarray, float]:
     """At most `max_frames` frames of a clip, evenly spaced from the first to the last.
 
-    Returns uint8[F, H, W, 3] at the clip's own size (`fit_image` of any frame gives the size for all) and the
-    mean number of seconds between two of these frames (0.0 where there is only one). A rotation stored in the
-    file is applied; sound is ignored. Bytes, frame size, duration and number of frames are checked before decoding.
+    Returns uint8[F, H, W, 3] at the clip's own size, and the mean number of seconds between two of these frames (0.0
+    where there is only one). `fit_image` of any frame gives the size for all. A rotation stored in the file is applied;
+    sound is ignored. Bytes, frame size, duration and number of frames are checked before decoding.
 
     Raises BadSample: video_empty, video_too_large, video_too_narrow, video_too_long, video_too_many_frames,
     video_no_frames, video_unreadable, video_truncated, video_corrupt.
@@ -50,6 +50,7 @@ def decode_video(
     if len(data) > max_bytes:
         raise BadSample("video_too_large", f"the video file has {len(data):,} bytes; the limit is {max_bytes:,}")
     check_index(data, MAX_CODED_FRAMES)
+    # Counted, not believed: a header may say any number, and which frames are kept depends on it.
     coded = _count_frames(data, max_pixels, max_seconds)
     keep = {round(index) for index in np.linspace(0, coded - 1, min(coded, max_frames))}
     frames: list[np.ndarray] = []
@@ -119,6 +120,7 @@ def _decoded(data: bytes, max_pixels: int) -> Iterator[VideoFrame]:
     container, stream = _open(data)
     with container:
         for frame in container.decode(stream):
+            # Once more, of every frame: a stream may grow behind a modest header.
             check_size(frame.width, frame.height, max_pixels, "video")
             yield frame
 

@@ -31,5 +31,5 @@ def read(task: str, shard: str) -> dict[str, object]:
         (made,) = loader.sources
         while (drawn := loader.state()["0"]["drawn"]["s"]) < len(made):
             loader.next()
-        keys = [made.shards.keys[made.sample_at(position)[1]] for position in range(drawn)]
+        keys = [made.shards.key(made.order.at(position)[1]) for position in range(drawn)]
         return {"keys": keys, "skipped": {reason: count for (_, reason), count in loader.skipped.items()}}

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader, lanes_of
 from megatron_gemini.data.loading.prefetch import Prefetch
+from megatron_gemini.data.loading.reader import skipped_table
 from megatron_gemini.registry import TASKS
 from tests.tiny_shards import FORM, LAYOUT, Characters, chat, document, png, run_config, sample, texts, wav, write_tar
 
@@ -28,8 +29,9 @@ def load(config, rank=0, size=1):
 def content(batch):
     """Everything in a row, comparable."""
     media = {name: [t.tolist() for t in vars(m).values()] for name, m in sorted(batch.media.items())}
-    columns = [getattr(batch, f.name).tolist() for f in dataclasses.fields(batch) if f.name.endswith("_T")]
-    return json.dumps([columns, media, batch.samples])
+    tokens = [getattr(batch, f.name).tolist() for f in dataclasses.fields(batch) if f.name.endswith("_T")]
+    columns = {name: [str(column.dtype), column.tolist()] for name, column in sorted(batch.columns.items())}
+    return json.dumps([tokens, columns, media, batch.samples])
 
 
 def steps(loaders, count):
@@ -121,7 +123,7 @@ def test_every_sample_comes_exactly_once_an_epoch_over_all_lanes(tmp_path, lanes
     waiting = sum(len(state["waiting"]) for state in states.values())
     assert sum(seen.values()) + waiting == positions
     for _, state in states.items():
-        seen.update(f"t/s{loaders[0].sources[0].sample_at(position)[1]:04d}" for _, position in state["waiting"])
+        seen.update(f"t/s{loaders[0].sources[0].order.at(position)[1]:04d}" for _, position in state["waiting"])
     epochs, rest = divmod(positions, 20)
     assert len(seen) == 20
     assert set(seen.values()) <= {epochs, epochs + 1}
@@ -131,10 +133,10 @@ def test_every_sample_comes_exactly_once_an_epoch_over_all_lanes(tmp_path, lanes
 def test_epochs_and_seeds_have_orders_of_their_own(tmp_path):
     config = run_config([SourceConfig(shards=texts(tmp_path / "t.tar", 30), task="text", name="t")])
     source = load(config).sources[0]
-    orders = [[source.sample_at(30 * epoch + i)[1] for i in range(30)] for epoch in range(3)]
+    orders = [[source.order.at(30 * epoch + i)[1] for i in range(30)] for epoch in range(3)]
     assert all(sorted(order) == list(range(30)) for order in orders)
     other = load(dataclasses.replace(config, train=dataclasses.replace(config.train, seed=1))).sources[0]
-    orders.append([other.sample_at(i)[1] for i in range(30)])
+    orders.append([other.order.at(i)[1] for i in range(30)])
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -246,7 +248,7 @@ def test_bad_samples_are_skipped_and_counted_by_reason(tmp_path):
     for _ in range(4):
         loader.next()
     (state,), (source,) = loader.state().values(), loader.sources
-    drawn = Counter(source.shards.keys[source.sample_at(position)[1]] for position in range(state["read"]))
+    drawn = Counter(source.shards.key(source.order.at(position)[1]) for position in range(state["read"]))
     assert state["read"] > 2 * 11
     expected = {
         ("c", "image_corrupt"): drawn["half"],
@@ -257,7 +259,7 @@ def test_bad_samples_are_skipped_and_counted_by_reason(tmp_path):
         ("c", "tar_unsafe_name"): 3,
     }
     assert loader.skipped == expected
-    assert "  c  tar_unsafe_name  3" in loader.skipped_table()
+    assert "  c  tar_unsafe_name  3" in skipped_table(loader.skipped)
     assert not hasattr(builtins, "exploded")
 
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from megatron_gemini.data.sources import shards as shards_module
 from megatron_gemini.data.sources.index_cache import read_members, read_summary, write_index
-from megatron_gemini.data.sources.shards import MAX_TEXT_BYTES, Shards, expand_shards
+from megatron_gemini.data.sources.paths import expand_shards
+from megatron_gemini.data.sources.shards import MAX_TEXT_BYTES, Shards
 from megatron_gemini.data.sources.tar_index import index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
-from tests.tiny_shards import add, write_tar
+from tests.tiny_shards import add, keys_of, write_tar
 
 
 def tar_of(path, *headers, format=tarfile.PAX_FORMAT):
@@ -44,7 +45,7 @@ def test_every_tar_format_reads_as_the_standard_library_does(tmp_path, format):
 def test_members_of_one_key_are_one_sample_wherever_they_lie(tmp_path):
     path = tar_of(tmp_path / "x.tar", *((n, tarfile.REGTYPE, n.encode()) for n in ("a.txt", "d/a.txt", "a.codes.json")))
     shards = Shards([path])
-    assert list(shards.keys) == ["a", "d/a"]
+    assert keys_of(shards) == ["a", "d/a"]
     assert shards.endings(0) == ["txt", "codes.json"]
     assert shards.read(0, ["codes.json", "png"]) == {"codes.json": b"a.codes.json"}
     assert shards.read(1, ["txt"]) == {"txt": b"d/a.txt"}
@@ -67,7 +68,7 @@ def test_what_a_tar_may_not_hold_is_left_out_and_counted(tmp_path):
         ("good.txt", tarfile.REGTYPE, b"again"),
     )
     shards = Shards([path])
-    assert list(shards.keys) == ["good"]
+    assert keys_of(shards) == ["good"]
     assert shards.read(0, ["txt"]) == {"txt": b"good"}
     assert shards.rejected == {"tar_unsafe_name": 5, "tar_link": 2, "tar_special_file": 2, "tar_duplicate": 1}
 
@@ -101,7 +102,7 @@ def test_a_truncated_tar_gives_what_is_whole_and_is_named(tmp_path, length, keys
     path = write_tar(tmp_path / "x.tar", [("a", {"txt": b"a" * 100}), ("b", {"txt": b"b" * 100})])
     os.truncate(path, length)
     shards = Shards([path])
-    assert list(shards.keys) == keys
+    assert keys_of(shards) == keys
     assert [shards.read(i, ["txt"])["txt"] for i in range(len(keys))] == [key.encode() * 100 for key in keys]
     assert where in shards.damage[path]
     assert shards.rejected == {"tar_damaged": 1}
@@ -191,7 +192,7 @@ def test_listed_shards_are_not_opened_until_a_sample_is_asked_for(tmp_path, monk
     assert (len(shards), shards.first_sample, opened) == (18, [0, 3, 7, 12], [])
     assert shards.read(12, ["txt"]) == {"txt": b"00000"}
     assert opened == [paths[3]]
-    assert [(shards.keys[i], shards.read(i, ["txt", "png"])) for i in range(18)] == expected
+    assert [(shards.key(i), shards.read(i, ["txt", "png"])) for i in range(18)] == expected
     assert opened == [paths[3], *paths[:3]]
 
 
@@ -203,7 +204,7 @@ def test_an_index_of_another_tar_is_passed_over(tmp_path):
     assert read_summary(path).samples == 5
     write_tar(tmp_path / "x.tar", ((f"t{i:05d}", {"txt": b"%05d" % i, "png": b"p"}) for i in range(5)))
     assert read_summary(path) is None
-    assert Shards([path]).keys[0] == "t00000"
+    assert Shards([path]).key(0) == "t00000"
 
 
 @settings(max_examples=150, deadline=None)
@@ -232,7 +233,7 @@ def test_an_index_that_lies_about_its_members_is_not_used(tmp_path):
     assert json.loads(honest)["summary"]["samples"] == 3
     for lie in (honest.replace("s00000.txt", "../up.txt"), honest.replace("s00001.txt", "s00000.txt")):
         file.write_text(lie)
-        assert list(Shards([path]).keys) == ["s00000", "s00001", "s00002"]
+        assert keys_of(Shards([path])) == ["s00000", "s00001", "s00002"]
     file.write_text(honest.replace('"samples": 3', '"samples": 4'))
     with pytest.raises(BadSample, match="had 4 samples and has 3 now"):
         Shards([path]).read(0, ["txt"])

@@ -132,7 +132,7 @@ def test_a_sample_quarantined_ahead_of_the_rows_handed_out_is_in_the_state(tmp_p
     resumed = load(config)
     resumed.load_state(told)
     assert resumed.state()["0"]["quarantined"] == [["t", position, "too_slow"]]
-    wanted = f"t/{straight.sources[0].shards.keys[straight.sources[0].sample_at(position)[1]]}"
+    wanted = f"t/{straight.sources[0].shards.key(straight.sources[0].order.at(position)[1])}"
     keys = [
         [key for _ in range(4) for batch in loader.next().values() for key in batch.samples]
         for loader in (straight, resumed)

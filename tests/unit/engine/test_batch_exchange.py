@@ -20,6 +20,18 @@ def test_a_packet_holds_a_row_without_the_values_of_its_media_wherever_it_lies()
         assert len(packet) < 96 * 40 + 2000 + 64 * 20 and (not values or values > 1000)
 
 
+def test_a_packet_holds_the_columns_of_an_objective():
+    for batch in rows(0):
+        batch.columns = {
+            "score": torch.rand(len(batch.samples)),
+            "emphasis": torch.arange(len(batch.token_T), dtype=torch.int8),
+            "chosen": torch.arange(len(batch.samples)) % 2 == 0,
+        }
+        packet = torch.from_numpy(_packet(batch).copy())
+        assert content(_row(packet)) == content(batch.without_values())
+        assert _row(packet).columns["chosen"].dtype == torch.bool
+
+
 def test_a_process_by_itself_has_all_rows_with_all_values():
     everything = dict(enumerate(rows(0)))
     step = BatchExchange(Topology.serial(), torch.device("cpu")).share(everything, len(everything))

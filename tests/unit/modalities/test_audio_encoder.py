@@ -1,5 +1,6 @@
 """The audio encoder: the same numbers as a foreign Conformer, and no clip depends on its neighbors."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,11 +18,16 @@ from megatron_gemini.modalities.audio.encoder import (
     Gaps,
     Subsample,
 )
-from megatron_gemini.modalities.audio.preprocess import audio_output_length
+from megatron_gemini.modalities.audio.spec import AUDIO_ENCODER
 from megatron_gemini.models.encoders import dummy_media
 from megatron_gemini.parallel.parameters import initialize
 
 CONFIG = AudioConfig(width=24, layers=2, heads=3, mlp_width=40, kernel=5, mels=16)
+
+
+def embeddings(frames: int) -> int:
+    """Of a clip of so many log-mel frames."""
+    return int(AUDIO_ENCODER.spans(np.array([[frames, 1, 1]]))[1][0])
 
 
 def _encoder() -> AudioEncoder:
@@ -36,7 +42,7 @@ def _encoder() -> AudioEncoder:
 def _media(frames: list[int], seed: int = 0) -> Media:
     values = torch.rand(sum(frames), 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     grid = torch.tensor([[n, 1, 1] for n in frames])
-    outputs = sum(audio_output_length(n) for n in frames)
+    outputs = sum(embeddings(n) for n in frames)
     return Media(values, grid, torch.zeros(len(frames)), torch.zeros(outputs, dtype=torch.int64))
 
 
@@ -53,7 +59,7 @@ def _items(media: Media) -> list[Media]:
 def test_packed_equals_one_clip_at_a_time(frames):
     encoder, media = _encoder(), _media(frames)
     packed = encoder(media)
-    assert packed.shape == (sum(audio_output_length(n) for n in frames), CONFIG.width)
+    assert packed.shape == (sum(embeddings(n) for n in frames), CONFIG.width)
     torch.testing.assert_close(packed, torch.cat([encoder(clip) for clip in _items(media)]), rtol=1e-4, atol=1e-5)
 
 
@@ -77,7 +83,7 @@ def test_subsampling_equals_plain_convolutions_on_one_clip(frames):
     ours, length_I = subsample(values_PM, torch.tensor([frames]))
     plain = nn.Sequential(subsample.first, nn.GELU(), subsample.second, nn.GELU())
     torch.testing.assert_close(ours, plain(values_PM.T[None])[0].T, rtol=1e-5, atol=1e-5)
-    assert length_I.tolist() == [audio_output_length(frames)]
+    assert length_I.tolist() == [embeddings(frames)]
 
 
 def _copied(ours: nn.Module, source: dict[str, torch.Tensor], names: dict[str, str]) -> None:

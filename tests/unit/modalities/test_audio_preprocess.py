@@ -14,12 +14,17 @@ from megatron_gemini.modalities.audio.preprocess import (
     HOP,
     SAMPLE_RATE,
     WINDOW,
-    audio_output_length,
     decode_audio,
     log_mel,
     log_mel_frames,
 )
+from megatron_gemini.modalities.audio.spec import spans
 from megatron_gemini.modalities.bad_sample import BadSample
+
+
+def embeddings(frames: int) -> int:
+    """Of a clip of so many log-mel frames."""
+    return int(spans(np.array([[frames, 1, 1]]))[1][0])
 
 
 def _tone(seconds: float, rate: int = SAMPLE_RATE, hertz: float = 440.0) -> np.ndarray:
@@ -161,7 +166,7 @@ def test_log_mel_ignores_the_recording_level():
 
 def test_output_lengths():
     assert [log_mel_frames(n) for n in (1, 160, 161, 480_000)] == [1, 1, 2, 3000]
-    assert [audio_output_length(n) for n in (1, 4, 5, 3000)] == [1, 1, 2, 750]
+    assert [embeddings(n) for n in (1, 4, 5, 3000)] == [1, 1, 2, 750]
     for frames in range(1, 60):
         halved = torch.nn.Conv1d(1, 1, 3, stride=2, padding=1)(torch.zeros(1, 1, frames))
-        assert audio_output_length(frames) == torch.nn.Conv1d(1, 1, 3, stride=2, padding=1)(halved).shape[-1]
+        assert embeddings(frames) == torch.nn.Conv1d(1, 1, 3, stride=2, padding=1)(halved).shape[-1]

@@ -13,6 +13,7 @@ import sentencepiece
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.data.samples.decode import SampleDecoder
+from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.data.sources.shards import Shards
 from tests.tiny_shards import add
@@ -50,7 +51,7 @@ def built(tmp_path_factory):
 
 
 def every_member(out, name, side, endings):
-    shards = Shards.from_pattern(f"{out}/{side}/{name}-*.tar")
+    shards = Shards(expand_shards(f"{out}/{side}/{name}-*.tar"))
     return [shards.read(i, endings) for i in range(len(shards))]
 
 
@@ -66,10 +67,10 @@ def every_member(out, name, side, endings):
 def test_every_sample_can_be_decoded_for_its_task(built, task, name, train, validation):
     decoder, schema = SampleDecoder(RunConfig()), Schema.of(SourceConfig(shards="x", task=task))
     for side, count in zip(SIDES, (train, validation), strict=True):
-        shards = Shards.from_pattern(f"{built}/{side}/{name}-*.tar")
+        shards = Shards(expand_shards(f"{built}/{side}/{name}-*.tar"))
         assert len(shards) == count
         for i in range(0, count, 1 + count // 40):
-            decoder.decode(shards.read(i, shards.endings(i)), shards.keys[i], schema)
+            decoder.decode(shards.read(i, shards.endings(i)), shards.key(i), schema)
 
 
 def test_captions_say_what_the_labels_say(built):
