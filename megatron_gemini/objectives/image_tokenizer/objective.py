@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -18,8 +19,10 @@ from megatron_gemini.engine.synchronize import StepFingerprint, config_digest
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
 from megatron_gemini.objectives.base import Objective, mean
 from megatron_gemini.objectives.image_tokenizer.images import ImageLoader
-from megatron_gemini.objectives.image_tokenizer.spec import ImageTokenizerObjectiveConfig
 from megatron_gemini.parallel.topology import Topology
+
+if TYPE_CHECKING:  # the spec, which is there without torch, imports this file when a run is built
+    from megatron_gemini.objectives.image_tokenizer.spec import ImageTokenizerObjectiveConfig
 
 PARTS = ("loss", "l2", "logit_laplace", "quantization", "perplexity")
 
@@ -34,8 +37,7 @@ class ImageTokenizerTraining(Objective[list[torch.Tensor], TokenizerLoss]):
                 f"parallel.tensor is {topology.tensor_size}; the image tokenizer is trained data parallel, set it to 1"
             )
         self.digest = config_digest(config)
-        section = config.objective
-        assert isinstance(section, ImageTokenizerObjectiveConfig)
+        section = cast("ImageTokenizerObjectiveConfig", config.objective)
         self.loader = ImageLoader(config, section.images_per_step, topology.data_rank, topology.data_size)
         self.engine = WholeModelEngine(
             lambda: SummedLoss(ImageTokenizer(config.image_tokenizer)), config, topology, device, topology.data_size
