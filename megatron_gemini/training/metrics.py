@@ -2,13 +2,13 @@
 
 A record is a flat mapping of names to numbers. The names that the progress bar and the figures know:
 
-loss, loss_KIND                          nats a target token, weighted as trained; by kind of target
-validation_loss, validation_loss_KIND    the same on validation data, only in the records of some steps
-learning_rate, gradient_norm
-tokens, tokens_per_second                tokens of the global step, without padding
-share_KIND                               of those tokens (`objectives.figures.token_kinds`)
-documents/LABEL, tokens/LABEL            of the global step, by data source
-peak_memory_bytes, mfu                   `throughput`
+- loss, loss_KIND: nats a target token, weighted as trained; by kind of target.
+- validation_loss, validation_loss_KIND: the same on validation data, only in the records of some steps.
+- learning_rate, gradient_norm.
+- tokens, tokens_per_second: of the global step, without padding.
+- share_KIND: of those tokens (`objectives.figures.token_kinds`).
+- documents/LABEL, tokens/LABEL: of the global step, by data source.
+- peak_memory_bytes, mfu: `throughput` and `models.flops`.
 """
 
 from __future__ import annotations

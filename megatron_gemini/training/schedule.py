@@ -1,8 +1,9 @@
 """The learning rate of a step. Steps count from 0; the first is already warmed up by one step, the last is the end.
 
 With s = step + 1 steps begun, W of warm-up and S in all: s <= W: peak * s / W. Afterwards the factor goes from 1 at
-s = W to `final_ratio` at s = S, along half a cosine (Loshchilov and Hutter, arXiv:1608.03983), a line, or, for `wsd`,
-flat and then a line over the last D steps (warm-up-stable-decay: Hu et al., MiniCPM, arXiv:2404.06395).
+s = W to `final_ratio` at s = S. It goes along half a cosine (Loshchilov and Hutter, arXiv:1608.03983) or a line. For
+`wsd` it stays and then goes along a line over the last D steps (warm-up-stable-decay: Hu et al., MiniCPM,
+arXiv:2404.06395).
 """
 
 from __future__ import annotations
