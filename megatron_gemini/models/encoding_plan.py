@@ -95,7 +95,7 @@ def make_plan(
     Items of each encoder are assigned on their own: ranks run one encoder after the other and under ZeRO-3 wait for
     each other in each. A rank with much to do for one encoder is the last to be given items of the next.
     """
-    # Stable sorts and the order of the tables alone decide between equals, so that all ranks get one plan.
+    # Stable, here and in what follows: equal items keep the tables' order, which all ranks share, so all get one plan.
     home = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     table = np.concatenate(list(tables))
     order = np.argsort(table[:, ENCODER], kind="stable")

@@ -68,7 +68,7 @@ class Gemini(DecoderStage):
         return self.decoder.output_embedding.gather_logits(self.decoder.logits(h_TD))
 
     def _embed(self, name: str, media: Media) -> torch.Tensor:
-        # Specs count with numpy, which data workers have without torch.
+        # Specs count with numpy, since the planner imports no torch.
         length_S = torch.from_numpy(run_lengths(name, media.grid_I3.cpu().numpy())).to(media.grid_I3.device)
         return self.connectors[name](self.encoders[name](media), length_S)
 

@@ -18,7 +18,7 @@ class LinearConnectorConfig(ConnectorConfig):
 
 
 def build(section: LinearConnectorConfig, width: int, model_width: int) -> nn.Module:
-    # Here: data workers, planner and configuration read the spec without torch.
+    # Here: `--help`, configuration and planner read the spec without torch.
     from megatron_gemini.connectors.linear.module import LinearConnector
 
     return LinearConnector(width, model_width)

@@ -30,7 +30,7 @@ class ImageTokenizerObjectiveConfig(ObjectiveConfig):
 
 
 def build(config: RunConfig, topology: Topology, device: torch.device) -> Objective:
-    # Here: `--help`, data workers and the planner read the spec without torch.
+    # Here: `--help`, configuration and planner read the spec without torch.
     from megatron_gemini.objectives.image_tokenizer.objective import ImageTokenizerTraining
 
     return ImageTokenizerTraining(config, topology, device)

@@ -36,7 +36,7 @@ class PretrainConfig(ObjectiveConfig):
 
 
 def build(config: RunConfig, topology: Topology, device: torch.device) -> Objective:
-    # Here: `--help`, data workers and the planner read the spec without torch.
+    # Here: `--help`, configuration and planner read the spec without torch.
     from megatron_gemini.objectives.pretrain.objective import Pretraining
 
     return Pretraining(config, topology, device)
