@@ -56,6 +56,7 @@ def end(status: int) -> NoReturn:
 
 def _dispatch(argv: list[str]) -> int:
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    # By name: each command imports what it needs, and `--help` of this script none of it.
     if command in COMMANDS:
         return importlib.import_module(f"megatron_gemini.{command}").main(rest)
     if command == "--version":
@@ -110,18 +111,15 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
 def _report(line: str, debug: bool) -> None:
     rank = _rank() or 0
     if rank and not debug:
-        _wait_for_the_launcher()
+        # The launcher gets the time to end this rank, also where SIGTERM has a handler that would let it live on. Only
+        # the main thread may set one.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
     where = f"rank {rank}: " if rank else ""
     if debug:
         traceback.print_exc()
     print(f"megatron-gemini: error: {where}{line}", file=sys.stderr, flush=True)
-
-
-def _wait_for_the_launcher() -> None:
-    """Give the launcher the time to end this rank, also where SIGTERM has a handler that would let it live on."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(PATIENCE)
 
 
 def _rank() -> int | None:

@@ -189,8 +189,8 @@ class Batch:
 class StepRows:
     """What a rank has of the packed rows of a global step, all on the CPU.
 
-    Row n belongs to data-parallel rank n mod data_size: its tokens are with all ranks of that data-parallel rank, and
-    the values of its media with the one rank of the world that has read it.
+    Row n belongs to data-parallel rank n mod data_size. Its tokens are with all ranks of that data-parallel rank. The
+    values of its media are with the one rank of the world that has read it.
 
     rows: those of this rank's data-parallel rank, in order; not all of them if a rank could not read. The values of
         their media may be missing (`Batch.without_values`).

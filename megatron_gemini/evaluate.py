@@ -54,12 +54,14 @@ def evaluate_command(argv: list[str]) -> Evaluation:
     """All that `megatron-gemini evaluate` finds out with these options, for programs that add figures of their own."""
     options = _parser().parse(argv)
     out = Path(options.out) if options.out else Path(options.checkpoint) / "report.json"
+    # Now, and not once an evaluation of minutes has nowhere to write.
     if options.out and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
     if min(options.samples, options.images) < 1:
         raise ValueError(f"--samples is {options.samples} and --images {options.images}; both must be 1 or more")
     drawing = SampleSettings(**{name: getattr(options, name) for name in SAMPLING})
 
+    # Not as argparse's choices: the registry's message names the nearest one, or how others are added.
     for name in options.metrics:
         METRICS.check(name)
 
@@ -109,6 +111,7 @@ def training_sources(loaded: Loaded) -> list[SourceConfig]:
 
     # What the tokenizer saw was seen as well: a drawing may be a copy of an image that only it was trained on.
     sources = list(loaded.config.data.sources)
+    # Its configuration travels in the model's checkpoint, while the path that training was given may be gone.
     tokenizer = loaded.directory / "image_tokenizer"
     return sources + (list(read_checkpoint_config(tokenizer).data.sources) if tokenizer.is_dir() else [])
 
@@ -125,6 +128,7 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     encoders = evaluation.loaded.config.encoders
     make_sheet(results, title, subtitle(report, phrases), encoders).save(samples)
     written = [out, samples]
+    # A checkpoint that was copied out of its run has no curves.
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
         plot_losses(metrics, out.with_name("loss.png"))
@@ -135,6 +139,7 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     for name, value in report.items():
         if isinstance(value, (int, float)) and name not in results.scores:
             print(f"{name:<32} {value:>12g}")
+    # To the other stream, so that a program which reads the figures does not meet it.
     if not results.separate:
         print("warning: training and validation shards share content; see validation in the report", file=sys.stderr)
     print(f"written: {', '.join(map(str, written))}")

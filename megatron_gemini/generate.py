@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     # A person sees the first words at once; a program gets the whole answer or none of it.
     answer = generator.stream if sys.stdout.isatty() else generator.respond
     images = show(answer(items, settings), out, options.scale)
+    # A script that asked for an image has to see in the status that there is none.
     if options.out and not images:
         print(f"no image was drawn, so {out} was not written; --answer image asks for one", file=sys.stderr)
         return 1
@@ -99,6 +100,7 @@ def show(pieces: Iterable[Piece], out: Path, scale: int) -> int:
                 print(piece, end="", flush=True)
                 in_text = True
                 continue
+            # At once and not at the end: what came before an interruption is there.
             images += 1
             path = out if images == 1 else out.with_stem(f"{out.stem}-{images}")
             height, width = piece.pixels_HW3.shape[:2]
@@ -148,7 +150,7 @@ def _named(argv: list[str], takes_value: set[str]) -> list[str]:
 
 def _parser() -> OptionParser:
     parser = OptionParser("megatron-gemini generate", _DESCRIPTION)
-    parser.set_defaults(items=[])
+    parser.set_defaults(items=[])  # texts and files in one list: argparse keeps no order between two options
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory, or one checkpoint's")
     prompt = parser.add_argument_group("prompt, any number in any order")
     prompt.add_argument("--text", action=_Item, metavar="TEXT", help="a text; --text itself may be left out")

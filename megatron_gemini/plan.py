@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     options, settings = _parser().parse_known_args(argv)
     config = load_config(settings, presets=preset, prog="megatron-gemini plan")
     objective = OBJECTIVES.get(config.objective.kind)
+    # Its layouts differ in nothing but the number of ranks.
     if objective.data_parallel_only:
         raise ValueError(
             f"objective.kind is {objective.name}, whose model is small and data parallel only; plan is of larger ones"
@@ -57,6 +58,7 @@ def token_layout(config: RunConfig, text_pieces: int | None) -> TokenLayout:
 
 
 def _plan(config: RunConfig, layout: TokenLayout, options: argparse.Namespace) -> int:
+    # All that can be wrong in the options is told before the search, which takes seconds for large jobs.
     out = Path(options.out) if options.out else None
     if out:
         check_path(out)
@@ -73,6 +75,7 @@ def _plan(config: RunConfig, layout: TokenLayout, options: argparse.Namespace) -
     if options.text_pieces is None and not Path(config.data.text_model).is_file():
         print(f"data.text_model does not exist here: {layout.text_size:,} text pieces assumed (--text_pieces)")
     print(report(plans, options.top))
+    # The table stands before the error, so that it shows how much is missing.
     best = plans[0]
     if not best.fits:
         raise ValueError(f"no layout fits; the nearest {shortage(best)}: take more GPUs or hosts, or a smaller model")

@@ -54,6 +54,7 @@ def load(names: Iterable[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
+            # Missing may be the plugin, a package that it is in, or something that it imports: the way out differs.
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise ValueError(f"the plugin {name} needs the module {error.name}, which is not installed") from error
             raise ValueError(
@@ -101,6 +102,7 @@ def check(recorded: Sequence[str], origin: str) -> None:
     missing = [name for name in recorded if name not in _loaded]
     if not missing:
         return
+    # By its text, as what a stranger wrote may be a list or a table, which no set takes.
     missing = list({str(name): name for name in missing}.values())
     named = [name for name in missing if isinstance(name, str) and _NAME.fullmatch(name)][:SHOWN]
     if not named:

@@ -68,6 +68,7 @@ class Registry(Generic[Entry]):
         """The entry of a name. Raises a ValueError as `check`."""
         self.check(name)
         if name not in self._entries:
+            # A plugin's entry is there since it was registered, so this place is a built-in one's.
             self._entries[name] = cast("Entry", _imported(self._places[name]))
         return self._entries[name]
 
@@ -79,6 +80,7 @@ class Registry(Generic[Entry]):
         """Add an entry, as a plugin does when it is imported. Raises a ValueError for a name that is taken."""
         if name in self:
             raise ValueError(f"there is a {self.what} {name!r} already; choose another name")
+        # By place, like the entries, since this file imports nothing that is above it.
         if self._completed_by:
             complete = cast("Callable[[str, Entry], Entry]", _imported(self._completed_by))
             entry = complete(name, entry)

@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     from megatron_gemini.training.loop import Loop
     from megatron_gemini.training.stop import StoppedError
 
+    # The signal is raised behind `join_job`, which leaves the process group only where nothing was raised.
     with join_job(config) as (topology, device):
         number = Loop(OBJECTIVES.get(config.objective.kind).build(config, topology, device)).run()
     if number:

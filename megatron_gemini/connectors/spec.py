@@ -39,6 +39,7 @@ class MemoryReader(Generic[Settings]):
     layers: Callable[[Settings, ModelConfig], tuple[int, ...]]
     parameters: Callable[[Settings, ModelConfig, int], int]
     build: Callable[[Settings, ModelConfig, LayerFactory], nn.Module]
+    # Only the planner asks. A reader that does not say it is planned as if it kept nothing, and may not fit then.
     saved_bytes: Callable[[Settings, ModelConfig, int, int, int, int], float] = lambda *sizes: 0.0
 
 
@@ -58,7 +59,7 @@ class ConnectorSpec(Generic[Settings]):
 
     name: str
     section: type[Settings]
-    length: Callable[[np.ndarray], np.ndarray]
+    length: Callable[[np.ndarray], np.ndarray]  # from the length alone: rows are laid out before anything is encoded
     parameters: Callable[[Settings, int, int], int]
     saved_bytes: Callable[[Settings, int, int, int, int], float]
     build: Callable[[Settings, int, int], nn.Module]

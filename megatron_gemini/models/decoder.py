@@ -26,6 +26,7 @@ from megatron_gemini.parallel.tensor.vocabulary import Vocabulary
 
 def branch_std(config: ModelConfig) -> float:
     """Deviation of the weights that end a residual branch: the sum of all branches then does not grow with depth."""
+    # A layer has two branches. With a variance of std^2 / (2 layers) each, all of them add what one of std^2 would.
     return config.init_std * (2 * config.layers) ** -0.5
 
 
@@ -67,6 +68,8 @@ class Attention(nn.Module):
         q_TNH, k_TKH, v_TKH = self.input(h_TD)
         if self.query_norm is not None and self.key_norm is not None:
             q_TNH, k_TKH = self.query_norm(q_TNH), self.key_norm(k_TKH)
+        # Before RoPE, for which the gathered keys have the order of the row, as `cos_sin` has. The norm is of one token
+        # alone, so each context rank computes it for its own.
         k_TKH, v_TKH = self.context.gather(k_TKH, v_TKH)
         attend = None if cache is None else functools.partial(cache.attend, self.index)
         return self.output(h_TD, q_TNH, k_TKH, v_TKH, plan, cos_sin, attend)
@@ -93,6 +96,8 @@ class DecoderLayer(nn.Module):
         cache: AttentionCache | None,
         recompute: RecomputeContext = NO_RECOMPUTE,
     ) -> torch.Tensor:
+        # The context tells the halves apart: `selective` recomputes the first one alone, and a recomputed layer leaves
+        # out the last product of the second, which nobody reads.
         return recompute.mlp(self.mlp, recompute.attention(self.attention, h_TD, cos_sin, plan, cache))
 
 
@@ -138,7 +143,11 @@ class Decoder(nn.Module):
         if part.first or (part.last and config.tie_embeddings):
             self.embedding = layers.embedding(vocabulary, config.width, std=config.init_std)
         if self.embedding is not None and config.tie_embeddings and part.first != part.last:
+            # The two stages' gradients are summed once a step. Both begin with the same values, which follow from seed
+            # and name, so they take the same update to the bit. The copy does not count in the norm.
             declare_tied(self.embedding.weight, copy=part.last)
+        # By the number in the whole decoder, where a list would count from 0 on every stage: names in a checkpoint do
+        # not depend on the layout.
         self.layers = nn.ModuleDict({str(index): DecoderLayer(config, layers, index) for index in part.layers})
         self.readers = nn.ModuleDict(
             {
@@ -170,7 +179,9 @@ class Decoder(nn.Module):
         position_T: of the whole row, also where this rank has only some of its tokens. memories: what readers read, by
         the names that they have: the row's memory [M, D] and its cross plan.
         """
+        # Once for all layers, and outside what they recompute.
         cos_sin = rope_cos_sin(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
+        # One context a forward: with offload it chains the regions, and each fetches the one before it.
         recompute = self.recompute.begin()
         for index, layer in self.layers.items():
             if index in self.readers:

@@ -42,6 +42,7 @@ def check_media(batch: Batch, layout: TokenLayout, config: RunConfig) -> None:
         token_O = batch.media[name].token_O.cpu().numpy()
         item_O = np.repeat(np.arange(len(count_I)), count_I)
         first_I = np.cumsum(count_I) - count_I
+        # Embedding n of an item, from 0, belongs n * step positions behind its first one.
         step = 0 if name in memories else 1  # all embeddings of a memory's item belong to its one placeholder
         if (token_O - token_O[first_I][item_O] != step * (np.arange(len(token_O)) - first_I[item_O])).any():
             raise ValueError(
@@ -52,7 +53,7 @@ def check_media(batch: Batch, layout: TokenLayout, config: RunConfig) -> None:
 
 def size_table(batches: Sequence[Batch], config: RunConfig) -> np.ndarray:
     """float64[I, 7]: a line for every item of a data-parallel rank's rows, by encoder, row and place in the row."""
-    lines = [np.empty((0, 7))]
+    lines = [np.empty((0, 7))]  # rows without items still give a table, since every rank sends one
     for encoder, name in enumerate(config.enabled_encoders):
         for row, batch in enumerate(batches):
             if name not in batch.media:
@@ -94,6 +95,7 @@ def make_plan(
     Items of each encoder are assigned on their own: ranks run one encoder after the other and under ZeRO-3 wait for
     each other in each. A rank with much to do for one encoder is the last to be given items of the next.
     """
+    # Stable, here and in what follows: equal items keep the tables' order, which all ranks share, so all get one plan.
     home = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     table = np.concatenate(list(tables))
     order = np.argsort(table[:, ENCODER], kind="stable")
@@ -102,6 +104,7 @@ def make_plan(
     encoder, grid_I3 = whole[:, ENCODER], whole[:, FRAMES : COLUMNS + 1]
     encoded, outputs, rank = np.zeros_like(encoder), np.zeros_like(encoder), np.zeros_like(encoder)
     names, load_R = config.enabled_encoders, np.zeros(topology.world)
+    # Row r of data-parallel rank d is row r * data_size + d of the step.
     holder = np.array(readers, np.int64)[whole[:, ROW] * topology.data_size + home]
     for number, name in enumerate(names):
         of = encoder == number
@@ -115,7 +118,9 @@ def make_plan(
     for number, name in enumerate(names):
         packed = _chunks(items, number, config.encoder_engines.chunk_tokens, topology.world)
         mine.append(packed[topology.rank])
+        # ZeRO-3 would keep the gradient of the step before where no forward and backward overwrites it.
         least = int(training and not is_frozen(config, name))
+        # The same number everywhere, as ZeRO-3 gathers weights and reduces gradients together with all ranks.
         forwards.append(max(least, *map(len, packed)))
     mean = load_R.mean()
     return EncodingPlan(items, grid_I3, table[:, SECONDS], mine, forwards, float(load_R.max() / mean) if mean else 1.0)
@@ -123,6 +128,7 @@ def make_plan(
 
 def _chunks(items: Items, encoder: int, limit: int, world: int) -> list[list[list[int]]]:
     """Of every rank, its forwards of one encoder, as numbers of items."""
+    # Of all ranks and not only of this one: the largest number of forwards is everybody's.
     of = np.flatnonzero(items.encoder == encoder)
     of = of[np.argsort(items.rank[of], kind="stable")]
     ends = np.searchsorted(items.rank[of], np.arange(world), side="right")

@@ -26,7 +26,7 @@ _PEAK_FLOPS = (
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a device by `torch.cuda.get_device_name()`; None where it is not known."""
-    if "MIG" in device_name:  # a slice of the card
+    if "MIG" in device_name:  # a slice of the card, whose name has the whole card's in it
         return None
     return next((flops for name, flops in _PEAK_FLOPS if re.search(name, device_name)), None)
 
@@ -40,6 +40,9 @@ def model_flops_per_token(model: ModelConfig, vocabulary: int, visible_keys: flo
     Six per weight of a matrix product, and 12 * layers * heads * head_width per visible key. Recomputation does not
     count, nor do the encoders, so a utilization from this is a lower bound where images or audio are read.
     """
+    # Two matrices for queries and output, two of the key/value heads' width, and the MLP's gate, up and down. A weight
+    # takes a multiplication and an addition in the forward and twice that in the backward, for the gradients of its
+    # input and its own. A visible key takes them in two products, with the query and with the value: 2 * 6.
     queries = model.heads * model.head_width
     attention = 2 * model.width * queries + 2 * model.width * model.kv_heads * model.head_width
     weights = model.layers * (attention + 3 * model.width * model.mlp_width)

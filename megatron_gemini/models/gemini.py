@@ -44,10 +44,11 @@ class Gemini(DecoderStage):
 
     def forward(self, batch: Batch) -> LossOutput:  # type: ignore[override]
         """The loss of one packed row. An encoder without an item runs on a dummy, so its gradient is zero, not None."""
-        zero = torch.zeros(())
+        zero = torch.zeros(())  # on the CPU: torch adds a tensor without dimensions to one on any device
         row = self._encode(batch)
         for name in self.encoders:
             if name not in batch.media:
+                # With a gradient of zero Adam still moves by its momentum and decays; with None it would do nothing.
                 zero = zero + 0 * self._embed(name, dummy_media(self.config, name, batch.token_T.device)).sum()
         output = super().forward(row=row)
         assert isinstance(output, LossOutput)
@@ -67,12 +68,14 @@ class Gemini(DecoderStage):
         return self.decoder.output_embedding.gather_logits(self.decoder.logits(h_TD))
 
     def _embed(self, name: str, media: Media) -> torch.Tensor:
+        # Specs count with numpy, since the planner imports no torch.
         length_S = torch.from_numpy(run_lengths(name, media.grid_I3.cpu().numpy())).to(media.grid_I3.device)
         return self.connectors[name](self.encoders[name](media), length_S)
 
     def _encode(self, batch: Batch) -> StageInput:
         given = {name: self._embed(name, media) for name, media in batch.media.items() if name in self.encoders}
         memories = [name for name in self.encoders if gives_memory(self.config, name)]
+        # Before the embeddings are placed: `index_copy` writes wherever it is told, also over another document's text.
         check_placeholders(batch, self.layout, {name: len(e_OD) for name, e_OD in given.items()}, memories)
         stream = {name: e_OD for name, e_OD in given.items() if name not in memories}
         read = {

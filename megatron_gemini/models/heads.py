@@ -33,10 +33,12 @@ class NextTokenLoss:
         weighted = weight.nonzero().squeeze(1)
         if len(weighted) < len(weight):  # the head is the largest product of a small model: prompts need none of it
             h_CD, target, weight, kind = (x.index_select(0, weighted) for x in (h_CD, target, weight, kind))
+        # The head calls it with its own weight, which ZeRO-3 has gathered inside the forward of the owner only.
         loss_of = functools.partial(
             linear_cross_entropy, target_T=target, weight_T=weight, z_loss=self.z_loss, deferred=self.deferred
         )
         loss, nll = head(h_CD, fused=loss_of)
         sums = torch.zeros(2, self.kinds, dtype=torch.float32, device=weight.device)
+        # int32, since index_add_ takes no int8. Sums and not means: microbatches and ranks are added up.
         sums.index_add_(1, kind.int(), torch.stack((weight * nll, weight)))
         return LossOutput(loss, {"nll": sums[0], "weight": sums[1]})

@@ -107,8 +107,9 @@ class DecoderStage(nn.Module):
         """h_SD: what the stage before gave, None on the first. Returns the loss on the last, else (h_SD,)."""
         h_SD = self.through(h_SD, row)
         if not self.decoder.part.last:
-            return (h_SD,)
+            return (h_SD,)  # as torch's pipeline schedules want a stage's output
         assert self._loss is not None, "a stage that was built without a loss"
+        # Under sequence parallelism every token is needed against each rank's rows of the vocabulary.
         return self._loss(self.decoder.output_embedding, self.layers.gather_stream(h_SD), row)
 
     def through(self, h_SD: torch.Tensor | None, row: StageInput, cache: AttentionCache | None = None) -> torch.Tensor:
@@ -117,6 +118,7 @@ class DecoderStage(nn.Module):
             h_SD = self.decoder.embed(row.own(row.batch.token_T))
             if row.embeddings is not None:
                 h_SD = place(h_SD, row.embeddings)
+        # Positions of the whole row: context ranks rotate the gathered keys of all its tokens.
         return self.decoder(h_SD, row.batch.position_T, row.plan, cache, row.read_memories)
 
 
@@ -134,5 +136,6 @@ def readers(config: RunConfig, layers: LayerFactory) -> dict[int, dict[str, Call
 
 def parts(config: RunConfig, layout: TokenLayout, stages: int) -> list[Part]:
     """The part of every pipeline stage, in order."""
+    # By cost: the head over a large vocabulary is worth several layers, so the last stage gets fewer.
     split = stage_layers(config.model, layout.size, config.data.row_tokens, stages)
     return [Part(layers, first=index == 0, last=index == stages - 1) for index, layers in enumerate(split)]

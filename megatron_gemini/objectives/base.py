@@ -53,6 +53,7 @@ class Objective(ABC, Generic[Step, Output]):
         """The step where the engine wants it; packed rows stay, since it takes what a rank needs of them."""
         return step
 
+    # Figures are added up over ranks before anything is divided: a mean of means would weigh ranks and not tokens.
     @abstractmethod
     def sums(self, outputs: Sequence[Output], step: Step) -> dict[str, float]:
         """What this rank adds to the figures of a step, zeros where another rank counts the same.
@@ -97,4 +98,5 @@ class Objective(ABC, Generic[Step, Output]):
 
 def mean(total: float, count: float) -> float:
     """total / count, nan where nothing was counted."""
+    # Not an error: no row of a step may have a target of some kind, or one with a weight. The metrics file writes null.
     return total / count if count else math.nan

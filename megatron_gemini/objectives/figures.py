@@ -27,22 +27,22 @@ def count_tokens(batches: Iterable[Batch], layout: TokenLayout) -> dict[str, int
     counts = dict.fromkeys(token_kinds(layout), 0)
     controls = {spec.name: layout.control(spec.control) for spec in MODALITIES.entries() if spec.control}
     for batch in batches:
+        # The ids are counted once: a comparison with every range would read the row again for each.
         token_T = batch.token_T[batch.segment_T != 0]
         by_id = torch.bincount(token_T, minlength=layout.size)
-        found = {f"{name}_codes": _total(by_id, layout.code_range(name)) for name, _ in layout.codes}
+        ranges = {name: layout.code_range(name) for name, _ in layout.codes}
+        found = {f"{name}_codes": int(by_id[ids.start : ids.stop].sum()) for name, ids in ranges.items()}
         found |= {name: int(by_id[token]) for name, token in controls.items()}
+        # Control tokens that are no placeholders, such as those around an output image, count as text.
         found[TEXT] = token_T.numel() - sum(found.values())
         for kind, count in found.items():
             counts[kind] += count
     return counts
 
 
-def _total(by_id: torch.Tensor, ids: range) -> int:
-    return int(by_id[ids.start : ids.stop].sum())
-
-
 def token_shares(counts: dict[str, float]) -> dict[str, float]:
     """A record's `tokens` and `share_...` from the counts of `count_tokens`."""
+    # Sums over ranks come as float64, which holds counts exactly.
     total = int(sum(counts.values()))
     return {"tokens": total, **{f"share_{kind}": int(count) / max(total, 1) for kind, count in counts.items()}}
 
@@ -55,6 +55,7 @@ def mixture_of(batches: Iterable[Batch], labels: Sequence[str]) -> dict[str, int
     longest_first = sorted(labels, key=len, reverse=True)  # one label may be the beginning of another
     counts = {f"{kind}{label}": 0 for kind in MIXTURE for label in labels}
     for batch in batches:
+        # Documents count from 1; what is in place 0 is padding.
         lengths = batch.segment_T.bincount(minlength=len(batch.samples) + 1)[1:].tolist()
         for key, length in zip(batch.samples, lengths, strict=True):
             label = next((label for label in longest_first if key.startswith(f"{label}/")), None)

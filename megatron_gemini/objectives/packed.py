@@ -12,7 +12,7 @@ from megatron_gemini.checkpoint.inference import load_image_tokenizer, save_weig
 from megatron_gemini.checkpoint.training_state import Asset
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Plain
-from megatron_gemini.contracts import Batch, StepRows, TokenLayout
+from megatron_gemini.contracts import StepRows, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.loading.source import source_labels
 from megatron_gemini.engine.batch_exchange import BatchExchange
@@ -63,6 +63,7 @@ class PackedObjective(Objective[StepRows, LossOutput]):
         self.loader = Loader(
             config, topology.rank, topology.world, self.layout, self.tokenizer, self.form, pin=device.type == "cuda"
         )
+        # Before the engine, whose building is collective: ranks with other settings would wait for each other there.
         preflight(self.digest, shards_digest(self.loader.sources), topology, device)
         self.exchange = BatchExchange(topology, device)
         self.engine = MultimodalEngine(config, self.layout, topology, device, self.stage_loss())
@@ -73,7 +74,9 @@ class PackedObjective(Objective[StepRows, LossOutput]):
 
     def next_token_loss(self, z_loss: float) -> NextTokenLoss:
         """`models.heads.NextTokenLoss` of this run's vocabulary and schedule."""
-        deferred = self.config.parallel.schedule == "breadth_first"  # many rows then wait for their backward
+        # Breadth-first, many rows wait for their backward, and each would hold a gradient of the head's size. The price
+        # is a fourth product: 1.17 of torch's time on a CPU, against 0.86 (docs/performance.md).
+        deferred = self.config.parallel.schedule == "breadth_first"
         return NextTokenLoss(len(self.layout.targets), z_loss, deferred)
 
     def loss_names(self) -> list[str]:
@@ -82,6 +85,7 @@ class PackedObjective(Objective[StepRows, LossOutput]):
 
     def loss_sums(self, outputs: Sequence[LossOutput]) -> list[float]:
         """The figures of the outputs of this rank, added up; zeros if there are none."""
+        # A rank without the loss, such as one of an earlier pipeline stage, adds as many zeros: the sum is collective.
         nothing = torch.zeros(len(self.layout.targets))
         sums = [
             torch.stack([nothing, *(output.sums[what].cpu() for output in outputs)]).double().sum(0)
@@ -101,6 +105,7 @@ class PackedObjective(Objective[StepRows, LossOutput]):
         path, section = self.config.train.image_tokenizer, self.config.image_tokenizer
         if not path or not section.codes:
             return None
+        # The section decides how many codes the vocabulary and a drawing have: another tokenizer could not draw them.
         tokenizer = load_image_tokenizer(path)
         if tokenizer.config != section:
             raise ValueError(
@@ -120,11 +125,12 @@ class PackedObjective(Objective[StepRows, LossOutput]):
         except ValueError as error:
             problem = str(error)
         step = self.exchange.share(read, rows)
+        # Behind the exchange, on rows that several ranks have: a wrong one is reported by all that would train on it.
         try:
             for batch in step.rows:
                 check_media(batch, self.layout, self.config)
         except ValueError as error:
-            problem = problem or str(error)
+            problem = problem or str(error)  # what could not be read is the cause; the rows are short because of it
         return step, problem
 
     def weight(self, step: StepRows) -> float:
@@ -136,18 +142,15 @@ class PackedObjective(Objective[StepRows, LossOutput]):
     def sums(self, outputs: Sequence[LossOutput], step: StepRows) -> dict[str, float]:
         mine = outputs if self.topology.tensor_rank == 0 else ()  # the others have the same losses
         sums = dict(zip(self.loss_names(), self.loss_sums(mine), strict=True))
-        counts = self._counts(step.rows)
+        counts: dict[str, float] = {f"tokens_{kind}": n for kind, n in count_tokens(step.rows, self.layout).items()}
+        counts["row_tokens"] = sum(batch.token_T.numel() for batch in step.rows)
+        counts["targets"] = sum(int((batch.weight_T > 0).sum()) for batch in step.rows)
+        counts["documents"] = sum(len(batch.samples) for batch in step.rows)
+        counts |= mixture_of(step.rows, self.labels)
+        # Position p of a document sees p + 1 keys. A span sees more, so that FLOPs from this are a lower bound.
+        counts["visible_keys"] = sum(float((batch.position_T + 1)[batch.segment_T > 0].sum()) for batch in step.rows)
+        # All ranks of a data-parallel rank know these figures; one of them counts them.
         return sums | (counts if self.topology.counts_row_once else dict.fromkeys(counts, 0.0))
-
-    def _counts(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Figures of the rows, which all ranks that share them know."""
-        counts: dict[str, float] = {f"tokens_{kind}": n for kind, n in count_tokens(batches, self.layout).items()}
-        counts["row_tokens"] = sum(batch.token_T.numel() for batch in batches)
-        counts["targets"] = sum(int((batch.weight_T > 0).sum()) for batch in batches)
-        counts["documents"] = sum(len(batch.samples) for batch in batches)
-        counts |= mixture_of(batches, self.labels)
-        counts["visible_keys"] = sum(float((batch.position_T + 1)[batch.segment_T > 0].sum()) for batch in batches)
-        return counts
 
     def record(self, sums: Mapping[str, float]) -> dict[str, float]:
         loss = self.loss_record(sums)
@@ -181,25 +184,24 @@ class PackedObjective(Objective[StepRows, LossOutput]):
     def validation(self) -> dict[str, float]:
         if not self.config.data.validation:
             return {}
+        topology, given = self.topology, (self.layout, self.tokenizer, self.form)
+        # A loader of its own each time, which begins at the same rows.
+        with Loader.validation(self.config, topology.rank, topology.world, *given) as loader:
+            step, problem = self._shared(loader, self.config.train.validation_rows)
+        # No collective begins a validation, so what one rank found wrong with its rows is told here.
+        raise_together(problem, topology, self.device)
         outputs: list[LossOutput] = []
-        step = self._validation_rows()
         self.engine.evaluate(step, outputs.append)
         sums = self.sums(outputs, step)
         totals = dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
         return {f"validation_{name}": value for name, value in self.loss_record(totals).items()}
-
-    def _validation_rows(self) -> StepRows:
-        topology, given = self.topology, (self.layout, self.tokenizer, self.form)
-        with Loader.validation(self.config, topology.rank, topology.world, *given) as loader:
-            step, problem = self._shared(loader, self.config.train.validation_rows)
-        raise_together(problem, topology, self.device)
-        return step
 
     def backends(self) -> list[str]:
         chosen = {"attention": attention_backend(self.device), "loss": loss_backend(self.device)}
         return [*(f"{what}: {name} ({why})" for what, (name, why) in chosen.items()), *super().backends()]
 
     def assets(self) -> dict[str, Asset]:
+        # So that a checkpoint generates, and draws, without the files that the run was given.
         assets: dict[str, Asset] = {"text.model": Path(self.config.data.text_model)}
         tokenizer, config = self.image_tokenizer, self.config
         if tokenizer is not None:

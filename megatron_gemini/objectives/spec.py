@@ -31,7 +31,7 @@ class ObjectiveSpec(Generic[Settings]):
     per_step: (setting's name, its value) of a global step's size, which the data-parallel ranks share.
     data_parallel_only: its model is small, and is whole on every rank.
     loss_bytes: (settings, model, tokens of a row on a context rank, bytes of an element) -> what autograd keeps of one
-        row for its loss, beside the final norm and a head with the next token's loss; for the planner.
+        row for its loss. The planner itself counts the final norm and a head with the next token's loss.
     build: the half above the engine.
     """
 

@@ -16,6 +16,7 @@ from megatron_gemini.training.quiet import known_prints_dropped
 @contextlib.contextmanager
 def join_job(config: RunConfig) -> Iterator[tuple[Topology, torch.device]]:
     """This rank's place among those that the launcher started, and its device. Left at the end, if all went well."""
+    # Before anything imports DeepSpeed, which chooses its accelerator then, by what is installed.
     device = choose_device()
     with known_prints_dropped():
         join(device)

@@ -24,7 +24,7 @@ from megatron_gemini.training.schedule import learning_rate
 from megatron_gemini.training.stop import StopRequest, reason
 from megatron_gemini.training.throughput import peak_memory_bytes
 
-WATCHED_STEPS, DATA_SHARE = 20, 0.1
+WATCHED_STEPS, DATA_SHARE = 20, 0.1  # a longer wait than this share of so many steps is worth a word
 
 
 class Loop(Generic[Step, Output]):
@@ -38,6 +38,7 @@ class Loop(Generic[Step, Output]):
         self.resumed_from: Path | None = None
         if self.config.train.resume:
             self.resumed_from = directory.newest(objective.run_dir)
+        # `init_from` is of a run's beginning alone: after a resume it would undo what the run has learned.
         if self.resumed_from:
             self.state = training_state.load(self.engine, self.resumed_from)
             objective.load_data_state(self.state.data)
@@ -49,6 +50,7 @@ class Loop(Generic[Step, Output]):
         self.waits: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # (waited for data, seconds) of steps
         self.waits_told = False
         self.saved_at = self.state.step if self.resumed_from else -1
+        # Kept apart from the lanes, which are a step ahead while the ranks agree: saved is what was trained on.
         self.data = objective.data_state()
 
     def run(self) -> int:
@@ -88,6 +90,7 @@ class Loop(Generic[Step, Output]):
             writer.close()
             objective.close()
             progress.finish()
+            # A run that stops still has to wait for the other ranks: a second signal must not end it before.
             if not number:
                 self.stop.restore()
         self._end(number, progress)
@@ -109,6 +112,7 @@ class Loop(Generic[Step, Output]):
         record = self.objective.record(sums) | {"skipped_samples": int(sums["skipped_samples"])}
         self.state.step += 1
         self.state.tokens += int(record["tokens"])
+        # Adam's bias correction counts real updates only.
         self.state.optimizer_steps += not result.skipped
         self.data = self.objective.data_state()
         return {**record, "learning_rate": lr, "gradient_norm": result.norm, "skipped": int(result.skipped)}
@@ -139,8 +143,10 @@ class Loop(Generic[Step, Output]):
     def synchronize(self, step: Step, problem: str) -> tuple[float, int]:
         """(sum of the step's loss weights, signal number to stop for or 0), the same on every rank."""
         objective, number = self.objective, self.state.step
+        # A rank with a problem has no step to describe, but takes part: the others would wait for it.
         fingerprint = StepFingerprint(number, 0) if problem else objective.fingerprint(number, step)
         weight, stop = 0.0 if problem else objective.weight(step), self.stop.requested()
+        # The loss is divided by the weight of all ranks' rows, so that neither packing nor ranks change a gradient.
         return synchronize_step(weight, stop, fingerprint, objective.topology, objective.device, problem)
 
     def _due(self, every: int) -> bool:
@@ -148,6 +154,7 @@ class Loop(Generic[Step, Output]):
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint of the state as it is now, unless it is there already."""
+        # The last step of a run may also be one of `save_every`, and a run that resumes at its end has nothing to save.
         if self.saved_at == self.state.step:
             return
         self.state.data = self.data

@@ -2,13 +2,13 @@
 
 A record is a flat mapping of names to numbers. The names that the progress bar and the figures know:
 
-loss, loss_KIND                          nats a target token, weighted as trained; by kind of target
-validation_loss, validation_loss_KIND    the same on validation data, only in the records of some steps
-learning_rate, gradient_norm
-tokens, tokens_per_second                tokens of the global step, without padding
-share_KIND                               of those tokens (`objectives.figures.token_kinds`)
-documents/LABEL, tokens/LABEL            of the global step, by data source
-peak_memory_bytes, mfu                   `throughput`
+- loss, loss_KIND: nats a target token, weighted as trained; by kind of target.
+- validation_loss, validation_loss_KIND: the same on validation data, only in the records of some steps.
+- learning_rate, gradient_norm.
+- tokens, tokens_per_second: of the global step, without padding.
+- share_KIND: of those tokens (`objectives.figures.token_kinds`).
+- documents/LABEL, tokens/LABEL: of the global step, by data source.
+- peak_memory_bytes, mfu: `throughput` and `models.flops`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class MetricsWriter:
     def due(self, step: int) -> bool:
         """Whether a record of this step is wanted: the first, the last, every n-th, and those with validation
         losses."""
+        # Steps count from 0 here, while `validation_every` goes by steps that are done.
         validation = self.validation_every > 0 and (step + 1) % self.validation_every == 0
         return validation or step % self.every == 0 or step == self.last_step
 
@@ -59,6 +60,7 @@ class MetricsWriter:
         if not self.active or not self.due(step):
             return
         values = {"step": step, **{name: _finite(value) for name, value in record.items()}}
+        # Python would write NaN, which is not JSON: other readers refuse the whole line.
         self.file.write(json.dumps(values, allow_nan=False) + "\n")
         self.file.flush()
         for tracker in self.trackers:
@@ -78,6 +80,7 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:
 
     A loss that was not finite is None in the file and `nan` here.
     """
+    # A machine that fails may leave any bytes at the end of the file.
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             record = _record(line)
@@ -103,6 +106,7 @@ def _keep_before(path: Path, step: int) -> None:
             record = _record(line)
             if record is not None and record["step"] < step:
                 new.write(line.rstrip("\n") + "\n")
+        # On the disk before it takes the old file's name: a machine that fails then leaves one of the two whole.
         new.flush()
         os.fsync(new.fileno())
     os.replace(beside, path)

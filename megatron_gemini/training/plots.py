@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megatron_gemini.training.metrics import read_metrics
 
@@ -22,7 +21,9 @@ def plot_losses(metrics_path: str | Path, out_png: str | Path) -> None:
 
     figure = Figure(figsize=(8, 6), layout="constrained")
     losses, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    colors = _colors([*trained, *validation])
+    # Sorted, so that a kind has one color in the figures of all runs with the same kinds.
+    others = sorted({*trained, *validation} - set(_COLORS))
+    colors = _COLORS | {name: _OTHER_COLORS[i % len(_OTHER_COLORS)] for i, name in enumerate(others)}
     for name, (steps, values) in trained.items():
         losses.plot(steps, values, color=colors[name], alpha=0.25, linewidth=0.8)
         losses.plot(steps, _smoothed(values), color=colors[name], linewidth=1.6, label=name or "all")
@@ -54,18 +55,14 @@ def _curves(records: list[dict[str, float]], prefix: str) -> dict[str, tuple[lis
     return curves
 
 
-def _colors(names: list[str]) -> dict[str, Any]:
-    others = sorted(set(names) - set(_COLORS))
-    return _COLORS | {name: _OTHER_COLORS[i % len(_OTHER_COLORS)] for i, name in enumerate(others)}
-
-
 def _smoothed(values: list[float]) -> list[float]:
     """An exponential mean over about a fiftieth of the curve, without the bias of its start; nan is stepped over."""
     decay = 1 - 1 / max(len(values) / 50, 1)
     total = weight = 0.0
     smooth = []
     for value in values:
-        if value == value:
+        if value == value:  # not nan
+            # Both sums decay alike, so that their ratio is a mean from the first value on (as Adam's correction).
             total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
         smooth.append(total / weight if weight else float("nan"))
     return smooth

@@ -37,7 +37,12 @@ class Progress:
         self.seconds_per_step: float | None = None
         self.tokens = 0.0
         self.latest: dict[str, float] = {}
-        self.bar: Any = self._open_bar() if self.active and self.stream.isatty() else None
+        self.bar: Any = None
+        if self.active and self.stream.isatty():
+            from tqdm import tqdm
+
+            layout = "{n}/{total}  {desc}  {remaining} left |{bar}|"  # the bar takes what the numbers leave
+            self.bar = tqdm(total=steps, initial=start, file=self.stream, dynamic_ncols=True, bar_format=layout)
 
     def update(self, step: int, record: Mapping[str, float]) -> None:
         """Step `step` is done; `record` holds what `metrics` names, as far as it was measured."""
@@ -50,10 +55,14 @@ class Progress:
             brief = {name: value for name, value in self.latest.items() if name != "learning_rate"}  # fits 80 columns
             self.bar.set_description_str(describe(brief), refresh=False)
             self.bar.update(self.done - self.bar.n)
-        elif self._line_is_due(record):
+            return
+        ends = self.done in (self.start + 1, self.steps)
+        # A validation loss is in few records, and a run that writes to a file has no other place for people to see it.
+        if ends or "validation_loss" in record or self.clock() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = self.clock()
-            left = f"  {_duration(self._left())} left" if self.done < self.steps else ""
-            self.note(f"step {self.done}/{self.steps}  {describe(record)}{left}")
+            left = (self.seconds_per_step or 0.0) * (self.steps - self.done)
+            shown = f"  {_duration(left)} left" if self.done < self.steps else ""
+            self.note(f"step {self.done}/{self.steps}  {describe(record)}{shown}")
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
@@ -74,6 +83,7 @@ class Progress:
         parts = [f"{how} {self.done - self.start} steps in {_duration(seconds)}"]
         if self.tokens and seconds > 0:
             self.latest["tokens_per_second"] = self.tokens / seconds
+        # A rate of the whole run, not of its last step; shares and the learning rate are of one step only.
         whole = {name: value for name, value in self.latest.items() if not name.startswith(("share_", "learning_rate"))}
         self.note("  ".join([*parts, describe(whole)]).rstrip())
 
@@ -83,22 +93,10 @@ class Progress:
         newly_done = step + 1 - self.done
         if newly_done > 0:
             seconds = (now - self.last_update) / newly_done
+            # The first step has no mean to join, and the second one's time replaces the first one's.
             settled = self.seconds_per_step is not None and self.done > self.start + 1
             self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if settled else seconds  # type: ignore[operator]
         self.done, self.last_update = max(self.done, step + 1), now
-
-    def _left(self) -> float:
-        return (self.seconds_per_step or 0.0) * (self.steps - self.done)
-
-    def _line_is_due(self, record: Mapping[str, float]) -> bool:
-        ends = self.done in (self.start + 1, self.steps)
-        return ends or "validation_loss" in record or self.clock() - self.last_line >= SECONDS_BETWEEN_LINES
-
-    def _open_bar(self) -> Any:
-        from tqdm import tqdm
-
-        layout = "{n}/{total}  {desc}  {remaining} left |{bar}|"  # the bar takes what the numbers leave
-        return tqdm(total=self.steps, initial=self.start, file=self.stream, dynamic_ncols=True, bar_format=layout)
 
 
 class _Enduring:
@@ -128,6 +126,7 @@ class _Enduring:
             self._fall_silent()
 
     def _fall_silent(self) -> None:
+        # The descriptor itself is led away: Python flushes the stream once more at its end, with what it still holds.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -30,6 +30,7 @@ def quiet_warnings() -> None:
     for message, category in _WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
     logger = logging.getLogger("DeepSpeed")
+    # On the logger and not on its handlers, which DeepSpeed makes when it is imported: later than this.
     if _is_news not in logger.filters:
         logger.addFilter(_is_news)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorBoard loads TensorFlow where it finds it
@@ -61,6 +62,7 @@ class _LineFilter(io.TextIOBase):
         self.pending = ""
 
     def write(self, text: str) -> int:
+        # A line may come in pieces, such as its text and then its end, and is judged as a whole.
         *lines, self.pending = (self.pending + text).split("\n")
         for line in lines:
             if not any(noise.match(line) for noise in _PRINTED):

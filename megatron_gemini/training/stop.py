@@ -52,7 +52,7 @@ class StopRequest:
         return self.number
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.number = self.number or number
+        self.number = self.number or number  # the first: a launcher may answer one by sending another
 
 
 def reason(number: int) -> str:
@@ -72,6 +72,7 @@ def launchers() -> Iterator[tuple[int, str]]:
         if not is_launcher(command.split("\0")):
             return
         yield pid, started(pid)
+        # Behind the name, which is in parentheses and may hold spaces and parentheses: state, parent and so on.
         pid = int(status.rsplit(")", 1)[1].split()[1])
 
 
@@ -93,6 +94,7 @@ def started(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
         return ""
+    # Field 22 of proc(5), without the first two. The process id alone may by now be that of another process.
     return "" if fields[0] == "Z" else fields[19]
 
 

@@ -70,6 +70,7 @@ class _WeightsAndBiases:
             dir=str(run_dir),
             config=dataclasses.asdict(config),
         )
+        # For a resume, which then goes on with the same curves instead of beginning new ones.
         identity.write_text(f"{self.run.id}\n")
 
     def write(self, step: int, record: Mapping[str, float]) -> None:

@@ -13,6 +13,7 @@ class LinearConnector(nn.Module):
 
     def __init__(self, width: int, model_width: int) -> None:
         super().__init__()
+        # Unlike torch's, it declares how its weights begin: by seed and name, so alike in all layouts.
         self.projection = linear(width, model_width)
 
     def forward(self, e_XE: torch.Tensor, length_S: torch.Tensor) -> torch.Tensor:

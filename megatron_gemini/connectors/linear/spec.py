@@ -18,6 +18,7 @@ class LinearConnectorConfig(ConnectorConfig):
 
 
 def build(section: LinearConnectorConfig, width: int, model_width: int) -> nn.Module:
+    # Here: `--help`, configuration and planner read the spec without torch.
     from megatron_gemini.connectors.linear.module import LinearConnector
 
     return LinearConnector(width, model_width)
@@ -28,6 +29,7 @@ LINEAR = ConnectorSpec(
     section=LinearConnectorConfig,
     length=lambda length_S: length_S,
     parameters=lambda section, width, model_width: width * model_width + model_width,
+    # A product keeps its input, for the weight's gradient. The bias needs nothing.
     saved_bytes=lambda section, width, model_width, embeddings, element: float(embeddings * width * element),
     build=build,
 )

@@ -85,30 +85,30 @@ class ImageLoader:
     def _image(self, place: int) -> np.ndarray | None:
         """uint8[S, S, 3] at a place of the endless sequence of epochs; None, and counted, if it cannot be read."""
         epoch, index = divmod(place, len(self.samples))
+        # By key and not by a generator's state: a resume needs the number of the step alone.
         if self._order[0] != epoch:
             self._order = (epoch, random_stream(self.config.train.seed, "images", epoch).permutation(len(self.samples)))
         chosen = int(self._order[1][index])
+        # Counted again in every epoch, but decoded once: a bad image stays bad.
         if chosen in self._bad:
             self.skipped[self._bad[chosen].reason] += 1
             return None
         if chosen not in self._images:
             try:
-                image = self._read(*self.samples[chosen])
+                number, sample = self.samples[chosen]
+                # One image of a sample, in the first of the known formats that it has.
+                ending = [ending for ending in IMAGE.members if ending in self.shards[number].endings(sample)][:1]
+                (data,) = list(self.shards[number].read(sample, ending).values())[:1]
+                image = square_image(decode_image(data), self.config.image_tokenizer.image_size)
             except BadSample as error:
                 self._skip(chosen, error)
                 return None
+            # Every epoch needs every image alike, so what is kept stays, and the rest is decoded again each time.
             if image.nbytes > self._room:
                 return image
             self._room -= image.nbytes
             self._images[chosen] = image
         return self._images[chosen]
-
-    def _read(self, number: int, sample: int) -> np.ndarray:
-        (data,) = list(self.shards[number].read(sample, self._ending(number, sample)).values())[:1]
-        return square_image(decode_image(data), self.config.image_tokenizer.image_size)
-
-    def _ending(self, number: int, sample: int) -> list[str]:
-        return [ending for ending in IMAGE.members if ending in self.shards[number].endings(sample)][:1]
 
     def _skip(self, chosen: int, error: BadSample) -> None:
         """Count a bad image, and judge the share of distinct bad ones: every epoch meets the same ones again."""
@@ -116,6 +116,7 @@ class ImageLoader:
         self.skipped[error.reason] += 1
         if self.skipped[error.reason] == 1:
             logger.warning("skipped an image (%s); more of this kind are only counted: %s", error.reason, error)
+        # One bad image alone never ends a run, however few there are.
         bad = len(self._bad)
         if bad > max(1, self.config.data.max_bad_share * len(self.samples)):
             raise ValueError(

@@ -53,6 +53,7 @@ class ImageTokenizerTraining(Objective[list[torch.Tensor], TokenizerLoss]):
         return float(sum(len(images) for images in step))
 
     def fingerprint(self, number: int, step: list[torch.Tensor]) -> StepFingerprint:
+        # Without a digest of rows: every rank has other images, so there is nothing to compare.
         return StepFingerprint(number, len(step), config=self.digest)
 
     def to_device(self, step: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -63,12 +64,14 @@ class ImageTokenizerTraining(Objective[list[torch.Tensor], TokenizerLoss]):
         for output, images in zip(outputs, step, strict=True):
             sums["loss"] += float(output.loss.detach())
             sums["images"] += len(images)
+            # The engine has made the loss a sum over images; the parts are still means over this rank's.
             for part in PARTS[1:]:
                 sums[part] += float(getattr(output, part).detach()) * len(images)
         return sums
 
     def record(self, sums: Mapping[str, float]) -> dict[str, float]:
         record = {part: mean(sums[part], sums["images"]) for part in PARTS}
+        # The codes of an image stand for the tokens of a row, so that rates and totals mean the same of every run.
         record["tokens"] = int(sums["images"]) * self.config.image_tokenizer.codes_per_image
         return record
 
@@ -104,7 +107,7 @@ class SummedLoss(nn.Module):
         super().__init__()
         for name, child in tokenizer.named_children():
             self.add_module(name, child)
-        self.whole = (tokenizer,)  # in a tuple, beside the module tree
+        self.whole = (tokenizer,)  # in a tuple: as a module it would give every parameter a second name
 
     def forward(self, images_BSS3: torch.Tensor) -> TokenizerLoss:
         output = self.whole[0](images_BSS3)

@@ -30,6 +30,7 @@ class ImageTokenizerObjectiveConfig(ObjectiveConfig):
 
 
 def build(config: RunConfig, topology: Topology, device: torch.device) -> Objective:
+    # Here: `--help`, configuration and planner read the spec without torch.
     from megatron_gemini.objectives.image_tokenizer.objective import ImageTokenizerTraining
 
     return ImageTokenizerTraining(config, topology, device)

@@ -31,11 +31,12 @@ class PretrainConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         at_least(self, "objective", 0, "z_loss")
         for name, weight in self.weights.items():
-            if not weight >= 0:
+            if not weight >= 0:  # and not `weight < 0`, which nan would pass
                 raise ValueError(f"objective.weights.{name} is {weight}; it must be 0 or more")
 
 
 def build(config: RunConfig, topology: Topology, device: torch.device) -> Objective:
+    # Here: `--help`, configuration and planner read the spec without torch.
     from megatron_gemini.objectives.pretrain.objective import Pretraining
 
     return Pretraining(config, topology, device)
