@@ -77,15 +77,14 @@ class _NormQueryKeyValue(torch.autograd.Function):
         ranks, shard, needs = ctx.ranks, ctx.shard, ctx.needs_input_grad
         width = query.shape[0] // shard.query
         # Keys and values as one tensor again: one product a weight, as in the forward.
-        query_grad, heads_grad = grads[0].flatten(1), torch.stack(grads[1:], 1)
+        query_grad, heads_grad = grads[0].flatten(1), torch.cat(grads[1:], 1).flatten(1)
         pending_whole = ranks.gather(normed)
         if ctx.by_tokens:
-            heads_grad = _among_all(heads_grad, shard, 2, key_value.shape[1] // width)
             # Each rank's queries read some heads of all tokens; summed, a rank has all heads of its own tokens.
-            pending_kv = ranks.reduce(heads_grad.flatten(1))
+            pending_kv = ranks.reduce(_among_all(heads_grad, 1, shard.first * width, key_value.shape[1]))
         normed_grad = torch.mm(query_grad, query)
         if not ctx.by_tokens:
-            normed_grad.addmm_(heads_grad.flatten(1), _rows_read(key_value, shard, width))
+            normed_grad.addmm_(heads_grad, _rows_read(key_value, shard, width))
         # The one sum over ranks that the queries need anyway carries the gradient through keys and values as well.
         pending = ranks.reduce(normed_grad)
         whole = pending_whole.wait()
@@ -98,8 +97,8 @@ class _NormQueryKeyValue(torch.autograd.Function):
         else:
             kv_weight_grad = None
             if needs[4]:
-                product = torch.mm(heads_grad.flatten(1).t(), whole).view(2, shard.key, width, -1)
-                kv_weight_grad = _among_all(product, shard, 1, key_value.shape[1] // width).view(key_value.shape)
+                product = torch.mm(heads_grad.t(), whole)
+                kv_weight_grad = _among_all(product, 0, shard.first * width, key_value.shape[1]).view(key_value.shape)
             normed_grad = pending.wait()
         return *norm_backward(normed_grad, h, inverse, scale), None, query_weight_grad, kv_weight_grad, None, None
 
@@ -111,12 +110,16 @@ def _rows_read(key_value: torch.Tensor, shard: HeadShard, width: int) -> torch.T
     return key_value.flatten(0, 1)
 
 
-def _among_all(part: torch.Tensor, shard: HeadShard, dim: int, held: int) -> torch.Tensor:
-    """`part` of the heads that this rank reads along `dim`, among zeros for the others of the `held` ones."""
-    if shard.key == held:
+def _among_all(part: torch.Tensor, dim: int, first: int, held: int) -> torch.Tensor:
+    """`part` with zeros for the other heads: along `dim`, [2 K H] of the heads that are read -> [2 held].
+
+    first: where the keys that are read begin among the `held` ones of the rank; so do the values.
+    """
+    read = part.shape[dim] // 2
+    if read == held:
         return part
     shape = list(part.shape)
-    shape[dim] = held
+    shape[dim] = 2 * held
     every = part.new_zeros(shape)
-    every.narrow(dim, shard.first, shard.key).copy_(part)
+    every.unflatten(dim, (2, held)).narrow(dim + 1, first, read).copy_(part.unflatten(dim, (2, read)))
     return every

@@ -108,11 +108,11 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: _GatedMLPContext, *grads: torch.Tensor) -> Gradients:
         h, inverse, scale, normed, gate_up, inner, down, *saved = ctx.saved_tensors
         ranks, needs = ctx.ranks, ctx.needs_input_grad
-        # Begun together: the second runs during the product that needs the first alone.
+        # Begun together: the second runs during the products that need the first alone.
         pending_grad, pending_whole = ranks.gather(grads[0]), ranks.gather(normed)
         grad = pending_grad.wait()
-        inner_grad = torch.mm(grad, down)
         down_grad = torch.mm(grad.t(), inner) if needs[4] else None
+        inner_grad = torch.mm(grad, down)  # behind the other, so that it is still in cache for what follows
         normed_grad, halves = gated_backward(inner_grad, gate_up, saved, ctx.activation)
         pending = ranks.reduce(normed_grad)  # during the products for the weights' gradient
         whole = pending_whole.wait()
