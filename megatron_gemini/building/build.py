@@ -53,6 +53,7 @@ def build(
     if journal.is_complete:
         return journal.entries
     duplicates, done = Duplicates(plan.dedup, plan.dedup_bits), 0
+    # What an interrupted build has kept counts as seen, or the rest would repeat it.
     for entry in journal.entries:
         done = entry.next_record
         for sample in entry.samples:
@@ -83,6 +84,7 @@ def _shards(
         position = record.number + 1
         bar.update()
         found = found or Examined(record, "process_lost", f"{record.image[:200]}: its process crashed or took too long")
+        # Here and not in the workers: of two alike the first record stays, whichever was examined first.
         reason = found.reason or duplicates.reason(found.sha256, found.picture)
         if reason:
             dropped.add(reason, found.detail or record.image[:200])
@@ -95,12 +97,14 @@ def _shards(
     if kept:
         yield _write(kept, dropped, folder, f"{plan.name}-{number:05d}.tar", position)
         dropped = Dropped()
+    # An entry without a shard says that the records are used up: the build is complete.
     yield JournalEntry("", 0, position, (), dropped)
 
 
 def _write(kept: list[Examined], dropped: Dropped, folder: Path, name: str, position: int) -> JournalEntry:
     path = folder / name
     write_shard(path, map(_sample, kept))
+    # Without an index, whoever opens the shard first has to go through all its headers.
     write_index(str(path))
     samples = tuple(
         KeptSample(item.sha256, f"{item.picture:x}", item.width, item.height, len(item.caption), len(item.data))

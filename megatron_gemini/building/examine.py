@@ -21,6 +21,7 @@ from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
 
+# decode_image has read the data before this is asked, and of its formats only WebP is a RIFF file.
 _ENDINGS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 
 
@@ -45,6 +46,7 @@ class Examined:
     def metadata(self) -> dict[str, Any]:
         """The sample's .json member: its table's columns, under what the build knows itself."""
         name = self.record.image if self.record.is_url else os.path.basename(self.record.image)
+        # The whole path would differ between machines, and with it the bytes of the shard.
         own = {"source": name, "sha256": self.sha256, "width": self.width, "height": self.height}
         return {**self.record.columns, **own}
 
@@ -92,6 +94,7 @@ def read_file(path: str, max_bytes: int) -> bytes:
                 raise BadSample("no_regular_file", "it is no regular file")
             if status.st_size > max_bytes:
                 raise BadSample("file_too_large", f"it has {status.st_size:,} bytes; the limit is {max_bytes:,}")
+            # Bounded again: the file may have grown since.
             return file.read(max_bytes)
     except FileNotFoundError:
         raise BadSample("no_file", "there is no such file") from None
@@ -109,6 +112,7 @@ def _caption(record: Record) -> str:
             raise BadSample(error.reason.replace("file_", "caption_file_"), str(error)) from None
     if record.caption is None:
         raise BadSample("no_caption", "the table has none")
+    # JSON can spell half a surrogate pair. Its bytes are no UTF-8, which decode_text refuses by its usual reason.
     return decode_text(record.caption.encode("utf-8", "surrogatepass"))
 
 

@@ -1,10 +1,14 @@
 """Downloading what a list of addresses names, where whoever wrote the list is not trusted.
 
-A list can name anything: a cloud machine's metadata service, a router's page, a server that never stops sending. So
-only http and https are spoken, every host is resolved here and all of its addresses must be public, the connection goes
-to the very address that was checked (a second resolution could answer otherwise), each redirect is checked like the
-first address, and size and time are limited while bytes arrive. Nothing is sent but the request: no credentials, no
-cookies, and no proxy of the environment. What the server says of the content is not believed; decoding it tells.
+A list can name anything: a cloud machine's metadata service, a router's page, a server that never stops sending.
+
+- Only http and https are spoken.
+- Every host is resolved here, and all of its addresses must be public.
+- The connection goes to the very address that was checked, since a second resolution could answer otherwise.
+- Each redirect is checked like the first address.
+- Size and time are limited while bytes arrive.
+- Nothing is sent but the request: no credentials, no cookies, and no proxy of the environment.
+- What the server says of the content is not believed; decoding it tells.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet, also seen through IPv6's ways of carrying IPv4."""
+    # A link-local address carries the name of its interface behind a percent sign.
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
@@ -44,8 +49,10 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network(
+    "64:ff9b::/96"
+)  # RFC 6052: a gateway sends it on to the IPv4 address in its last 32 bits
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that IANA has given out as public (RFC 4291, section 2.4)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Fetcher:
 
     def _connect(self, address: Address, deadline: float) -> TimedSocket:
         ips = resolve(address.host, address.port)
+        # All of them, though one is connected to: a name with a private address among its own is a trick or an error.
         for ip in ips:
             if not self.is_allowed(ip):
                 raise BadSample("host_not_public", f"{address.host[:80]} is {ip}, which is not a public address")
@@ -118,13 +126,16 @@ class Fetcher:
         return TimedSocket(plain, deadline)
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
+        # A name of a robot may stand before its words ("otherbot: noindex"); they are taken as meant for everybody.
         words = {word.strip().lower() for word in response.headers.get("X-Robots-Tag", "").replace(":", ",").split(",")}
         if words & OPT_OUT:
             raise BadSample("opted_out", "the site's X-Robots-Tag header says that it is not for this use")
         if response.status != 200:
             raise BadSample(f"http_{response.status}", f"the server answers with status {response.status}")
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            # A few bytes of a compressed body may unpack to any number of them.
             raise BadSample("fetch_encoded", "the server sends a compressed body, which was not asked for")
+        # A limit on what is declared saves the transfer. One on what arrives holds where the server does not say.
         declared = response.length  # None where the server does not say
         body = bytearray()
         while len(body) <= self.max_bytes and (declared or 0) <= self.max_bytes:
@@ -154,6 +165,7 @@ def read_address(url: str) -> Address:
     if not host:
         raise BadSample("url_invalid", "it names no host")
     port = port if port is not None else (443 if parts.scheme == "https" else 80)
+    # Mail and remote shells listen below 1024: a request of ours would be a line of their protocol.
     if port < 1024 and port not in (80, 443):
         raise BadSample("url_port", f"port {port} belongs to another service")
     target = quote(parts.path or "/", _SAFE) + (f"?{quote(parts.query, _SAFE)}" if parts.query else "")

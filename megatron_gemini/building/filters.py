@@ -84,4 +84,5 @@ def _number(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError):
         return None
+    # NaN is neither below nor above a limit, and would pass both.
     return number if math.isfinite(number) else None

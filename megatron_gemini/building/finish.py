@@ -20,6 +20,7 @@ def finish(entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, 
     """
     report = summary(entries)
     write_json(folder / "report.json", {"options": dict(options), **report})
+    # The report is there by now; it says why nothing was of use.
     if not report["kept"]:
         raise ValueError(f"no record can be used, so there is no shard:\n{table(report)}")
     plot([sample for entry in entries for sample in entry.samples], folder / "sizes.png")

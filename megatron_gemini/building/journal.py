@@ -25,6 +25,7 @@ class Dropped:
 
     def merge(self, other: Dropped) -> None:
         self.counts = dict(Counter(self.counts) + Counter(other.counts))
+        # `other` came later, so it is not the first of a reason that is known already.
         self.first = {**other.first, **self.first}
 
 
@@ -62,6 +63,7 @@ class Journal:
         self.folder, self._own = folder, folder / ".build"
         self.entries: list[JournalEntry] = []
         self._own.mkdir(parents=True, exist_ok=True)
+        # Through JSON and back, since what it is compared with was read from a file: there, tuples are lists.
         state, plain = self._own / "build.json", json.loads(json.dumps(identity))
         if not state.exists():
             write_json(state, plain)
@@ -89,6 +91,7 @@ class Journal:
             dropped = Dropped(**value["dropped"])
             samples = tuple(KeptSample(**sample) for sample in value["samples"])
             entry = JournalEntry(value["shard"], value["shard_bytes"], value["next_record"], samples, dropped)
+            # A shard that is gone or cut off is built anew, and with it all that follow.
             whole = not entry.shard or (self.folder / entry.shard).stat().st_size == entry.shard_bytes
         except (KeyError, TypeError, AttributeError, OSError):
             return None

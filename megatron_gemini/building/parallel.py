@@ -35,7 +35,11 @@ class Workers(Generic[Item, Result]):
         pool, waiting = self._pool(self._workers), deque[tuple[Item, Future[Result] | None]]()
         try:
             for item in items:
-                waiting.append((item, self._submit(pool, item)))
+                future: Future[Result] | None = None
+                # An item before this one is to blame for a broken pool; it comes up when its turn comes.
+                with contextlib.suppress(BrokenProcessPool):
+                    future = pool.submit(_run, item)
+                waiting.append((item, future))
                 if len(waiting) < AHEAD * self._workers:
                     continue
                 try:
@@ -57,22 +61,17 @@ class Workers(Generic[Item, Result]):
         return ProcessPoolExecutor(workers, fork, _start, (self._function, self._seconds))
 
     @staticmethod
-    def _submit(pool: ProcessPoolExecutor, item: Item) -> Future[Result] | None:
-        try:
-            return pool.submit(_run, item)
-        except BrokenProcessPool:  # an item before this one is to blame; it comes up when its turn comes
-            return None
-
-    @staticmethod
     def _first(waiting: deque[tuple[Item, Future[Result] | None]]) -> tuple[Item, Result]:
         item, future = waiting[0]
         if future is None:
             raise BrokenProcessPool
+        # Taken off only then: an item whose process broke is to be tried again.
         result = future.result()
         waiting.popleft()
         return item, result
 
     def _one_by_one(self, waiting: deque[tuple[Item, Future[Result] | None]]) -> Iterator[tuple[Item, Result | None]]:
+        # Nobody can tell which of the items under way has broken the pool, so each gets a process to break for itself.
         while waiting:
             item, _ = waiting.popleft()
             with self._pool(1) as pool:
@@ -91,6 +90,7 @@ def _start(function: Callable, seconds: float) -> None:
     global _function, _limit
     _function, _limit = function, seconds
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A fork inherits the handlers of its parent. A handler in Python would run only when a decoder returns to Python.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
@@ -99,6 +99,7 @@ def _start(function: Callable, seconds: float) -> None:
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
+    # sys.exit would end this thread alone, and a worker that waits for its next item would stay.
     os._exit(1)
 
 

@@ -17,7 +17,6 @@ from megatron_gemini.building.captions import CaptionOrigin
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 MAX_ROW_BYTES = 1024 * 1024
-MAX_JSON_DEPTH = 16
 IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename", "image_path")
 URL_COLUMNS = ("url",)
 CAPTION_COLUMNS = ("caption", "text", "txt", "top_caption")
@@ -59,6 +58,8 @@ def folder_records(folders: Sequence[str], captions: CaptionOrigin) -> list[Reco
         if not os.path.isdir(folder):
             raise ValueError(f"{folder!r} is no folder; --images takes folders of pictures")
         for place, folders_below, names in os.walk(folder):
+            # os.walk goes on in the order of this list. A build that is stopped goes on by the records' numbers, so the
+            # order must be the same every time, which that of a file system is not.
             folders_below.sort()
             for name in sorted(names):
                 if name.lower().endswith(IMAGE_FILES):
@@ -73,6 +74,7 @@ def fingerprint(paths: Iterable[str | Path]) -> str:
     """SHA-256 of the names, sizes and times of files, of those that are there: what a restarted build compares."""
     digest = hashlib.sha256()
     for path in filter(os.path.exists, paths):
+        # Not the contents: that would read every picture once more at each start.
         found = os.stat(path)
         digest.update(
             f"{os.path.abspath(path)}\0{found.st_size}\0{found.st_mtime_ns}\0".encode(errors="surrogateescape")
@@ -87,6 +89,7 @@ def table_records(path: str, columns: Columns) -> Iterator[Record]:
     first = next((row for row in rows if isinstance(row, dict)), None)
     if first is None:
         raise ValueError(f"{path!r} has no row that can be read")
+    # Then from the beginning again: rows before the first that can be read have their numbers too.
     chosen = _choose(path, first, columns)
     root = columns.root or os.path.dirname(path)
     for number, row in enumerate(_rows(path)):
@@ -122,7 +125,12 @@ def _record(number: int, row: dict[str, Any], columns: Columns, root: str) -> Re
     place, caption = row.pop(columns.image or columns.url, None), row.pop(columns.caption, None)
     if not isinstance(place, str) or not place:
         return Record(number, problem="no_image")
-    plain = {str(name): value for name, value in row.items() if _is_plain(value)}
+    # JSON has no NaN and no infinity; Python's own writer would make up words for them.
+    plain = {
+        str(name): value
+        for name, value in row.items()
+        if isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+    }
     caption = caption if isinstance(caption, str) else None
     if columns.url:
         hashes = {name: str(row[name]).lower() for name in HASHES if row.get(name)}
@@ -133,10 +141,6 @@ def _record(number: int, row: dict[str, Any], columns: Columns, root: str) -> Re
     if os.path.commonpath([inside, path]) != inside:  # a table may name any file of the machine
         return Record(number, problem="path_outside")
     return Record(number, path, False, caption, plain)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _rows(path: str) -> Iterator[dict[str, Any] | str]:
@@ -151,6 +155,7 @@ def _rows(path: str) -> Iterator[dict[str, Any] | str]:
 
 def _separated(path: str, delimiter: str) -> Iterator[dict[str, Any] | str]:
     csv.field_size_limit(MAX_ROW_BYTES)
+    # utf-8-sig drops the byte order mark that spreadsheets put in front; the first column's name would begin with it.
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
         header = next(reader, [])
@@ -171,6 +176,7 @@ def _separated(path: str, delimiter: str) -> Iterator[dict[str, Any] | str]:
 def _json_lines(path: str) -> Iterator[dict[str, Any] | str]:
     with open(path, "rb") as file:
         while line := file.readline(MAX_ROW_BYTES + 1):
+            # The rest of a long line is passed over in pieces, so that no line of gigabytes is ever in memory.
             if len(line) > MAX_ROW_BYTES:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_ROW_BYTES)
@@ -180,7 +186,7 @@ def _json_lines(path: str) -> Iterator[dict[str, Any] | str]:
                 continue
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError):  # the latter of JSON that is nested thousands of levels deep
                 row = None
             yield row if isinstance(row, dict) else "bad_row"
 

@@ -25,13 +25,17 @@ def summary(entries: Sequence[JournalEntry]) -> dict[str, Any]:
         "kept": len(samples),
         "shards": {entry.shard: len(entry.samples) for entry in entries if entry.shard},
         "bytes": sum(sample.bytes for sample in samples),
-        "dropped": {reason: {"count": count, "first": dropped.first[reason]} for reason, count in _sorted(dropped)},
+        "dropped": {
+            reason: {"count": count, "first": dropped.first[reason]}
+            for reason, count in Counter(dropped.counts).most_common()
+        },
         "sizes": {name: _quantiles(values) for name, values in columns(samples).items()} if samples else {},
     }
 
 
 def columns(samples: Sequence[KeptSample]) -> dict[str, np.ndarray]:
     """What is worth a plot, int64[samples] each."""
+    # Without samples the array has one axis, and no columns to take apart.
     table = np.array([(s.width, s.height, s.characters, s.bytes) for s in samples], np.int64).reshape(-1, 4)
     return dict(zip(("width", "height", "characters", "bytes"), table.T, strict=True))
 
@@ -64,6 +68,7 @@ def plot(samples: Sequence[KeptSample], path: Path) -> None:
         (axes[3], values["bytes"] / 1000, "file (kB)"),
     )
     for axis, column, label in labeled:
+        # A little beyond both ends: of samples that are all alike, the bins would have no width.
         axis.hist(column, bins=np.geomspace(column.min() * 0.99, column.max() * 1.01, 41), color="#0072b2")
         axis.set(xlabel=label, ylabel="samples", xscale="log")
     for axis in axes:
@@ -72,11 +77,8 @@ def plot(samples: Sequence[KeptSample], path: Path) -> None:
     figure.savefig(str(path), dpi=110)
 
 
-def _sorted(dropped: Dropped) -> list[tuple[str, int]]:
-    return Counter(dropped.counts).most_common()
-
-
 def _quantiles(values: np.ndarray) -> dict[str, int]:
+    # Values that there are, and none between two of them: a size in pixels is a whole number.
     return {name: int(np.quantile(values, share, method="nearest")) for name, share in _QUANTILES.items()}
 
 

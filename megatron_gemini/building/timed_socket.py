@@ -24,6 +24,7 @@ class TimedSocket:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the time is over")
+        # Before every call anew, and always what is left of the whole.
         self._socket.settimeout(left)
         return self._socket
 

@@ -25,13 +25,16 @@ INSPECTED_SECONDS = 3600.0  # a shard may hold recordings that are too long for 
 
 def spans(grid_I3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A grid is (log-mel frames, 1, 1): two convolutions of stride 2 leave a quarter, rounded up twice."""
+    # A clip is one run: its embeddings attend to each other in the encoder, across all of its time.
     frames_I = grid_I3[:, 0]
     return frames_I * 0 + 1, (frames_I + 3) // 4
 
 
 def parameters(audio: AudioConfig) -> int:
     width = audio.width
+    # A convolution of width 3 has the parameters of a linear layer of three rows.
     subsample = linear(3 * audio.mels, width) + linear(3 * width, width)
+    # Of the convolution module: two norms, the gate, the depthwise kernels (one a channel), the output.
     convolution = 4 * width + linear(width, 2 * width, bias=False) + width * audio.kernel + width * width
     block = 2 * feed_forward(width, audio.mlp_width) + attention(width) + convolution + 2 * width
     return subsample + audio.layers * block
@@ -42,6 +45,7 @@ def saved_bytes(audio: AudioConfig, frames: int, element: int) -> float:
     width = audio.width
     block = 20 * width + 4 * audio.mlp_width
     outputs = audio.layers * block
+    # float32 whatever the element is: mean and deviation of each of six norms, and attention's log-sum-exp of a head.
     statistics = audio.layers * (12 + audio.heads)
     subsample = 4 * audio.mels + 5 * width
     return frames / 4 * ((outputs + subsample) * element + statistics * FP32)

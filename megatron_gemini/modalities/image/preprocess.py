@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 
+# Pillow would try every format that it knows otherwise, and its reader of EPS starts Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200
@@ -27,8 +28,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
     become 8-bit RGB; transparency is composited on white; the EXIF orientation is applied. The size is read
     from the header and checked before anything is decoded.
 
-    shrink_to: the caller will make the longer side at most this, so a JPEG of at least twice the size is decoded at
-    1/2, 1/4 or 1/8 of it, which skips most of the inverse transform. The longer side stays at least this long, the
+    shrink_to: the caller will make the longer side at most this. A JPEG of at least twice the size is therefore decoded
+    at 1/2, 1/4 or 1/8 of it, which skips most of the inverse transform. The longer side stays at least this long, the
     shorter one 64 pixels.
 
     Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt.
@@ -44,6 +45,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
             "image_unreadable", f"not a readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
         ) from None
     with image:
+        # Image.open has read the header alone; the pixels come with `load`.
         check_size(*image.size, max_pixels)
         try:
             if shrink_to and image.format == "JPEG":
@@ -64,6 +66,7 @@ def _shrink(image: Image.Image, side: int) -> None:
     factor = next(enough, 1)
     if factor > 1:
         width, height = image.size
+        # Pillow takes the smallest fraction by which both sides stay at least as long as asked for.
         image.draft(image.mode, (width // factor, height // factor))
 
 
@@ -98,6 +101,7 @@ def fitted_size(height: int, width: int, patch: int, max_side: int) -> tuple[int
     scale = min(1.0, max_side / max(height, width))
 
     def whole_patches(side: int) -> int:
+        # At least one patch, which a long strip's short side would round away.
         return min(max(round(side * scale / patch), 1), max_side // patch) * patch
 
     return whole_patches(height), whole_patches(width)
@@ -134,6 +138,7 @@ def square_image(image_HW3: np.ndarray, size: int) -> np.ndarray:
 
 def signed_pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 of any shape as float32 in [-1, 1]."""
+    # astype copies, so that the arithmetic in place leaves the caller's bytes as they are.
     return torch.from_numpy(images.astype(np.float32, order="C")).div_(127.5).sub_(1.0)
 
 

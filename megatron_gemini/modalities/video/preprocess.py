@@ -36,9 +36,9 @@ def decode_video(
 ) -> tuple[np.ndarray, float]:
     """At most `max_frames` frames of a clip, evenly spaced from the first to the last.
 
-    Returns uint8[F, H, W, 3] at the clip's own size (`fit_image` of any frame gives the size for all) and the
-    mean number of seconds between two of these frames (0.0 where there is only one). A rotation stored in the
-    file is applied; sound is ignored. Bytes, frame size, duration and number of frames are checked before decoding.
+    Returns uint8[F, H, W, 3] at the clip's own size, and the mean number of seconds between two of these frames (0.0
+    where there is only one). `fit_image` of any frame gives the size for all. A rotation stored in the file is applied;
+    sound is ignored. Bytes, frame size, duration and number of frames are checked before decoding.
 
     Raises BadSample: video_empty, video_too_large, video_too_narrow, video_too_long, video_too_many_frames,
     video_no_frames, video_unreadable, video_truncated, video_corrupt.
@@ -50,6 +50,7 @@ def decode_video(
     if len(data) > max_bytes:
         raise BadSample("video_too_large", f"the video file has {len(data):,} bytes; the limit is {max_bytes:,}")
     check_index(data, MAX_CODED_FRAMES)
+    # A pass over the packets first: which frames to keep depends on how many there are, and decoding is what costs.
     coded = _count_frames(data, max_pixels, max_seconds)
     keep = {round(index) for index in np.linspace(0, coded - 1, min(coded, max_frames))}
     frames: list[np.ndarray] = []
@@ -60,7 +61,7 @@ def decode_video(
             seen = index + 1
             if index in keep:
                 frames.append(_to_rgb(frame, frames))
-                times.append(_seconds(frame))
+                times.append(float(frame.time) if frame.time is not None else 0.0)
     except BadSample:
         raise
     except Exception as error:  # FFmpeg meets arbitrary bytes here
@@ -70,6 +71,7 @@ def decode_video(
     if len(frames) < len(keep):
         raise BadSample("video_truncated", f"only {seen} of the video's {coded} frames can be decoded")
     between = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    # Damaged times may run backward; the encoder takes 0 for a still image.
     return np.stack(frames), max(between, 0.0)
 
 
@@ -101,6 +103,7 @@ def _count_frames(data: bytes, max_pixels: int, max_seconds: float) -> int:
         coded = 0
         try:
             for packet in container.demux(stream):
+                # PyAV's last packet is an empty one that flushes a decoder; discarded ones are decoded and never shown.
                 coded += packet.size > 0 and not packet.is_discard
                 if coded > MAX_CODED_FRAMES:
                     raise BadSample("video_too_many_frames", f"the video has more than {MAX_CODED_FRAMES:,} frames")
@@ -110,6 +113,7 @@ def _count_frames(data: bytes, max_pixels: int, max_seconds: float) -> int:
             raise BadSample("video_corrupt", f"the video breaks off after {coded} frames: {one_line(error)}") from None
         if coded == 0:
             raise BadSample("video_no_frames", "the video stream holds no frames")
+        # 0 where the header does not say, as in Matroska.
         if coded < stream.frames:
             raise BadSample("video_truncated", f"the video holds {coded} of the {stream.frames} frames in its header")
     return coded
@@ -119,6 +123,7 @@ def _decoded(data: bytes, max_pixels: int) -> Iterator[VideoFrame]:
     container, stream = _open(data)
     with container:
         for frame in container.decode(stream):
+            # Again for every frame: a stream may change its size behind the header that was checked.
             check_size(frame.width, frame.height, max_pixels, "video")
             yield frame
 
@@ -130,7 +135,3 @@ def _to_rgb(frame: VideoFrame, earlier: list[np.ndarray]) -> np.ndarray:
         return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
     height, width = earlier[0].shape[:2] if turns % 2 == 0 else earlier[0].shape[1::-1]
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), turns))
-
-
-def _seconds(frame: VideoFrame) -> float:
-    return float(frame.time) if frame.time is not None else 0.0
