@@ -17,8 +17,5 @@ class CaptionOrigin(Enum):
         """The caption, or the file to read it from."""
         if self is CaptionOrigin.TXT:
             return picture.with_suffix(".txt")
-        return _words(picture.parent.name if self is CaptionOrigin.FOLDER else picture.stem)
-
-
-def _words(name: str) -> str:
-    return " ".join(name.replace("_", " ").replace("-", " ").split())
+        name = picture.parent.name if self is CaptionOrigin.FOLDER else picture.stem
+        return " ".join(name.replace("_", " ").replace("-", " ").split())

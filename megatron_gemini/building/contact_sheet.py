@@ -41,6 +41,7 @@ def _tile(shards: Shards, sample: int) -> tuple[Image.Image, str]:
             raise BadSample("no_image", ", ".join(endings))
         members = shards.read(sample, [image, "txt"])
         picture = Image.fromarray(decode_image(members[image]))
+        # thumbnail never enlarges: a small picture is shown as small as it is.
         picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
         return picture, decode_text(members["txt"]) if "txt" in members else ""
     except BadSample as error:

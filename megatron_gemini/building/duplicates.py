@@ -19,6 +19,7 @@ def difference_hash(image_HW3: np.ndarray) -> int:
     """
     # 9 x 9 pixels, so that 8 differences stand in every row and column.
     grey = Image.fromarray(image_HW3).convert("L").resize((9, 9), Image.Resampling.LANCZOS)
+    # 9 x 9 values have 9 x 8 neighbors each way; without the last row and the last column there are 64.
     values = np.asarray(grey, np.int16)
     right, down = values[:8, :-1] > values[:8, 1:], values[:-1, :8] > values[1:, :8]
     return int.from_bytes(np.packbits(np.concatenate([right.ravel(), down.ravel()])).tobytes(), "big")
@@ -68,6 +69,7 @@ class Duplicates:
     def keep(self, sha256: str, picture: int) -> None:
         """A sample that is in the build."""
         if self.kind != "none":
+            # As bytes, half of what the digits take: the hashes of all kept samples stay in memory.
             self._files.add(bytes.fromhex(sha256))
         if self.kind == "perceptual":
             self._near.add(picture)

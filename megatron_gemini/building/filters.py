@@ -89,4 +89,5 @@ def _number(value: Plain) -> float | None:
         number = float(value)
     except (OverflowError, ValueError):
         return None
+    # NaN is neither below nor above a limit, and would pass both.
     return number if math.isfinite(number) else None

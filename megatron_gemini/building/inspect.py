@@ -49,6 +49,7 @@ def inspect(paths: Sequence[str], at_most: int = 0) -> Contents:
     found = Contents()
     for path in tqdm(paths, unit=" shards", disable=None):
         try:
+            # Each by itself: together, one that cannot be used would be an error for all.
             shards = Shards([path])
         except ValueError as error:
             found.damage[path] = str(error)
@@ -71,6 +72,7 @@ def _inspect_sample(found: Contents, shards: Shards, sample: int) -> None:
     # Member by member, so that one that is damaged hides no other.
     for ending in endings:
         try:
+            # One by one, so that a damaged member hides none of the others.
             data = shards.read(sample, [ending])[ending]
             for name, value in _check(ending, data).items():
                 found.sizes.setdefault(name, []).append(value)

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_gemini.kernels.attention.api import AttentionPlan, attention
 from megatron_gemini.parallel.parameters import Init, constant, declare, normal, zeros
 
-EPS = 1e-6
+EPS = 1e-6  # of the norms, as in SigLIP
 
 
 def declare_layer(layer: nn.Module, weight: Init) -> None:
@@ -94,6 +94,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, layers: int, heads: int, mlp_width: int) -> None:
         super().__init__()
+        # Two residual branches a block: all together begin with the variance of one without the gain.
         gain = 1.0 / math.sqrt(2 * layers)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, gain) for _ in range(layers))
         self.norm = layer_norm(width)
@@ -111,7 +112,9 @@ def sinusoids(position_X: torch.Tensor, width: int) -> torch.Tensor:
     """
     half = width // 2
     frequency = torch.exp(torch.arange(half, device=position_X.device) * (-math.log(10_000.0) / half))
+    # In float32 whatever the model computes in: bfloat16 tells whole numbers apart only up to 256.
     angle = position_X.float()[:, None] * frequency
+    # An odd width ends in a column of zeros.
     return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(angle), width % 2)], dim=-1)
 
 

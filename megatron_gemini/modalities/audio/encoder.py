@@ -60,6 +60,7 @@ class AudioEncoder(nn.Module):
         h_OD, length_I = self.subsample(media.values_PC.to(self.like.dtype), frames_I)
         position_O, clip_O = _within(length_I, len(h_OD))
         h_OD = h_OD + sinusoids(position_O, self.config.width).to(h_OD.dtype)
+        # Segments count from 1, and a clip is one: no embedding attends to another clip.
         segment_O = (clip_O + 1).to(torch.int32)
         plan = plan_attention(segment_O, segment_O)
         gaps = Gaps.between(length_I, len(h_OD), self.config.kernel // 2)
@@ -97,6 +98,7 @@ class Gaps:
 
 def _within(length_I: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(position within its clip, clip), int64, of each of the `total` rows of the packed clips."""
+    # With the size given, repeat_interleave need not read it back from the device.
     clip_X = torch.repeat_interleave(length_I, output_size=total)
     first_I = length_I.cumsum(0) - length_I
     return torch.arange(total, device=length_I.device) - first_I[clip_X], clip_X
@@ -117,19 +119,17 @@ class Subsample(nn.Module):
         half_I = (frames_I + 1) // 2
         length_I = (half_I + 1) // 2
         x_MS = self.first(full.spread(values_PM).T[None])
-        x_MS = F.gelu(x_MS) * _halved_mask(full, x_MS)
-        x_SD = F.gelu(self.second(x_MS))[0].T
-        return x_SD.index_select(0, _halved(_halved(full.slot_X))), length_I
+        half_X = _halved(full.slot_X)
+        # In the gaps the first convolution leaves its bias, where a clip alone would be padded with zeros: 1 where the
+        # half-rate row has a clip, 0 elsewhere.
+        clips_S = x_MS.new_zeros(x_MS.shape[-1]).index_fill(0, half_X, 1.0)
+        x_SD = F.gelu(self.second(F.gelu(x_MS) * clips_S))[0].T
+        return x_SD.index_select(0, _halved(half_X)), length_I
 
 
 def _halved(slot_X: torch.Tensor) -> torch.Tensor:
     """Slots of the stride-2 convolution's outputs, given its inputs' (clips begin at even slots)."""
     return slot_X[slot_X % 2 == 0] // 2
-
-
-def _halved_mask(full: Gaps, x_MS: torch.Tensor) -> torch.Tensor:
-    """1 where the half-rate row has a clip, 0 in its gaps, where the convolution's bias must not stay."""
-    return x_MS.new_zeros(x_MS.shape[-1]).index_fill(0, _halved(full.slot_X), 1.0)
 
 
 class _Conv1d(nn.Conv1d):

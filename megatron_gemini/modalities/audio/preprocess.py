@@ -97,6 +97,7 @@ def check_wave(samples: np.ndarray) -> None:
     low, high = float(samples.min()), float(samples.max())
     if max(-low, high) > MAX_AMPLITUDE:
         raise BadSample("audio_out_of_range", f"the audio reaches {max(-low, high):.3g}; full scale is 1.0")
+    # Half of peak to peak and not the peak: a constant offset is no sound.
     if (high - low) / 2 < SILENCE:
         raise BadSample("audio_silent", f"the audio is silent (amplitude {(high - low) / 2:.1e})")
 
@@ -115,6 +116,7 @@ def log_mel(wave_16k: np.ndarray | torch.Tensor, mels: int = 128) -> torch.Tenso
     """
     wave = torch.as_tensor(wave_16k, dtype=torch.float32)
     frames = log_mel_frames(wave.numel())
+    # What a window has beyond its hop lies half before the hop and half behind it.
     before = (WINDOW - HOP) // 2
     padded = torch.nn.functional.pad(wave, (before, (frames - 1) * HOP + WINDOW - before - wave.numel()))
     windows = padded.unfold(0, WINDOW, HOP) * torch.hann_window(WINDOW, periodic=True, device=wave.device)
@@ -122,6 +124,7 @@ def log_mel(wave_16k: np.ndarray | torch.Tensor, mels: int = 128) -> torch.Tenso
     energy_LM = power_LB @ _mel_filters(mels).to(wave.device).T
     peak = energy_LM.max().clamp_min(1e-10)
     level_LM = torch.log10((energy_LM / peak).clamp_min(10.0**-DYNAMIC_RANGE))
+    # The level is log10(energy / peak) in [-8, 0], whatever the recording level was: [-1, 1] of it.
     return level_LM * (2.0 / DYNAMIC_RANGE) + 1.0
 
 
@@ -138,4 +141,5 @@ def _mel_filters(mels: int) -> torch.Tensor:
     left, center, right = hertz[:-2, None], hertz[1:-1, None], hertz[2:, None]
     rising, falling = (bins - left) / (center - left), (right - bins) / (right - center)
     triangles = torch.minimum(rising, falling).clamp_min(0.0)
+    # A triangle of height 2 / base has an area of 1. Without it, the broad high ones would be louder than the low ones.
     return (triangles * (2.0 / (right - left))).to(torch.float32)

@@ -126,6 +126,7 @@ class ImageTokenizer(nn.Module):
         return placed, _plan(images, side * side, h_XD.device)
 
 
+# Training has one batch size, so the plan of its attention is made once and not every step.
 @functools.lru_cache(maxsize=8)
 def _plan(images: int, patches: int, device: torch.device) -> AttentionPlan:
     image_X = torch.arange(1, images + 1, dtype=torch.int32, device=device).repeat_interleave(patches)
@@ -167,9 +168,11 @@ class Codebook(nn.Module):
         nearest_XC = codes_VC.index_select(0, code_X)
         return Quantized(
             code_X=code_X,
+            # The value of the code with the gradient of the output (straight-through: van den Oord et al. 2017).
             vector_XC=output_XC + (nearest_XC - output_XC).detach(),
             distance_to_codes=_squared_distance(nearest_XC, output_XC.detach()),
             distance_to_outputs=_squared_distance(nearest_XC.detach(), output_XC),
+            # |a - b|^2 = 2 - 2 a.b of unit vectors. The outputs are detached in the cosine: spread moves codes alone.
             spread=(2.0 - 2.0 * cosine_XV.amax(dim=0)).mean(),
         )
 
@@ -184,6 +187,7 @@ def _squared_distance(a_XC: torch.Tensor, b_XC: torch.Tensor) -> torch.Tensor:
 
 def _to_pixels(mean: torch.Tensor) -> torch.Tensor:
     """The logit's mean as a pixel in [-1, 1] (a little beyond where the model overshoots)."""
+    # Undoes the squeeze of `logit_laplace` into [MARGIN, 1 - MARGIN].
     return ((torch.sigmoid(mean) - MARGIN) / (1 - 2 * MARGIN)) * 2 - 1
 
 
@@ -191,6 +195,7 @@ def logit_laplace(images: torch.Tensor, mean: torch.Tensor, log_scale: torch.Ten
     """Mean negative log-likelihood of pixels in [-1, 1] under the logit-Laplace distribution (DALL-E, eq. 2)."""
     squeezed = (images + 1) / 2 * (1 - 2 * MARGIN) + MARGIN
     distance = (torch.logit(squeezed) - mean).abs() * torch.exp(-log_scale)
+    # With x squeezed and b the scale: -log p = |logit(x) - mean| / b + log(2 b x (1 - x)).
     return (distance + log_scale + math.log(2) + torch.log(squeezed * (1 - squeezed))).mean()
 
 
@@ -198,10 +203,12 @@ def logit_laplace(images: torch.Tensor, mean: torch.Tensor, log_scale: torch.Ten
 def perplexity(codes: torch.Tensor, size: int) -> torch.Tensor:
     """Scalar exp(entropy) of the codes' frequencies: how many codes are in even use."""
     share = torch.bincount(codes.flatten(), minlength=size).float() / codes.numel()
+    # xlogy is 0 at 0, so that codes without use add nothing.
     return torch.exp(-torch.xlogy(share, share).sum())
 
 
 def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], from the mean squared error over all of them."""
     error = F.mse_loss(reconstruction.double(), images.double()).clamp_min(1e-12)
+    # The peak is 2, from -1 to 1, and 4 its square. Equal images have 126 dB by the clamp, not infinity.
     return float(10 * torch.log10(4.0 / error))

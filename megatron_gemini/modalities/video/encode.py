@@ -24,11 +24,13 @@ def encode_video(frames_FHW3: np.ndarray, fps: float) -> bytes:
         raise ValueError(f"fps is {fps}; it must be greater than 0")
     file = io.BytesIO()
     with av.open(file, mode="w", format="mp4") as container:
+        # Up to 1001, so that rates of NTSC such as 30000/1001 stay exact.
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "10", "preset": "fast", "threads": "1"}
         for frame_HW3 in frames_FHW3:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HW3), format="rgb24")
             container.mux(stream.encode(picture))
+        # Without a frame, the encoder gives what it still holds back.
         container.mux(stream.encode())
     return file.getvalue()

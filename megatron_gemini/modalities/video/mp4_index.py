@@ -45,6 +45,8 @@ def _beside_media(data: bytes) -> list[tuple[int, int]]:
     place = 0
     while place + 8 <= len(data):
         size, kind = struct.unpack_from(">I4s", data, place)
+        # ISO/IEC 14496-12, section 4.2: size 1 announces one of 64 bits behind the name, and size 0 is a last box that
+        # reaches to the end of the file.
         if size == 1 and place + 16 <= len(data):
             size = int.from_bytes(data[place + 8 : place + 16], "big")
         elif size == 0:
@@ -65,5 +67,6 @@ def _is_plain_sound(data: bytes, begin: int, place: int) -> bool:
     track = max(data.rfind(b"trak", begin, place), begin)
     end = data.find(b"trak", place)
     content = data[track : end if end >= 0 else len(data)][: 1024 * 1024]
+    # A table of times (`stts`): version and flags, the number of entries (1), how many samples, the ticks of each (1).
     one_tick = re.findall(rb"stts....(\x00\x00\x00\x01....\x00\x00\x00\x01)?", content, re.DOTALL)
     return b"soun" in content and b"vide" not in content and len(one_tick) == 1 and one_tick[0] != b""

@@ -21,6 +21,7 @@ def resize(vision: VisionConfig, tokens: int = 0) -> Callable[[Video, np.random.
     check_tokens(tokens)
 
     def change(video: Video, random: np.random.Generator) -> Video:
+        # All frames of a clip share one grid, so each has the same part of the budget, and no less than a patch.
         budget = max(tokens // len(video.frames_FHW3), 1) if tokens else 0
         return Video(resized(video.frames_FHW3, vision, budget), video.seconds_between_frames)
 
@@ -41,6 +42,7 @@ def frames(vision: VisionConfig, count: int = 8) -> Callable[[Video, np.random.G
         if total <= count:
             return video
         kept = np.linspace(0, total - 1, count).round().astype(int)
+        # The same time from the first frame to the last, in fewer steps.
         seconds = video.seconds_between_frames * (total - 1) / (count - 1) if count > 1 else 0.0
         return Video(video.frames_FHW3[kept], seconds)
 
