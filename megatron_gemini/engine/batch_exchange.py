@@ -1,12 +1,12 @@
 """How the packed rows of a step get from the ranks that have read them to the ranks that train on them.
 
 Every rank of the job reads other rows, so that none is read or decoded twice. The tokens of a row, and the sizes and
-places of its media, go to all ranks of its data-parallel rank; the values of its media (pixels, log-mels) stay with
-the reader, and the encoders' engine takes them from there to the rank that encodes them.
+places of its media, go to all ranks of its data-parallel rank. The values of its media (pixels, log-mels) stay with the
+reader. The encoders' engine takes them from there to the rank that encodes them.
 
 A packet is a row on its way: the lengths of header and body as two int64, the header and the body
-(`data/packing/wire.py`), each filled up to a multiple of 64 bytes, so that the tensors of every row of a buffer are
-aligned.
+(`data/packing/wire.py`). Each of the three is filled up to a multiple of 64 bytes, so that the tensors of every row of
+a buffer are aligned.
 """
 
 from __future__ import annotations

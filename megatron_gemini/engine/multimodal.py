@@ -1,8 +1,8 @@
 """The engine of a multimodal model: encoders over all ranks, the decoder's stages in a pipeline.
 
-A step is: every rank encodes its share of all media; the embeddings travel to the ranks that hold the embedding
-stage; the decoder's forward and backward; the embeddings' gradients travel back; the encoders' backward; one norm;
-one update.
+In a step every rank encodes its share of all media, and the embeddings travel to the ranks that hold the embedding
+stage. Behind the decoder's forward and backward the embeddings' gradients travel back, for the encoders' backward. One
+norm and one update end the step.
 """
 
 from __future__ import annotations
