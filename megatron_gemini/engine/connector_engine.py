@@ -72,7 +72,10 @@ class ConnectorEngine:
         """From gradients [O, D] of `forward`'s results to those [X, E] of what the trained encoders had given."""
         outputs = self._outputs or self._run()
         for engine, names in self._parts:
-            losses = [_scalar(outputs[name], grads.get(name)) for name in names]
+            # Scalars whose gradients are those given, or zero: handed the gradients themselves, DeepSpeed would divide
+            # them by more than it should.
+            pairs = [(outputs[name], grads.get(name)) for name in names]
+            losses = [(y * (0 if grad is None else grad.to(y.dtype))).sum() for y, grad in pairs]
             if isinstance(engine, ZeroEngine):
                 engine.backward(torch.stack(losses).sum(), boundary=True)
             # Only through it, to an encoder that is trained: its own weights want no gradient.
@@ -105,9 +108,3 @@ class ConnectorEngine:
 def _parameters(config: RunConfig, names: Sequence[str]) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Connectors(config, names).parameters())
-
-
-def _scalar(output: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-    """A scalar whose gradient is `grad`, and zero where there was nothing: DeepSpeed would divide by more than it
-    should if it were given the gradient."""
-    return (output * 0).sum() if grad is None else (output * grad.to(output.dtype)).sum()

@@ -73,6 +73,7 @@ def assign(cost_I: np.ndarray, holder_I: np.ndarray, load_R: np.ndarray) -> np.n
         return rank_I
     bound = max(cost_I.max(), cost_I.sum() / len(load_R)) * _ROUNDING
     besides, mine = load_R.tolist(), [0.0] * len(load_R)
+    # The rank's number comes last and decides between equals, so that every rank finds the same plan.
     heap = sorted((0.0, besides[rank], rank) for rank in range(len(load_R)))
     for item in np.argsort(-cost_I, kind="stable").tolist():
         cost = float(cost_I[item])
