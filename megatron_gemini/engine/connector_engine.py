@@ -46,6 +46,7 @@ class ConnectorEngine:
                 lambda: Connectors(config, free), engine_config(config), groups, settings, device, scales
             )
         if fixed:
+            # `_run` calls its module past DeepSpeed, so nothing would gather the weights that ZeRO-3 had divided.
             whole = dataclasses.replace(config.encoder_engines, zero_stage=0)
             of_whole = dataclasses.replace(config, encoder_engines=whole)
             settings = encoder_settings(decoder, of_whole, groups.data_size, _parameters(config, fixed))
@@ -58,20 +59,26 @@ class ConnectorEngine:
 
     def forward(self, encoded: Mapping[str, Encoded], training: bool) -> dict[str, torch.Tensor]:
         """[O, D] without a graph, of what each encoder has given on this rank. training: `backward` follows."""
+        # Every connector, also without items here: ZeRO gathers and reduces on all ranks at the same time.
         self._inputs = {name: self._leaf(name, encoded.get(name), training) for name in self.names}
         keep = training and not self.config.encoder_engines.recompute
         with torch.set_grad_enabled(keep):
             outputs = self._run()
         self._outputs = outputs if keep else {}
+        # Nobody reads what the others gave: they ran for the collectives.
         return {name: outputs[name].detach() for name in encoded}
 
     def backward(self, grads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """From gradients [O, D] of `forward`'s results to those [X, E] of what the trained encoders had given."""
         outputs = self._outputs or self._run()
         for engine, names in self._parts:
-            losses = [_scalar(outputs[name], grads.get(name)) for name in names]
+            # Scalars whose gradients are those given, or zero: handed the gradients themselves, DeepSpeed would divide
+            # them by more than it should.
+            pairs = [(outputs[name], grads.get(name)) for name in names]
+            losses = [(y * (0 if grad is None else grad.to(y.dtype))).sum() for y, grad in pairs]
             if isinstance(engine, ZeroEngine):
                 engine.backward(torch.stack(losses).sum(), boundary=True)
+            # Only through it, to an encoder that is trained: its own weights want no gradient.
             elif losses and any(loss.requires_grad for loss in losses):
                 torch.stack(losses).sum().backward()
         found = {name: each.e_XE.grad for name, each in self._inputs.items() if name in grads}
@@ -101,9 +108,3 @@ class ConnectorEngine:
 def _parameters(config: RunConfig, names: Sequence[str]) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in Connectors(config, names).parameters())
-
-
-def _scalar(output: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
-    """A scalar whose gradient is `grad`, and zero where there was nothing: DeepSpeed would divide by more than it
-    should if it were given the gradient."""
-    return (output * 0).sum() if grad is None else (output * grad.to(output.dtype)).sum()

@@ -57,6 +57,7 @@ def decided_values(config: RunConfig, microbatches: int, ranks: int) -> JsonObje
     decided: JsonObject = {
         "train_micro_batch_size_per_gpu": 1,  # a packed row, or a rank's images
         "gradient_accumulation_steps": microbatches,
+        # DeepSpeed asserts that it is the product of the two above and its data-parallel ranks.
         "train_batch_size": microbatches * ranks,
         "gradient_clipping": engine.gradient_clipping,
         "zero_optimization": zero,
@@ -64,6 +65,7 @@ def decided_values(config: RunConfig, microbatches: int, ranks: int) -> JsonObje
     if engine.precision == "bf16":
         # Gradients of several microbatches are summed in fp32; a non-finite norm skips the step.
         decided["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        # Not for ZeRO-0, which adds up its gradients in the weights' own precision.
         if engine.zero_stage:
             decided["data_types"] = {"grad_accum_dtype": "fp32"}
     else:

@@ -33,6 +33,7 @@ def join(device: torch.device) -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for key, value in alone.items():
         os.environ.setdefault(key, value)
+    # Any free port, so that two runs without a launcher do not meet on one machine.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))

@@ -58,6 +58,7 @@ class EncoderEngine:
     ) -> None:
         self.config, self.name, self.device, self.trained = config, name, device, not is_frozen(config, name)
         self.recompute = config.encoder_engines.recompute
+        # Without memory, only to be counted: an encoder that ZeRO-3 divides need not fit into a rank as a whole.
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Encoders(config, (name,)).parameters())
         settings = encoder_settings(decoder, config, groups.data_size, parameters)
@@ -75,8 +76,10 @@ class EncoderEngine:
 
         training: `backward` follows.
         """
+        # As many on every rank: under ZeRO-3 the ranks wait for each other in each forward.
         inputs = [*chunks, *(dummy_media(self.config, self.name, self.device) for _ in range(forwards - len(chunks)))]
         keep = training and self.trained
+        # Without graphs, a step holds one chunk's activations at a time: each chunk runs again in its backward.
         with self._held(forwards), torch.set_grad_enabled(keep and not self.recompute):
             outputs = [self.engine.forward(self.name, media) for media in inputs]
         if keep:
@@ -98,6 +101,7 @@ class EncoderEngine:
     @contextlib.contextmanager
     def _held(self, forwards: int) -> Iterator[None]:
         """Under ZeRO-3, weights that several forwards need are gathered once for all of them."""
+        # A single forward needs each layer once: DeepSpeed gathers and releases one after another, in less memory.
         if not self.engine.gathers or forwards < 2:
             yield
             return

@@ -43,6 +43,7 @@ def groups_of_world(topology: Topology) -> EngineGroups:
     """Every rank is data parallel, none shares weights with another."""
     if topology.world == 1:
         return EngineGroups()
+    # Every rank makes another group. torch would have all ranks make all of them, but for local synchronization.
     alone = dist.new_group([topology.rank], use_local_synchronization=True)
     return EngineGroups(topology.world, topology.rank, dist.group.WORLD, 1, 0, alone)
 
@@ -114,15 +115,18 @@ class EncoderEngines:
         """
         if not self.encoders:
             return [RowEmbeddings() for _ in step.rows]
+        # Within one data group: it has every row of the step once, and all the others have the same ones.
         tables = gather_tables(size_table(step.rows, self.config), self.topology.data_group, self.device)
         plan = make_plan(tables, step.readers, self.config, self.topology, training)
         self.balance = plan.balance
         made = self._embed(plan, step.read, training)
+        # By encoder, which is how the items are ordered and so what the routes' numbers count.
         in_stream = [made[name] for name, held in zip(self.names, self._in_stream, strict=True) if held]
         nothing = self._like.new_empty(0, self.config.model.width)
-        routes = embedding_routes(
-            plan.items, self._streams_of(step.rows), len(step.rows), self._wanted, self._in_stream
-        )
+        tokens = len(step.rows[0].token_T)
+        if tokens not in self._streams:
+            self._streams[tokens] = Streams(self.topology, tokens)
+        routes = embedding_routes(plan.items, self._streams[tokens], len(step.rows), self._wanted, self._in_stream)
         arrived = routes.to_decoder.carry(torch.cat([nothing, *in_stream]))
         leaves = [e_OD.detach().requires_grad_(training) for e_OD in arrived.split(routes.counts)]
         memories = {name: self._memories(plan, name, made[name], len(step.rows), training) for name in self.reading}
@@ -143,6 +147,7 @@ class EncoderEngines:
         grads = self._gradients(last, scale)
         of_encoders = self.connectors.backward(grads)
         items = last.plan.items
+        # In one order on all ranks, which under ZeRO-3 wait for each other in each encoder.
         for number, (encoder, chunks) in reversed(list(enumerate(zip(self.encoders, last.plan.chunks, strict=True)))):
             if not encoder.trained:
                 continue
@@ -163,6 +168,7 @@ class EncoderEngines:
             total = int(items.outputs[mine].sum())
             if name in last.memories:
                 routes, leaves = last.memories[name]
+                # In float32: the parts of all reading ranks are summed at the end of the way.
                 back = routes.carry_back(torch.cat([_gradient(leaf) for leaf in leaves]).float()) * scale
                 found |= {name: back} if total and self._wanted[number] else {}
             elif self._wanted[number]:
@@ -177,6 +183,7 @@ class EncoderEngines:
         encoded: dict[str, Encoded] = {}
         for encoder, chunks, forwards in zip(self.encoders, plan.chunks, plan.forwards, strict=True):
             outputs = encoder.forward([self._media(plan, values, chunk) for chunk in chunks], forwards, training)
+            # Chunks take the longest items first, and the connector wants all of them in the items' order.
             made: dict[int, torch.Tensor] = {}
             for chunk, output in zip(chunks, outputs, strict=True):
                 made |= zip(chunk, output.split(plan.items.encoded[chunk].tolist()), strict=True)
@@ -208,15 +215,14 @@ class EncoderEngines:
             of_row = {}
             for name, (way, of_rows) in memories.items():
                 token_M = way.token.to(self.device).split(way.counts)[row]
-                of_row[name] = self._memory(token_M, of_rows[row])
+                e_MD = of_rows[row]
+                # A row without items gets one embedding that no token sees, so that what reads it runs on every row.
+                if not len(e_MD):
+                    token_M = token_M.new_full((1,), -1)
+                    e_MD = torch.cat([e_MD, e_MD.new_zeros(1, e_MD.shape[1])])
+                of_row[name] = Memory(token_M, e_MD)
             found.append(RowEmbeddings(Embeddings(position_O, e_OD) if len(e_OD) else None, of_row))
         return found
-
-    def _memory(self, token_M: torch.Tensor, e_MD: torch.Tensor) -> Memory:
-        """A row without items gets one embedding that no token sees, so that what reads it runs on every row."""
-        if len(e_MD):
-            return Memory(token_M, e_MD)
-        return Memory(token_M.new_full((1,), -1), torch.cat([e_MD, e_MD.new_zeros(1, e_MD.shape[1])]))
 
     def _own_values(self, plan: EncodingPlan, read: Mapping[int, Batch]) -> dict[int, torch.Tensor]:
         """The inputs [n, C] of all items of the rows that this rank has read, by the items' numbers."""
@@ -239,12 +245,6 @@ class EncoderEngines:
             time_I=torch.from_numpy(plan.seconds_I[chunk]).to(self.device, torch.float32),
             token_O=torch.empty(0, dtype=torch.int64, device=self.device),  # an encoder has no use for it
         )
-
-    def _streams_of(self, batches: Sequence[Batch]) -> Streams:
-        tokens = len(batches[0].token_T)
-        if tokens not in self._streams:
-            self._streams[tokens] = Streams(self.topology, tokens)
-        return self._streams[tokens]
 
 
 def _gradient(leaf: torch.Tensor) -> torch.Tensor:

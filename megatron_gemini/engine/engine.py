@@ -105,6 +105,7 @@ class Engine(ABC, Generic[Step, Output]):
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all ranks; a rank that has nothing to add gives zeros."""
+        # In float64, which adds up counts of tokens exactly.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.topology.world > 1:
             dist.all_reduce(tensor)

@@ -42,6 +42,7 @@ class FrozenEngine(ModuleEngine[P, Output]):
             if self.stage == 3:
                 import deepspeed
 
+                # Without parameters to train it makes the hooks that gather and release, and no optimizer.
                 self.deepspeed, *_ = deepspeed.initialize(model=self.module, config=settings, mpu=self.unit)
                 require(frozen_uses(self.deepspeed))
         named = self.module.named_parameters()

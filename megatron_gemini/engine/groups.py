@@ -64,6 +64,7 @@ class ModelParallelUnit:
     def get_model_parallel_world_size(self) -> int:
         return self._groups.model_size
 
+    # DeepSpeed's ZeRO-1 and 2 ask by the names above, its engine and what all its optimizers share by these.
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size

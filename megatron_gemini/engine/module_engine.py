@@ -92,6 +92,8 @@ class ModuleEngine(ABC, Generic[P, Output]):
         assert isinstance(module, nn.Module)
         if not trained:
             module.requires_grad_(False).eval()  # without dropout and its like
+        # Behind all constructors: values depend on a parameter's name in the whole model, which its layer does not
+        # know.
         fill_initial_values(module, self.config.train.seed)
         return module.to(device=self.device, dtype=self.dtype)
 

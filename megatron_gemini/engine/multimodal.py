@@ -1,13 +1,14 @@
 """The engine of a multimodal model: encoders over all ranks, the decoder's stages in a pipeline.
 
-A step is: every rank encodes its share of all media; the embeddings travel to the ranks that hold the embedding
-stage; the decoder's forward and backward; the embeddings' gradients travel back; the encoders' backward; one norm;
-one update.
+In a step every rank encodes its share of all media, and the embeddings travel to the ranks that hold the embedding
+stage. Behind the decoder's forward and backward the embeddings' gradients travel back, for the encoders' backward. One
+norm and one update end the step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -43,32 +44,34 @@ class MultimodalEngine(Engine[StepRows, LossOutput]):
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
         self.encoder_engines = EncoderEngines(config, topology, device, self._reading(stages))
         self.decoder = [
-            ZeroEngine(self._stage(part), config, EngineGroups.of_decoder(topology), self.settings, device)
+            ZeroEngine(
+                # Bound now: a lambda that is called later would see the part of the comprehension's last turn.
+                functools.partial(DecoderStage, config, layout, self.layers, part, loss),
+                config,
+                EngineGroups.of_decoder(topology),
+                self.settings,
+                device,
+            )
             for part in stages[topology.pipeline_rank :: topology.pipeline_size]
         ]
         self.parts = [*self.decoder, *self.encoder_engines.parts]
         self.frozen = self.encoder_engines.frozen
         self.pipeline: Pipeline[LossOutput] | None = None
         if topology.pipeline_size > 1:
-            from megatron_gemini.engine.pipeline import Pipeline
+            from megatron_gemini.engine.pipeline import Pipeline  # torch's schedules take long to import
 
-            self.between = self._between_stages()
+            shape = len(self.layers.stream(config.data.row_tokens)), config.model.width
+            self.between = torch.empty(shape, dtype=self.dtype, device=device, requires_grad=True)
             self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self.between)
         self.prepare: Callable[[list[StageInput]], None] = lambda rows: None
         """What is done with a step's rows before the decoder sees them, as by the roles that its loss depends on."""
-
-    def _stage(self, part: Part) -> Callable[[], DecoderStage]:
-        return lambda: DecoderStage(self.config, self.layout, self.layers, part, self.loss)
-
-    def _between_stages(self) -> torch.Tensor:
-        tokens = len(self.layers.stream(self.config.data.row_tokens))
-        return torch.empty(tokens, self.config.model.width, dtype=self.dtype, device=self.device, requires_grad=True)
 
     def _reading(self, stages: Sequence[Part]) -> dict[str, list[int]]:
         """By encoder whose connector gives a memory, the pipeline ranks with layers that read it."""
         found: dict[str, list[int]] = {}
         for number, part in enumerate(stages):
             for index, of_layer in readers(self.config, self.layers).items():
+                # Virtual stages go round: stage n of the model is on pipeline rank n mod the number of ranks.
                 for name in of_layer if index in part.layers else ():
                     found.setdefault(name, []).append(number % self.topology.pipeline_size)
         return {name: sorted(set(ranks)) for name, ranks in found.items()}

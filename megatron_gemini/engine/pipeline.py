@@ -183,7 +183,9 @@ class Pipeline(Generic[Output]):
         if scale is None:
             schedule._step_microbatches(kwarg_mbs=inputs)
         else:
+            # Anew in each step, since the scale has the sum of the step's loss weights in it.
             schedule._loss_fn = lambda output, _: output[0] * scale
+            # torch looks a target up for every loss; here the loss is the last stage's output, and needs none.
             schedule._step_microbatches(kwarg_mbs=inputs, target_mbs=[None] * len(rows), return_outputs=False)
         # What torch keeps of a step until the next one: inputs and outputs of all microbatches.
         for one in self.stages:

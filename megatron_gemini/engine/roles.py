@@ -144,6 +144,7 @@ class Role(Generic[Output]):
         for engine in self.engines:
             check_shapes(engine.fragments, reader)
             fill(engine.fragments, reader)
+        # A trained engine's fragments are masters, of which the weights that its forward reads may be copies.
         for engine in self.trained:
             engine.wrapper.publish_masters()
             engine.wrapper.put_back()

@@ -39,11 +39,13 @@ def size_swap_buffers(settings: JsonObject, largest: int) -> None:
     """Give weights on NVMe buffers of the `largest` parameter, in elements; DeepSpeed's own take 2 GB an engine."""
     offload = section(settings, "zero_optimization", "offload_param")
     if offload.get("device") == "nvme":
+        # In whole blocks: DeepSpeed's asynchronous IO moves 1,024 bytes, or a multiple of that, at a time.
         offload.setdefault("buffer_size", -(-largest // 1024) * 1024)
 
 
 def at_stage(engine: EngineConfig, stage: int) -> EngineConfig:
     """The engine section with another ZeRO stage, and without the offloading that the stage cannot have."""
+    # ZeRO-0 divides no optimizer that could be moved, and only ZeRO-3 has weights to bring in one at a time.
     optimizer = engine.offload_optimizer if stage > 0 else "none"
     parameters = engine.offload_parameters if stage == 3 else "none"
     # DeepSpeed's CPU Adam is there for an optimizer that is offloaded.
@@ -65,6 +67,7 @@ def second_engine(settings: JsonObject, engine: EngineConfig) -> JsonObject:
         if device == "none":
             zero.pop(key, None)
     if engine.zero_stage == 3:
+        # As `deepspeed_config` has it, but for a decoder at another stage, whose dictionary is without it.
         zero.setdefault("stage3_param_persistence_threshold", 0)
     if engine.precision == "bf16" and engine.zero_stage:
         settings.setdefault("data_types", {"grad_accum_dtype": "fp32"})

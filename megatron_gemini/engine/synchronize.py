@@ -83,6 +83,7 @@ def shards_digest(sources: Sequence[DocumentSource]) -> int:
 
 def preflight(config: int, shards: int, topology: Topology, device: torch.device) -> None:
     """Raise the same ValueError on every rank if some have other settings (`config_digest`) or other shards."""
+    # crc32 has 32 bits without a sign, which float32 would round and int32 not hold.
     every = _gather(torch.tensor([config, shards], dtype=torch.int64), topology, device)
     differences = []
     for column, what in enumerate(("another configuration", "other shards in data.sources")):
@@ -118,17 +119,20 @@ def synchronize_step(
         fingerprint.microbatches,
         fingerprint.row_tokens,
     )
+    # A bit for each encoder of the registry. Sums of powers of two up to 2^52 are exact in float64.
     mine[_ENCODERS] = sum(1 << number for number, name in enumerate(ENCODERS) if name in fingerprint.encoders)
     mine[_CONFIG], mine[_ROWS] = fingerprint.config, fingerprint.rows
     every = _gather(mine, topology, device)
     if every[:, _PROBLEM].any():
         raise ValueError(_problems(problem, topology, device))
+    # Behind the problems: a rank that could not read its rows has another fingerprint just for that.
     differences = _differences(every.long(), topology)
     if differences:
         raise ValueError(
             f"the ranks are not about to run the same step: {'; '.join(differences)}. Every rank needs the same "
             "configuration, the same data and the same checkpoint"
         )
+    # A signal may have reached one rank alone, and all of them stop for it.
     total, stopped = float((every[:, _WEIGHT] * every[:, _COUNTS]).sum()), int(every[:, _STOP].max())
     if total <= 0:
         raise ValueError("no token of this step has a loss weight; check the loss section and the data's tasks")
@@ -147,6 +151,7 @@ def _gather(mine: torch.Tensor, topology: Topology, device: torch.device) -> tor
 
 def _problems(problem: str, topology: Topology, device: torch.device) -> str:
     """What the ranks that have a problem say, each once."""
+    # A gather wants as many bytes from every rank. The cut may go through a character: `ignore` drops its rest.
     text = problem.encode()[:_TEXT]
     mine = torch.zeros(_TEXT, dtype=torch.uint8)
     mine[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)

@@ -77,6 +77,7 @@ class ZeroEngine(ModuleEngine[P, Output]):
     def backward(self, loss: torch.Tensor, boundary: bool) -> None:
         """Adds the gradients of `loss`, a scalar; boundary: it is the step's last one, after which they are reduced."""
         with self.alone():
+            # Before the backward: hooks reduce gradients as they come, and ask whether these are the last.
             self.deepspeed.set_gradient_accumulation_boundary(boundary)
             # The loss has been divided by the whole step's weight; DeepSpeed would divide it by the microbatches.
             self.deepspeed.backward(loss, scale_wrt_gas=False)
@@ -114,6 +115,7 @@ def sized(settings: JsonObject, build: Callable[[], TypedModule[P, Output]]) -> 
     """A copy of DeepSpeed's dictionary, with swap buffers that fit what `build` makes."""
     settings = copy.deepcopy(settings)
     if section(settings, "zero_optimization", "offload_param").get("device") == "nvme":
+        # Made for its sizes, without memory: DeepSpeed takes its buffers before the module itself is there.
         with torch.device("meta"):
             module = build()
         assert isinstance(module, nn.Module)

@@ -130,6 +130,7 @@ class TensorRanks:
 
 def gather_stream(x_SD: torch.Tensor, ranks: TensorRanks) -> torch.Tensor:
     """Differentiable `TensorRanks.gather`: [C, D]. The gradient is a partial one on each rank, and reduced here."""
+    # One rank makes no node: on small rows a step is mostly dispatch.
     return _GatherStream.apply(x_SD, ranks) if ranks.size > 1 else x_SD
 
 

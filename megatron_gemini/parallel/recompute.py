@@ -117,6 +117,7 @@ class _Checkpoint(torch.autograd.Function):
         return run(h)
 
     @staticmethod
+    # Another backward runs inside, which leaves no graph of what it has computed.
     @once_differentiable
     def backward(ctx: _CheckpointContext, *grads: torch.Tensor) -> Gradients:
         # Detached: the graph of the recomputation ends here, and the outer backward goes on from h's gradient.

@@ -14,6 +14,7 @@ def split_layers(layers: int, stages: int, layer_cost: float, head_cost: float) 
     """
     if stages > layers:
         raise ValueError(f"{stages} stages need as many layers, but there are {layers}; lower parallel.pipeline")
+    # What follows divides by the number of the other stages.
     if stages == 1:
         return [range(layers)]
 

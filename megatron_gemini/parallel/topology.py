@@ -82,6 +82,8 @@ def build_topology(parallel: ParallelConfig, backend: str) -> Topology:
 
     from megatron.core import parallel_state as groups  # takes seconds: a serial process never pays for it
 
+    # megatron-core keeps its groups in globals and makes them once a process; whether they are the right ones is
+    # checked.
     if not groups.model_parallel_is_initialized():
         groups.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

@@ -43,4 +43,5 @@ def stream_positions(tokens: int, topology: Topology, device: torch.device | str
             f"{len(positions)} tokens of a row do not divide over {topology.tensor_size} tensor-parallel ranks, as "
             "parallel.sequence wants; choose another data.row_tokens"
         )
+    # Equal runs in order: a reduce-scatter gives rank r the r-th of equal pieces, and an all-gather undoes that.
     return positions.view(topology.tensor_size, -1)[topology.tensor_rank]

@@ -58,6 +58,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _GatherContext, *grads: torch.Tensor) -> Gradients:
+        # The chunks of each rank side by side, since a reduce-scatter gives rank r the r-th of equal pieces.
         by_rank = torch.stack([rank_order(grad, ctx.size) for grad in grads], 1)
         own = by_rank.new_empty(len(by_rank) // ctx.size, *by_rank.shape[1:])
         reduce_scatter(own, by_rank, group=ctx.group).wait()

@@ -63,10 +63,9 @@ def assign(cost_I: np.ndarray, holder_I: np.ndarray, load_R: np.ndarray) -> np.n
     """int64[I]: the rank that encodes each item.
 
     The most expensive item first, to the rank with the least to do (Graham, 1969: longest processing time first);
-    equal ones in the items' order. An item stays with the rank that has read it, `holder_I[i]`, whenever that rank
-    then has no more than some rank must have in any plan: the larger of the most expensive item and the mean. Graham's
-    bound holds with
-    that: the most expensive rank has at most 4/3 - 1/(3 R) of what it has in the best plan.
+    equal ones in the items' order. Some rank must have the larger of the most expensive item and the mean in any plan.
+    An item stays with the rank that has read it, `holder_I[i]`, whenever that rank then has no more than this. Graham's
+    bound holds all the same: the most expensive rank has at most 4/3 - 1/(3 R) of what it has in the best plan.
     load_R: float64, what the ranks have to do besides, which decides between ranks with equally much of these items.
     """
     rank_I = np.zeros(len(cost_I), np.int64)
@@ -74,6 +73,7 @@ def assign(cost_I: np.ndarray, holder_I: np.ndarray, load_R: np.ndarray) -> np.n
         return rank_I
     bound = max(cost_I.max(), cost_I.sum() / len(load_R)) * _ROUNDING
     besides, mine = load_R.tolist(), [0.0] * len(load_R)
+    # The rank's number comes last and decides between equals, so that every rank finds the same plan.
     heap = sorted((0.0, besides[rank], rank) for rank in range(len(load_R)))
     for item in np.argsort(-cost_I, kind="stable").tolist():
         cost = float(cost_I[item])

@@ -46,6 +46,7 @@ class Route:
     def make(world: int, rows: np.ndarray, to: np.ndarray, source: np.ndarray, order: np.ndarray) -> Route:
         """rows, to: each row sent and its rank, in an order that sender and receiver share. source: in the same order,
         the rank of each row that arrives. order: which of these becomes row 0, 1, ... of the result."""
+        # Stable: between two ranks both sides must keep the same order, since rows travel without their numbers.
         sending, arrival = np.argsort(to, kind="stable"), np.argsort(source, kind="stable")
         place = np.empty_like(arrival)
         place[arrival] = np.arange(len(arrival))
@@ -83,6 +84,7 @@ class Streams:
         mine = self.context_T[position] == self.topology.context_rank
         if self.copies == 1:
             mine &= self.tensor_T[position] == self.topology.tensor_rank
+        # The first stage has the embedding, and with it the one stream into which media go.
         return mine & (self.topology.pipeline_rank == 0)
 
     def rank(self, home: np.ndarray, position: np.ndarray, copy: int | np.ndarray) -> np.ndarray:
@@ -151,7 +153,9 @@ def _to_encoder(
     topology, copies = streams.topology, streams.copies
     sends = wanted[items.encoder[held.item]]
     if copies > 1:
+        # By turns, so that the ranks share what is sent.
         sends &= held.item % copies == topology.tensor_rank
+    # The inverse of `by_row`: gradients lie row after row, and are sent in the items' order.
     place = np.empty_like(by_row)
     place[by_row] = np.arange(len(by_row))
     asked = wanted[items.encoder[made.item]]
@@ -188,6 +192,7 @@ def memory_routes(
     """pipeline_ranks: those with layers that read the memory of this encoder. rows: of a data-parallel rank."""
     of = items.encoder == encoder
     made = _Tokens.of(items, np.flatnonzero(of & (items.rank == topology.rank)))
+    # A rank whose layers read nothing of it gets nothing, and takes part in the exchange all the same.
     reads = topology.pipeline_rank in pipeline_ranks
     held = _Tokens.of(items, np.flatnonzero(of & (items.home == topology.data_rank) & reads))
     by_row = np.argsort(items.row[held.item], kind="stable")
@@ -219,11 +224,14 @@ def exchange_inputs(
     """
     travels = items.holder != items.rank
     leaving = np.flatnonzero(travels & (items.holder == topology.rank))
+    # By the other rank, and then in the items' order on both sides: values travel without their numbers.
     leaving = leaving[np.argsort(items.rank[leaving], kind="stable")]
     coming = np.flatnonzero(travels & (items.rank == topology.rank))
     coming = coming[np.argsort(items.holder[coming], kind="stable")]
+    # Encoders differ in the width of an input, so that values travel flat, those of all encoders at once.
     size = items.inputs * np.array(widths, np.int64)[items.encoder]
     send, receive = (
+        # numpy sums weights in float64, where numbers of values are exact up to 2^53.
         np.bincount(ranks, weights=size[chosen], minlength=topology.world).astype(np.int64).tolist()
         for ranks, chosen in ((items.rank[leaving], leaving), (items.holder[coming], coming))
     )

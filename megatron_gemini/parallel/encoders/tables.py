@@ -12,9 +12,11 @@ def gather_tables(table: np.ndarray, group: ProcessGroup | None, device: torch.d
     """The float64 tables [lines, columns] of all ranks of `group`, in their order; None: there is no other rank."""
     if group is None or group.size() == 1:
         return [table]
+    # The numbers of lines come first, since a gather wants as many of every rank.
     counts = torch.empty(group.size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(counts, torch.tensor([len(table)], device=device), group=group)
     lines = counts.tolist()
+    # Every rank sees the same numbers, so that all of them leave here or none does.
     if not max(lines):
         return [table] * len(lines)
     padded = torch.zeros(max(lines), table.shape[1], dtype=torch.float64, device=device)

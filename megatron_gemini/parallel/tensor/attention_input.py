@@ -78,6 +78,7 @@ class _NormQueryKeyValue(torch.autograd.Function):
         width = query.shape[0] // shard.query
         # Keys and values as one tensor again: one product a weight, as in the forward.
         query_grad, heads_grad = grads[0].flatten(1), torch.cat(grads[1:], 1).flatten(1)
+        # Only the weights' products wait for it, so that it runs during the first product.
         pending_whole = ranks.gather(normed)
         if ctx.by_tokens:
             # Each rank's queries read some heads of all tokens; summed, a rank has all heads of its own tokens.

@@ -114,6 +114,7 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float, partial: bool) -> None:
         super().__init__()
         self.eps = eps
+        # Zeros, since the scale is 1 + weight: a norm begins without one.
         self.weight = _replicated(width, std=0.0, partial=partial)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -114,6 +114,7 @@ class _EmbedStream(torch.autograd.Function):
             return F.embedding(token, weight)
         row = token - first
         elsewhere = (row < 0) | (row >= ctx.rows)
+        # Ids of other ranks read row 0 and count as zeros, so that the sum over the ranks has each embedding once.
         row = row.masked_fill_(elsewhere, 0)
         ctx.save_for_backward(row, elsewhere)
         return ranks.reduce(F.embedding(row, weight).masked_fill_(elsewhere.unsqueeze(-1), 0)).wait()
