@@ -1,7 +1,7 @@
 """The engine of a multimodal model: encoders over all ranks, the decoder's stages in a pipeline.
 
 In a step every rank encodes its share of all media, and the embeddings travel to the ranks that hold the embedding
-stage. Behind the decoder's forward and backward the embeddings' gradients travel back, for the encoders' backward. One
+stage. After the decoder's forward and backward the embeddings' gradients travel back, for the encoders' backward. One
 norm and one update end the step.
 """
 
@@ -39,7 +39,7 @@ class MultimodalEngine(Engine[StepRows, LossOutput]):
     ) -> None:
         """loss: the objective's, of the last stage's hidden states."""
         super().__init__(config, topology, device)
-        self.layout, self.layers, self.loss = layout, LayerFactory(topology), loss
+        self.layers = LayerFactory(topology)
         self.settings = deepspeed_config(config, config.train.rows_per_step // topology.data_size, topology.shard_size)
         stages = parts(config, layout, topology.pipeline_size * topology.virtual_stages)
         self.encoder_engines = EncoderEngines(config, topology, device, self._reading(stages))
