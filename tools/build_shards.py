@@ -16,11 +16,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_gemini.building.captions import CaptionOrigin
+
+if TYPE_CHECKING:
+    from megatron_gemini.building.filters import Filters
+    from megatron_gemini.building.records import Record
+    from megatron_gemini.config.schema import Plain
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,23 +109,24 @@ def _build(options: argparse.Namespace) -> None:
         options.samples_per_shard,
         options.name,
     )
-    records: Any
+    records: Iterable[Record]
     total: int | None
+    files: list[str | Path]
     if options.images:
-        records = folder_records(options.images, CaptionOrigin(options.captions))
-        captions = (record.caption for record in records if isinstance(record.caption, Path))
-        total, files = len(records), [*(record.image for record in records), *captions]
+        pictures = folder_records(options.images, CaptionOrigin(options.captions))
+        captions = (record.caption for record in pictures if isinstance(record.caption, Path))
+        records, total, files = pictures, len(pictures), [*(record.image for record in pictures), *captions]
     else:
         columns = Columns(options.image_column, options.url_column, options.caption_column, options.root)
         records = table_records(options.table, columns)
         total, files = row_count(options.table), [options.table]
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "images", "table")}
-    identity = {"input": fingerprint(files), "options": kept}
+    identity: dict[str, Plain] = {"input": fingerprint(files), "options": kept}
     entries = build(records, plan, options.out, identity, options.workers, total)
     print(finish(entries, options.out, kept))
 
 
-def _filters(options: argparse.Namespace) -> Any:
+def _filters(options: argparse.Namespace) -> Filters:
     from megatron_gemini.building.filters import Filters
 
     return Filters(

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from megatron_gemini.building.examine import Examined, Examiner
 from megatron_gemini.building.journal import Dropped, Journal, JournalEntry, KeptSample
 from megatron_gemini.building.parallel import Workers
 from megatron_gemini.building.records import Record
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.data.sources.index_cache import write_index
 from megatron_gemini.data.sources.shard_writer import Sample, json_member, write_shard
 
@@ -40,7 +40,7 @@ def build(
     records: Iterable[Record],
     plan: BuildPlan,
     folder: Path,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, Plain],
     workers: int,
     total: int | None,
 ) -> list[JournalEntry]:

@@ -8,7 +8,6 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +16,7 @@ from megatron_gemini.building.duplicates import difference_hash
 from megatron_gemini.building.fetch import Fetcher
 from megatron_gemini.building.filters import Filters
 from megatron_gemini.building.records import Record
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
@@ -43,11 +43,11 @@ class Examined:
     width: int = 0
     height: int = 0
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Plain]:
         """The sample's .json member: its table's columns, under what the build knows itself."""
         name = self.record.image if self.record.is_url else os.path.basename(self.record.image)
         # The whole path would differ between machines, and with it the bytes of the shard.
-        own = {"source": name, "sha256": self.sha256, "width": self.width, "height": self.height}
+        own: dict[str, Plain] = {"source": name, "sha256": self.sha256, "width": self.width, "height": self.height}
         return {**self.record.columns, **own}
 
 

@@ -6,7 +6,8 @@ import math
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from megatron_gemini.config.schema import Plain
 
 SCRIPT_SHARE = 0.9  # of a caption's letters
 
@@ -37,7 +38,7 @@ class Filters:
         if not 0 <= self.min_caption <= self.max_caption:
             raise ValueError(f"captions of {self.min_caption} to {self.max_caption} characters; exchange the two")
 
-    def check_columns(self, columns: Mapping[str, Any]) -> str:
+    def check_columns(self, columns: Mapping[str, Plain]) -> str:
         """The reason why a table's row is left out, or ''. A value that is missing or no number is one."""
         for name, limit in self.minimum:
             value = _number(columns.get(name))
@@ -79,10 +80,12 @@ def script(letter: str) -> str:
     return "HAN" if name == "CJK" else name
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Plain) -> float | None:
+    if value is None or isinstance(value, (list, dict)):
+        return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except ValueError:
         return None
     # NaN is neither below nor above a limit, and would pass both.
     return number if math.isfinite(number) else None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_gemini.building.contact_sheet import contact_sheet
 from megatron_gemini.building.journal import JournalEntry
 from megatron_gemini.building.report import plot, summary, table
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.data.sources.shard_writer import write_json
 from megatron_gemini.data.sources.shards import Shards
 
 
-def finish(entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, Any]) -> str:
+def finish(entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, Plain]) -> str:
     """Write report.json, sizes.png and samples.png and return the report as a table.
 
     Raises ValueError with that table when no record was of use.

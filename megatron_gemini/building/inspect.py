@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.shards import Shards
@@ -98,7 +98,7 @@ def lines(found: Contents) -> list[str]:
     return [*shown, "nothing is damaged" if not (found.bad or found.damage) else "some of it is damaged"]
 
 
-def plain(found: Contents) -> dict[str, Any]:
+def plain(found: Contents) -> dict[str, Plain]:
     """The findings as JSON: all but the single sizes."""
     return {
         "samples": found.samples,
@@ -106,5 +106,5 @@ def plain(found: Contents) -> dict[str, Any]:
         "bytes": found.bytes,
         "kinds": dict(found.kinds),
         "bad": {reason: {"count": count, "first": found.first[reason]} for reason, count in found.bad.items()},
-        "damage": found.damage,
+        "damage": dict(found.damage),
     }

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.data.sources.shard_writer import write_json
 
 
@@ -52,6 +53,28 @@ class JournalEntry:
     dropped: Dropped
 
 
+class _StoredDropped(TypedDict):
+    counts: dict[str, int]
+    first: dict[str, str]
+
+
+class _StoredSample(TypedDict):
+    sha256: str
+    picture: str
+    width: int
+    height: int
+    characters: int
+    bytes: int
+
+
+class _StoredEntry(TypedDict):
+    shard: str
+    shard_bytes: int
+    next_record: int
+    samples: list[_StoredSample]
+    dropped: _StoredDropped
+
+
 class Journal:
     """Entries of the build in `folder`, read back if they are of the same build and their shards are there.
 
@@ -59,7 +82,7 @@ class Journal:
     Raises ValueError when the folder has another build.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Plain]) -> None:
         self.folder, self._own = folder, folder / ".build"
         self.entries: list[JournalEntry] = []
         self._own.mkdir(parents=True, exist_ok=True)
@@ -86,7 +109,8 @@ class Journal:
         self.entries.append(entry)
 
     def _entry(self, number: int) -> JournalEntry | None:
-        value = _read(self._own / f"{number:06d}.json")
+        # Taken for whole here; what a damaged file lacks is an error below.
+        value = cast("_StoredEntry", _read(self._own / f"{number:06d}.json"))
         try:
             dropped = Dropped(**value["dropped"])
             samples = tuple(KeptSample(**sample) for sample in value["samples"])
@@ -98,8 +122,8 @@ class Journal:
         return entry if whole else None
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> Plain:
     try:
-        return json.loads(path.read_bytes())
+        return cast("Plain", json.loads(path.read_bytes()))
     except (OSError, ValueError):
         return None

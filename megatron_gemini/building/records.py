@@ -9,10 +9,14 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TypeAlias
 
 from megatron_gemini.building.captions import CaptionOrigin
+from megatron_gemini.config.schema import Plain
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -21,6 +25,9 @@ IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename", "image_path")
 URL_COLUMNS = ("url",)
 CAPTION_COLUMNS = ("caption", "text", "txt", "top_caption")
 HASHES = ("sha256", "md5")
+Cell: TypeAlias = "Plain | bytes | date | time | timedelta | Decimal"
+"""A value of a table: what JSON has, and what parquet has beside it."""
+Row: TypeAlias = dict[str, Cell]
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Record:
     image: str = ""
     is_url: bool = False
     caption: str | Path | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Plain] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
 
@@ -104,7 +111,7 @@ def row_count(path: str) -> int | None:
     return parquet.read_metadata(path).num_rows
 
 
-def _choose(path: str, row: Mapping[str, Any], wanted: Columns) -> Columns:
+def _choose(path: str, row: Row, wanted: Columns) -> Columns:
     """`wanted` with every name that was left open filled in."""
 
     def find(name: str, usual: Sequence[str]) -> str:
@@ -121,7 +128,7 @@ def _choose(path: str, row: Mapping[str, Any], wanted: Columns) -> Columns:
     return Columns(image, url, caption)
 
 
-def _record(number: int, row: dict[str, Any], columns: Columns, root: str) -> Record:
+def _record(number: int, row: Row, columns: Columns, root: str) -> Record:
     place, caption = row.pop(columns.image or columns.url, None), row.pop(columns.caption, None)
     if not isinstance(place, str) or not place:
         return Record(number, problem="no_image")
@@ -143,7 +150,7 @@ def _record(number: int, row: dict[str, Any], columns: Columns, root: str) -> Re
     return Record(number, path, False, caption, plain)
 
 
-def _rows(path: str) -> Iterator[dict[str, Any] | str]:
+def _rows(path: str) -> Iterator[Row | str]:
     """Rows as dicts; a reason in the place of one that cannot be read."""
     ending = os.path.splitext(path)[1].lower()
     if ending not in TABLES:
@@ -153,7 +160,7 @@ def _rows(path: str) -> Iterator[dict[str, Any] | str]:
     return _json_lines(path) if ending == ".jsonl" else _separated(path, "\t" if ending == ".tsv" else ",")
 
 
-def _separated(path: str, delimiter: str) -> Iterator[dict[str, Any] | str]:
+def _separated(path: str, delimiter: str) -> Iterator[Row | str]:
     csv.field_size_limit(MAX_ROW_BYTES)
     # utf-8-sig drops the byte order mark that spreadsheets put in front; the first column's name would begin with it.
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -173,7 +180,7 @@ def _separated(path: str, delimiter: str) -> Iterator[dict[str, Any] | str]:
                 yield dict(zip(header, row, strict=True)) if len(row) == len(header) else "bad_row"
 
 
-def _json_lines(path: str) -> Iterator[dict[str, Any] | str]:
+def _json_lines(path: str) -> Iterator[Row | str]:
     with open(path, "rb") as file:
         while line := file.readline(MAX_ROW_BYTES + 1):
             # The rest of a long line is passed over in pieces, so that no line of gigabytes is ever in memory.
@@ -191,13 +198,13 @@ def _json_lines(path: str) -> Iterator[dict[str, Any] | str]:
             yield row if isinstance(row, dict) else "bad_row"
 
 
-def _parquet(path: str) -> Iterator[dict[str, Any] | str]:
+def _parquet(path: str) -> Iterator[Row | str]:
     with _parquet_library(path).ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):
             yield from batch.to_pylist()
 
 
-def _parquet_library(path: str) -> Any:
+def _parquet_library(path: str) -> ModuleType:
     """pyarrow.parquet, whose errors are ValueErrors or OSErrors."""
     try:
         import pyarrow.parquet

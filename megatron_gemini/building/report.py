@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -14,7 +14,25 @@ from megatron_gemini.building.journal import Dropped, JournalEntry, KeptSample
 _QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
 
-def summary(entries: Sequence[JournalEntry]) -> dict[str, Any]:
+class Reason(TypedDict):
+    """How many records were left out for a reason, and what was said of the first."""
+
+    count: int
+    first: str
+
+
+class Report(TypedDict):
+    """What `summary` says. shards: samples of each. dropped: by reason. sizes: quantiles by name."""
+
+    records: int
+    kept: int
+    shards: dict[str, int]
+    bytes: int
+    dropped: dict[str, Reason]
+    sizes: dict[str, dict[str, int]]
+
+
+def summary(entries: Sequence[JournalEntry]) -> Report:
     """The report in plain JSON: records read, samples kept, what was left out by reason, and quantiles of sizes."""
     dropped = Dropped()
     for entry in entries:
@@ -40,7 +58,7 @@ def columns(samples: Sequence[KeptSample]) -> dict[str, np.ndarray]:
     return dict(zip(("width", "height", "characters", "bytes"), table.T, strict=True))
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Report) -> str:
     """The report for a reader: lines of counts with their share, then the sizes."""
     records = report["records"]
     lines = [f"{'records':<24}{records:>12,}", f"{'kept':<24}{report['kept']:>12,}  {_share(report['kept'], records)}"]

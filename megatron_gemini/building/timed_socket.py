@@ -10,7 +10,10 @@ import io
 import socket
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 
 class TimedSocket:
@@ -28,7 +31,7 @@ class TimedSocket:
         self._socket.settimeout(left)
         return self._socket
 
-    def sendall(self, data: Any) -> None:
+    def sendall(self, data: ReadableBuffer) -> None:
         self.wait().sendall(data)
 
     def makefile(self, mode: str) -> io.BufferedReader:
@@ -54,5 +57,5 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         return self._source.wait().recv_into(buffer)
