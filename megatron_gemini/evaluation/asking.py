@@ -49,6 +49,7 @@ def ask_texts(generator: Generator, examples: Sequence[Example], settings: Sampl
     """What the model says to every example; images in its answers are passed over."""
     answers = generator.respond_all([example.prompt for example in examples], settings)
     said = ("".join(piece for piece in answer if isinstance(piece, str)) for answer in answers)
+    # An answer is judged as one text, where an image stands between two parts of it too.
     return [Said(e, text, text_of(e.answer or [])) for e, text in zip(examples, said, strict=True)]
 
 

@@ -53,6 +53,7 @@ class Sheet:
         page = Page(WIDTH, round(HEADER + sum(heights) + GAP * len(rows) + MARGIN - GAP), scale)
         page.text(MARGIN, 54, self.title, size=25, weight="bold")
         page.text(MARGIN, 96, self.subtitle, size=13, color=MUTED, room=WIDTH - 2 * MARGIN)
+        # The cards of a row are as high as the highest of them, so that their lower edges are in line.
         y: float = HEADER
         for row, height in zip(rows, heights, strict=True):
             x: float = MARGIN
@@ -64,6 +65,7 @@ class Sheet:
         page.save(path)
 
     def _widths(self, row: Sequence[Section]) -> list[tuple[Section, float]]:
+        # Shares of what is in the row: a section that was left out gives its room to its neighbors.
         room = WIDTH - 2 * MARGIN - GAP * (len(row) - 1)
         return [(section, room * section.share / sum(s.share for s in row)) for section in row]
 

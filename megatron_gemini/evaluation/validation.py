@@ -73,6 +73,7 @@ def read_examples(
     for sample in spaced(len(records), limit):
         key = records.key(sample)
         try:
+            # Members, schema and decoding are training's: the model is asked what it would have been trained on.
             members = records.read(sample, names)
             schema.check(members)
             fields = decoder.decode(members, key, schema, partial(read_named, records, sample))

@@ -44,6 +44,7 @@ def word_error_rate(texts: Texts) -> float:
 
 
 def _rate(pairs: Sequence[tuple[Sequence[str], Sequence[str]]]) -> float:
+    # One quotient of two sums, and no mean of quotients: an empty right text would have none.
     length = sum(len(right) for _, right in pairs)
     return sum(levenshtein(said, right) for said, right in pairs) / length if length else float("nan")
 
