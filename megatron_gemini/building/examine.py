@@ -92,7 +92,8 @@ class Examiner:
 def read_file(path: str, max_bytes: int) -> bytes:
     """A regular file of at most `max_bytes`. Raises BadSample: no_file, no_regular_file, file_too_large, read_error."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe must not make the build wait
+        # A pipe or a device among the pictures must not make the build wait.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise BadSample("no_regular_file", "it is no regular file")

@@ -21,6 +21,7 @@ def finish(entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, 
 
     Raises ValueError with that table when no record was of use.
     """
+    # From the journal and not from this run's records: most of the build may have been made by runs before.
     report = summary(entries)
     write_json(folder / "report.json", {"options": dict(options), **cast("dict[str, Json]", report)})
     if not report["kept"]:

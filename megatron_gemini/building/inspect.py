@@ -61,23 +61,18 @@ def inspect(paths: Sequence[str], at_most: int = 0) -> Contents:
         found.samples += len(shards)
         wanted = min(at_most or len(shards), len(shards))
         for sample in np.unique(np.linspace(0, len(shards) - 1, wanted).round().astype(int)).tolist():
-            _inspect_sample(found, shards, sample)
+            endings, key = shards.endings(sample), shards.key(sample)
+            found.read += 1
+            found.kinds[" + ".join(sorted(endings))] += 1
+            # Member by member, so that one that is damaged hides no other.
+            for ending in endings:
+                try:
+                    data = shards.read(sample, [ending])[ending]
+                    for name, value in _check(ending, data).items():
+                        found.sizes.setdefault(name, []).append(value)
+                except BadSample as error:
+                    found.refuse(error.reason, f"{shards.path(sample)}: {key}.{ending}: {error}")
     return found
-
-
-def _inspect_sample(found: Contents, shards: Shards, sample: int) -> None:
-    endings, key = shards.endings(sample), shards.key(sample)
-    found.read += 1
-    found.kinds[" + ".join(sorted(endings))] += 1
-    # Member by member, so that one that is damaged hides no other.
-    for ending in endings:
-        try:
-            # One by one, so that a damaged member hides none of the others.
-            data = shards.read(sample, [ending])[ending]
-            for name, value in _check(ending, data).items():
-                found.sizes.setdefault(name, []).append(value)
-        except BadSample as error:
-            found.refuse(error.reason, f"{shards.path(sample)}: {key}.{ending}: {error}")
 
 
 def _check(ending: str, data: bytes) -> Mapping[str, float]:

@@ -110,6 +110,7 @@ class Journal:
 
     def add(self, entry: JournalEntry) -> None:
         """Record that a shard is whole; called after it is."""
+        # Whole or absent (`write_json`), as the shard is: a killed build has no entry without its shard.
         write_json(self._own / f"{len(self.entries):06d}.json", asdict(entry))
         self.entries.append(entry)
 

@@ -153,7 +153,9 @@ def _rows(path: str) -> Iterator[Row | str]:
     if ending not in TABLES:
         raise ValueError(f"{path!r} is no table that can be read; there are {', '.join(TABLES)}")
     if ending == ".parquet":
-        return _parquet(path)
+        # In batches: a table of addresses and captions may not fit into memory.
+        batches = _parquet_library(path).ParquetFile(path).iter_batches(batch_size=1024)
+        return (row for batch in batches for row in batch.to_pylist())
     return _json_lines(path) if ending == ".jsonl" else _separated(path, "\t" if ending == ".tsv" else ",")
 
 
@@ -191,12 +193,6 @@ def _json_lines(path: str) -> Iterator[Row | str]:
             except (ValueError, RecursionError):
                 row = None
             yield cast("Row", row) if isinstance(row, dict) else "bad_row"
-
-
-def _parquet(path: str) -> Iterator[Row | str]:
-    with _parquet_library(path).ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
 
 
 def _parquet_library(path: str) -> ModuleType:

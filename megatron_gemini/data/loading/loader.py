@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TypeAlias, cast
 
@@ -33,7 +34,7 @@ def lanes_of(rank: int, ranks: int, lanes: int) -> range:
     return range(first, after)
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """Rows of global step s are the rows s*R .. s*R + R-1 (R = train.rows_per_step) of one endless sequence.
 
     Row n comes from lane n mod data.lanes. Each lane belongs to one rank of the job, whatever the layout, so that no
@@ -170,9 +171,6 @@ class Loader:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
-
-    def __enter__(self) -> Loader:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -46,17 +46,15 @@ class Cache:
 
     def __init__(self, limit: int) -> None:
         self.left = limit
-        self._samples: dict[tuple[str, int], Sample] = {}
-
-    def get(self, label: str, number: int) -> Sample | None:
-        return self._samples.get((label, number))
+        self.samples: dict[tuple[str, int], Sample] = {}
+        """By (label of the source, number)."""
 
     def put(self, label: str, number: int, sample: Sample) -> None:
         # Never more than the limit, and nothing in the place of anything: see the class.
         cost = sum(map(field_bytes, sample.fields.values()))
         if cost <= self.left:
             self.left -= cost
-            self._samples[label, number] = sample
+            self.samples[label, number] = sample
 
 
 class DocumentSource:
@@ -108,7 +106,7 @@ class DocumentSource:
 
     def sample(self, number: int) -> Sample:
         """What a sample is in every epoch, from the cache if it is there. Raises BadSample, FilteredSample."""
-        sample = self.cache.get(self.label, number)
+        sample = self.cache.samples.get((self.label, number))
         if sample is None:
             members = self.shards.read(number, self.names)
             self.schema.check(members)

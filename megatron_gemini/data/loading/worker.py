@@ -10,7 +10,7 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import cast
@@ -47,11 +47,6 @@ class Work:
     first: int
     plugins: tuple[str, ...] = ()
     """Modules that the rank has loaded, for the worker to load as well."""
-
-    def rows(self) -> Iterator[int]:
-        """Numbers of the rows of its lanes, endlessly."""
-        mine = set(self.lanes)
-        return (number for number in itertools.count(self.first) if number % self.config.data.lanes in mine)
 
     def packed(self) -> Packed:
         return Packed(self.plugins, pickle.dumps(self))
@@ -105,7 +100,8 @@ def _send_rows(work: Work, rows: Connection, now_decoding: ctypes.Array[ctypes.c
     reader = LaneReader(work.config, sources, work.lanes, work.form, watch, done)
     if work.states is not None:
         reader.load_states(work.states)
-    numbers = work.rows()
+    mine = set(work.lanes)
+    numbers = (number for number in itertools.count(work.first) if number % work.config.data.lanes in mine)
 
     def make() -> tuple[int, Batch, LaneState]:
         number = next(numbers)

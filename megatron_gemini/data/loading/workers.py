@@ -163,7 +163,10 @@ class WorkerPool:
         ended = worker.now()
         ended.end()  # from here on, what it says of itself stays as it is
         if ended.now_decoding[STARTED] > 0 and (not slow or self._late(ended)):
-            self._quarantine(list(ended.now_decoding), "too_slow" if slow else "worker_crashed")
+            lane, source, position = (int(ended.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
+            label, reason = self._labels[source], "too_slow" if slow else "worker_crashed"
+            self._lanes.quarantined.setdefault(lane, []).append((label, position, reason))
+            logger.warning("quarantined the sample at position %d of %s (%s); it is counted", position, label, reason)
         elif not slow:  # a slow one had just finished its sample
             worker.deaths += 1
             if worker.deaths >= _DEATHS:
@@ -172,12 +175,6 @@ class WorkerPool:
                     "a sample; does the machine have enough memory for data.workers processes?"
                 )
         self._start(worker)
-
-    def _quarantine(self, now_decoding: Sequence[float], reason: str) -> None:
-        lane, source, position = (int(now_decoding[place]) for place in (LANE, SOURCE, POSITION))
-        label = self._labels[source]
-        self._lanes.quarantined.setdefault(lane, []).append((label, position, reason))
-        logger.warning("quarantined the sample at position %d of %s (%s); it is counted", position, label, reason)
 
     def _start(self, worker: _Worker) -> None:
         states = {}

@@ -44,7 +44,7 @@ def choose_caption(setting: Setting, first: float = 0.5) -> Operation:
         raise ValueError(f"first is {first}; it is a probability")
 
     def apply(sample: Sample, random: np.random.Generator) -> Sample:
-        captions = sample.fields.texts(CAPTIONS) if CAPTIONS in sample.fields else []
+        captions = sample.fields.of(CAPTIONS, list) if CAPTIONS in sample.fields else []
         # Both are drawn in any case, so that what is drawn after them does not depend on the number of captions.
         take_first, other = random.random() < first, random.random()
         if len(captions) < 2 or take_first:

@@ -16,7 +16,6 @@ from megatron_gemini.config.data import DataConfig
 from megatron_gemini.contracts import Batch, Media, RowFormat
 from megatron_gemini.data.packing.columns import lay_out, of_targets, pack_columns
 from megatron_gemini.data.samples.document import Document, Size
-from megatron_gemini.data.samples.items import EncoderInput
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.registry import ENCODERS
 
@@ -138,13 +137,12 @@ def _media(documents: Sequence[Document], begins: Sequence[int]) -> dict[str, Me
                 values_PC=torch.cat([item.values_PC for item, _ in mine]),
                 grid_I3=torch.tensor([item.grid for item, _ in mine], dtype=torch.int64),
                 time_I=torch.tensor([item.seconds for item, _ in mine], dtype=torch.float32),
-                token_O=torch.cat([_places(item, start) for item, start in mine]),
+                # All embeddings of a memory belong to its one placeholder.
+                token_O=torch.cat(
+                    [
+                        torch.full((item.memory,), start) if item.memory else start + torch.arange(sum(item.spans))
+                        for item, start in mine
+                    ]
+                ),
             )
     return media
-
-
-def _places(item: EncoderInput, start: int) -> torch.Tensor:
-    """int64: the token of each of an item's embeddings; those of a memory all belong to its one placeholder."""
-    if item.memory:
-        return torch.full((item.memory,), start)
-    return torch.arange(start, start + sum(item.spans))

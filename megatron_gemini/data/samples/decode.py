@@ -46,7 +46,9 @@ class SampleDecoder:
             name = field if isinstance(field, str) else field.name
             found = schema.find(name, members)
             if not found:
-                raise BadSample(f"missing_{name}", f"{key} has no {_where(name, schema)}")
+                made, where = made_as(name), " or ".join(schema.names[name])
+                hint = f"; {made[1].made_by} adds it" if made is not None and made[1].made_by else ""
+                raise BadSample(f"missing_{name}", f"{key} has no member or column {where}{hint}")
             member, content = found[0]
             try:
                 fields[name] = self._value(field, content, fetch or members.get)
@@ -75,13 +77,6 @@ class SampleDecoder:
             return decoded[kind, value]
 
         return field.decode(content, read_item)
-
-
-def _where(name: str, schema: Schema) -> str:
-    """The names under which a field was looked for, and what would add it."""
-    made = made_as(name)
-    hint = f"; {made[1].made_by} adds it" if made is not None and made[1].made_by else ""
-    return f"member or column {' or '.join(schema.names[name])}{hint}"
 
 
 def over_items(fields: Fields, change: Callable[[Item], Item]) -> Fields:

@@ -28,29 +28,19 @@ class Fields(dict[str, FieldValue]):
     """The decoded fields of a sample by name. The methods give one as the type that a task knows it to have."""
 
     def text(self, name: str = TEXT) -> str:
-        return self._as(name, str)
-
-    def texts(self, name: str) -> list[str]:
-        return self._as(name, list)
+        return self.of(name, str)
 
     def item(self, name: str) -> Item:
         value = self[name]
         assert isinstance(value, (Text, Codes, EncoderInput, RawItem)), name
         return value
 
-    def document(self, name: str) -> list[Item]:
-        """The items of an interleaved document."""
-        return self._as(name, list)
-
-    def turns(self, name: str) -> list[Turn]:
-        """The turns of a conversation."""
-        return self._as(name, list)
-
     def plain(self, name: str) -> Plain:
         """A field that holds JSON."""
         return cast("Plain", self[name])
 
-    def _as(self, name: str, kind: type[Wanted]) -> Wanted:
+    def of(self, name: str, kind: type[Wanted]) -> Wanted:
+        """A field of that type, such as the list of a document's items."""
         value = self[name]
         assert isinstance(value, kind), name
         return value

@@ -87,7 +87,7 @@ def write_index(shard: str, folder: Path | None = None, index: TarIndex | None =
     index = index or index_tar(shard)
     samples = len({sample_key(member.name)[0] for member in index.members})
     digest = header_digest(shard, index.members)
-    summary = Summary(samples, status.st_size, status.st_mtime_ns, digest, index.rejected, index.damage)
+    summary = Summary(samples, status.st_size, status.st_mtime_ns, digest, dict(index.rejected), index.damage)
     path = index_path(shard, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several ranks may write the same one

@@ -53,7 +53,9 @@ def expand_shards(pattern: str) -> list[str]:
     paths: list[str] = []
     for name in _expand_braces(pattern):
         if is_url(name):
-            found = _in_store(name)
+            file_system, place = _store(name)
+            there = file_system.glob(place) if glob.has_magic(place) else [place] if file_system.isfile(place) else []
+            found = sorted(f"{name.partition('://')[0]}://{path.lstrip('/')}" for path in there)
         elif glob.has_magic(name):
             found = sorted(glob.glob(name))
         else:
@@ -62,13 +64,6 @@ def expand_shards(pattern: str) -> list[str]:
             raise ValueError(f"no shard matches {name!r}{'' if is_url(name) else _nearest(name)}")
         paths += found
     return sorted(dict.fromkeys(paths))
-
-
-def _in_store(url: str) -> list[str]:
-    file_system, name = _store(url)
-    found = file_system.glob(name) if glob.has_magic(name) else [name] if file_system.isfile(name) else []
-    scheme = url.partition("://")[0]
-    return sorted(f"{scheme}://{path.lstrip('/')}" for path in found)
 
 
 def _store(url: str) -> tuple[AbstractFileSystem, str]:

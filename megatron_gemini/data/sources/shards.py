@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
-import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_gemini.data.sources.files import NumberedFiles
 from megatron_gemini.data.sources.index_cache import (
     WORTH_KEEPING,
     Summary,
@@ -28,38 +27,27 @@ TEXT_ENDINGS = ("txt", "json")
 MAX_OPEN_MEMBERS = 1_000_000  # whose names and places are kept in memory: about 100 MB
 
 
-class Shards:
-    """The samples of a list of shards, numbered through, each with random access. `records.Records`.
+class Shards(NumberedFiles):
+    """The samples of a list of shards, numbered through, each with random access.
 
     Listing reads the summaries of `index_cache`, beside the shards or in `cache`; where there is none, the headers of
     the tar, and a large tar's index is then kept in `cache`. What a shard holds is looked up when a sample of it is
     asked for, and kept for the shards used last.
 
-    A sample's members are named by what follows the first dot of their file names.
-    first_sample: number of the first sample of every shard. rejected: members that were left out, by reason.
-    damage: shards that break off, by path.
+    A sample's members are named by what follows the first dot of their file names. rejected: members that were left
+    out, by reason. damage: shards that break off, by path.
     Raises ValueError naming the shard when one cannot be opened or holds no usable member.
     """
 
-    window = 0
-
     def __init__(self, paths: Sequence[str], cache: Path | None = None) -> None:
-        self.paths, self.cache = list(paths), cache
-        self.rejected: dict[str, int] = {}
-        self.damage: dict[str, str] = {}
+        self.cache = cache
         self._open: OrderedDict[int, ShardContents] = OrderedDict()  # the one used last at the end
-        self._summaries = [self._list(number, path) for number, path in enumerate(self.paths)]
-        counts = [summary.samples for summary in self._summaries]
-        self.first_sample: list[int] = [0, *itertools.accumulate(counts)][:-1]
-        self._samples = sum(counts)
-
-    def __len__(self) -> int:
-        return self._samples
-
-    @property
-    def bounds(self) -> list[int]:
-        """`first_sample`, and the number of all samples."""
-        return [*self.first_sample, len(self)]
+        self._summaries = [self._list(number, path) for number, path in enumerate(paths)]
+        super().__init__(paths, [summary.samples for summary in self._summaries])
+        for path, summary in zip(paths, self._summaries, strict=True):
+            self.rejected.update(summary.rejected)
+            if summary.damage:
+                self.damage[path] = summary.damage
 
     def _list(self, number: int, path: str) -> Summary:
         try:
@@ -69,10 +57,6 @@ class Shards:
         if not summary.samples:
             found = ", ".join(f"{reason}: {count}" for reason, count in sorted(summary.rejected.items()))
             raise ValueError(f"the shard {path!r} holds no usable sample ({found or 'it is empty'})")
-        for reason, count in summary.rejected.items():
-            self.rejected[reason] = self.rejected.get(reason, 0) + count
-        if summary.damage:
-            self.damage[path] = summary.damage
         return summary
 
     def _index(self, number: int, path: str) -> Summary:
@@ -83,7 +67,7 @@ class Shards:
         if self.cache is not None and len(index.members) >= WORTH_KEEPING:
             with contextlib.suppress(OSError):  # a full or read-only disk costs time, nothing else
                 write_index(path, self.cache, index)
-        return Summary(len(contents.keys), os.path.getsize(path), 0, "", index.rejected, index.damage)
+        return Summary(len(contents.keys), os.path.getsize(path), 0, "", dict(index.rejected), index.damage)
 
     def _contents(self, shard: int) -> ShardContents:
         """What the shard holds. Raises BadSample: shard_changed, read_error."""
@@ -107,13 +91,6 @@ class Shards:
             self._open.popitem(last=False)
         return contents
 
-    def _find(self, sample: int) -> tuple[int, int]:
-        """(shard, number of the sample in it). Raises IndexError."""
-        if not 0 <= sample < self._samples:
-            raise IndexError(f"sample {sample} of {self._samples}")
-        shard = bisect.bisect_right(self.first_sample, sample) - 1
-        return shard, sample - self.first_sample[shard]
-
     def key(self, sample: int) -> str:
         """`folder/name` of a sample, up to the first dot of its file name.
 
@@ -126,10 +103,6 @@ class Shards:
         """What members the sample has: "png", "txt", "codes.json"."""
         shard, place = self._find(sample)
         return list(self._contents(shard).members(place))
-
-    def path(self, sample: int) -> str:
-        """The shard that holds the sample."""
-        return self.paths[self._find(sample)[0]]
 
     def read(self, sample: int, endings: Sequence[str]) -> dict[str, bytes]:
         """Bytes of those of the named members that the sample has.

@@ -5,6 +5,7 @@ A format is an entry of `registry.FORMATS`, in a file of its own or of a plugin'
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class Records(Protocol):
 
     paths: list[str]
     first_sample: list[int]
-    rejected: dict[str, int]
+    rejected: Counter[str]
     damage: dict[str, str]
 
     def __len__(self) -> int: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -33,11 +34,8 @@ class TarIndex:
     """`members` in file order; `rejected` counts by reason; `damage` says in words where reading stopped early."""
 
     members: list[Member] = field(default_factory=list)
-    rejected: dict[str, int] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
     damage: str = ""
-
-    def reject(self, reason: str) -> None:
-        self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
 
 # The standard library's tarfile takes a broken header for the end of the tar, and so hides what is lost.
@@ -59,7 +57,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
                 if not reason and name in seen:
                     reason = "tar_duplicate"
                 if reason:
-                    index.reject(reason)
+                    index.rejected[reason] += 1
                 elif kind in _REGULAR:
                     seen.add(name)
                     index.members.append(Member(name, offset, size))
@@ -67,7 +65,7 @@ def index_tar(path: str, max_member_bytes: int = MAX_MEMBER_BYTES) -> TarIndex:
                         raise _Damaged(f"more than {MAX_MEMBERS:,} members")
         except _Damaged as damage:
             index.damage = str(damage)
-            index.reject("tar_damaged")
+            index.rejected["tar_damaged"] += 1
     return index
 
 

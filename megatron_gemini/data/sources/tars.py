@@ -17,7 +17,7 @@ class RemoteTars(Shards):
     def _index(self, number: int, path: str) -> Summary:
         index = index_tar(path)
         contents = self._keep(number, ShardContents(index.members))
-        return Summary(len(contents.keys), 0, 0, "", index.rejected, index.damage)
+        return Summary(len(contents.keys), 0, 0, "", dict(index.rejected), index.damage)
 
     def read(self, sample: int, endings: Sequence[str]) -> dict[str, bytes]:
         """Bytes of those of the named members that the sample has. Raises BadSample: text_too_large, read_error."""

@@ -22,7 +22,7 @@ def texts(data: bytes) -> list[str]:
 
 def form(fields: Fields, words: str) -> Example:
     """All turns. The two sides are those of the first exchange, which an evaluation asks."""
-    turns = fields.turns(MESSAGES.name)  # of which the last is an answer, see `conversation`
+    turns: list[Turn] = fields.of(MESSAGES.name, list)  # of which the last is an answer, see `conversation`
     first = next(place for place, turn in enumerate(turns) if turn.answer)
     return Example([item for turn in turns[:first] for item in turn.items], list(turns[first].items), turns=turns)
 

@@ -67,7 +67,12 @@ def conversation(description: Plain) -> list[Said]:
         raise BadSample("bad_json", "a conversation needs a list of messages")
     turns: list[Said] = []
     for message in description:
-        answer, entries = _message(message)
+        if not isinstance(message, Mapping):
+            raise BadSample("bad_json", f"a message is a mapping, not {_shown(message)}")
+        role = message.get("role", message.get("from"))
+        if role not in _ASSISTANT and role not in _USER:
+            raise BadSample("bad_json", f"the role {_shown(role)!r} is none of {', '.join(_USER + _ASSISTANT)}")
+        answer, entries = role in _ASSISTANT, _parts(message.get("content", message.get("value")))
         # In generation the user's turns and the model's alternate, and so they do here.
         if turns and turns[-1].answer == answer:
             turns[-1].entries.extend([(TEXT, "\n"), *entries])
@@ -80,18 +85,12 @@ def conversation(description: Plain) -> list[Said]:
     return turns
 
 
-def _message(message: Plain) -> Said:
-    if not isinstance(message, Mapping):
-        raise BadSample("bad_json", f"a message is a mapping, not {_shown(message)}")
-    role = message.get("role", message.get("from"))
-    if role not in _ASSISTANT and role not in _USER:
-        raise BadSample("bad_json", f"the role {_shown(role)!r} is none of {', '.join(_USER + _ASSISTANT)}")
-    content = message.get("content", message.get("value"))
+def _parts(content: Plain) -> list[Entry]:
     if isinstance(content, str):
-        return Said(role in _ASSISTANT, [(TEXT, content)])
+        return [(TEXT, content)]
     if not isinstance(content, list) or not content:
         raise BadSample("bad_json", "the content of a message is text or a list of parts")
-    return Said(role in _ASSISTANT, [_part(part) for part in content])
+    return [_part(part) for part in content]
 
 
 def _part(part: Plain) -> Entry:

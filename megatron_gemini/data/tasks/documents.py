@@ -22,7 +22,7 @@ ITEMS = FieldSpec("items", members=(RECORD,), decode=read_items, texts=texts, ke
 INTERLEAVE = TaskSpec(
     "interleave",
     fields=(ITEMS,),
-    form=lambda fields, words: Example(fields.document(ITEMS.name), None),
+    form=lambda fields, words: Example(fields.of(ITEMS.name, list), None),
 )
 TEXT_TASK = TaskSpec(
     "text",
