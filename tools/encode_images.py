@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
@@ -142,7 +143,7 @@ def encode_members(shard: Path, tokenizer: ImageTokenizer, batch: int) -> tuple[
     return codes, bad
 
 
-def encode(tokenizer: ImageTokenizer, pixels: list) -> list[list[int]]:
+def encode(tokenizer: ImageTokenizer, pixels: list[np.ndarray]) -> list[list[int]]:
     import numpy as np
 
     from megatron_gemini.modalities.image.preprocess import signed_pixels

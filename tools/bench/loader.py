@@ -28,6 +28,7 @@ from PIL import Image
 from megatron_gemini.config.data import DataConfig, SourceConfig
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Given
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.loading.loader import Loader
@@ -130,7 +131,7 @@ def installed(name: str) -> bool:
         return False
 
 
-def decode(folder: Path, rounds: int) -> dict[str, object]:
+def decode(folder: Path, rounds: int) -> dict[str, Given]:
     paths = pictures(folder / "photos", 400)
     readers = {name: reader for name, reader in READERS.items() if installed(name)}
     rates: dict[str, list[float]] = {name: [] for name in readers}
@@ -143,7 +144,7 @@ def decode(folder: Path, rounds: int) -> dict[str, object]:
             assert count == 400, (name, count)
             if number:
                 rates[name].append(count / (time.process_time() - began))
-    result: dict[str, object] = {name: {"median": statistics.median(r), "best": max(r)} for name, r in rates.items()}
+    result: dict[str, Given] = {name: {"median": statistics.median(r), "best": max(r)} for name, r in rates.items()}
     others = [name for name in rates if name != "megatron_gemini"]
     for name in others:
         ratios = [mine / other for mine, other in zip(rates["megatron_gemini"], rates[name], strict=True)]
@@ -151,7 +152,7 @@ def decode(folder: Path, rounds: int) -> dict[str, object]:
     return result
 
 
-def startup(folder: Path) -> dict[str, object]:
+def startup(folder: Path) -> dict[str, Given]:
     many = folder / "many"
     write_shards(folder, "one", ((f"{i:05d}", {"txt": b"a text", "json": b"{}"}) for i in range(1000)))
     one = str(folder / "one-000.tar")
@@ -171,7 +172,7 @@ def startup(folder: Path) -> dict[str, object]:
     return {"shards": len(expand_shards(source.shards)), "samples": samples, **seconds, "resident_MB": resident() >> 20}
 
 
-def memory(folder: Path) -> dict[str, object]:
+def memory(folder: Path) -> dict[str, Given]:
     tiny = io.BytesIO()
     Image.new("RGB", (28, 28), "red").save(tiny, "PNG")
     folder /= "tiny"
@@ -180,12 +181,13 @@ def memory(folder: Path) -> dict[str, object]:
         for shard in write_shards(folder, "t", samples, 10_000):
             write_index(str(shard))
     source = SourceConfig(shards=f"{folder}/t-*.tar", task="caption", name="tiny")
-    found, seen, due = {}, 0, 10_000
+    found: dict[str, Given] = {}
+    seen, due = 0, 10_000
     with Loader(config(folder, source), 0, 1, LAYOUT, Bytes(), RowFormat()) as loader:
         while seen < 100_000:
             seen += sum(len(batch.samples) for batch in loader.next().values())
             if seen >= due:
-                found[seen] = resident() >> 20
+                found[str(seen)] = resident() >> 20
                 due += 15_000
     return {"resident_MB_after_samples": found}
 
@@ -209,7 +211,7 @@ def main() -> None:
     parser.add_argument("part", choices=("decode", "startup", "memory"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Callable[[], dict[str, object]]] = {
+    parts: dict[str, Callable[[], dict[str, Given]]] = {
         "decode": lambda: decode(options.folder, options.rounds),
         "startup": lambda: startup(options.folder),
         "memory": lambda: memory(options.folder),
