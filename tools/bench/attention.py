@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_gemini.config.schema import Given
 from megatron_gemini.kernels.attention.api import AttentionPlan, attention, plan_attention
 from megatron_gemini.kernels.attention.dispatch import BACKENDS
 from megatron_gemini.kernels.attention.plan import SelfAttentionPlan
@@ -155,7 +156,7 @@ def in_turn(candidates: dict[str, Runner], rounds: int) -> dict[str, Runner]:
     return able
 
 
-def compare_on_cpu(rounds: int) -> Iterator[dict[str, object]]:
+def compare_on_cpu(rounds: int) -> Iterator[dict[str, Given]]:
     """The comparisons that have a bound; ratio: ours to the other, forward and backward together."""
     shape, mixed = (8, 1, 64), Row((1024, 512, 256, 256), image=192, image_every=256).plan("cpu")
     comparisons = [
@@ -182,7 +183,7 @@ def compare_on_cpu(rounds: int) -> Iterator[dict[str, object]]:
         yield {"case": name, **ratios, "bound": bound, "our_ms": round(1e3 * min(times["ours"]), 2)}
 
 
-def time_of_metadata(device: str) -> dict[str, object]:
+def time_of_metadata(device: str) -> dict[str, Given]:
     """What is made once a microbatch for our kernels, for 64k tokens; wall clock."""
     row = Row((4096,) * 16, image=256, image_every=1024)
     segment, span = row.plan("cpu").segment_T, row.plan("cpu").span_T
@@ -214,7 +215,7 @@ def candidates_for(plan: AttentionPlan, causal: bool, dense: bool) -> dict[str, 
 
 def compare_on_card(
     device: str, dtype: torch.dtype, tokens: int, widths: tuple[int, ...], heads: tuple[int, ...], rounds: int
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Given]]:
     """One causal document, and documents with images, at every head width and number of heads."""
     rows = {
         "causal": Row((tokens,)),
@@ -245,7 +246,7 @@ def tune(
     widths: tuple[int, ...],
     heads: int,
     choices: Sequence[tiling.Tiling] = CHOICES,
-) -> Iterator[dict[str, object]]:
+) -> Iterator[dict[str, Given]]:
     """Each kernel's time with other block sizes, the others' left as the table has them."""
     plan, tables = Row((tokens,)).plan(device), tiling.TILINGS
     table = "hopper" if tiling.is_hopper(torch.device(device)) else "ampere"

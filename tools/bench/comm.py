@@ -23,7 +23,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 
+Nested: TypeAlias = "torch.Tensor | Sequence[Nested]"
 GATHERS = ("_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_")
 SCATTERS = ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_")
 
@@ -59,7 +60,7 @@ class Sent(TorchDispatchMode):
             self.bytes += self.ring_bytes(func.__name__.split(".")[0], args)
         return func(*args, **(kwargs or {}))
 
-    def ring_bytes(self, name: str, args: Sequence[Any]) -> int:
+    def ring_bytes(self, name: str, args: Sequence[Nested]) -> int:
         if name == "recv_":
             return 0
         if name == "send":
@@ -75,7 +76,7 @@ class Sent(TorchDispatchMode):
         return share * (self.ranks - 1) * sum(t.numel() * t.element_size() for t in _flat(whole)) // self.ranks
 
 
-def _flat(tensors: Any) -> Iterator[torch.Tensor]:
+def _flat(tensors: Nested) -> Iterator[torch.Tensor]:
     if isinstance(tensors, torch.Tensor):
         yield tensors
     else:

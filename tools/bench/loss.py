@@ -61,7 +61,9 @@ def seconds(step: Step, device: torch.device) -> float:
     return begin_event.elapsed_time(end_event) / 1e3
 
 
-def compare(steps: dict[str, Step], leaves: Iterable[torch.Tensor], rounds: int, device: torch.device) -> list[dict]:
+def compare(
+    steps: dict[str, Step], leaves: Iterable[torch.Tensor], rounds: int, device: torch.device
+) -> list[dict[str, str | float]]:
     """Of every contender, time and memory; the first one is what the ratios refer to."""
     leaves = list(leaves)
     returned = sum(leaf.numel() * leaf.itemsize for leaf in leaves)

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.engine import EngineConfig, ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Given
 from megatron_gemini.config.training import TrainConfig
 from megatron_gemini.contracts import Batch, StepRows, TokenLayout
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
@@ -50,12 +51,24 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
 
-ZERO_CASES: tuple[dict[str, Any], ...] = (
+
+class ZeroCase(TypedDict, total=False):
+    """Sizes of a model, and the most that a step may cost as a multiple of the named one's."""
+
+    layers: int
+    width: int
+    tokens: int
+    plain_bound: float
+    deepspeed_bound: float
+
+
+ZERO_CASES: tuple[ZeroCase, ...] = (
     {"layers": 4, "width": 256, "tokens": 256, "plain_bound": 1.5},
     {"layers": 32, "width": 64, "tokens": 16, "deepspeed_bound": 0.7},
 )
 MICROBATCHES = 8
 Step = Callable[[], Any]
+Line = dict[str, Given]
 
 
 Z_LOSS = 1e-4
@@ -128,7 +141,7 @@ def serial_model(config: RunConfig, layout: TokenLayout) -> Gemini:
     return model
 
 
-def tensor(pairs: int) -> list[dict[str, Any]]:
+def tensor(pairs: int) -> list[Line]:
     """On two ranks. While rank 0 is the one process, the other sleeps in a barrier. Cores that share a cache are slower
     together, so there is a second line: to one process while the other rank runs the same by itself."""
     layout = layout_of(8192)
@@ -153,7 +166,7 @@ def tensor(pairs: int) -> list[dict[str, Any]]:
     ]
 
 
-def pair_sum(pairs: int) -> dict[str, Any]:
+def pair_sum(pairs: int) -> Line:
     """The all-reduce of two gloo ranks, as tensor-parallel ones do it: 16 sums of 2 MiB."""
     x, group = torch.zeros(1024, 512), dist.group.WORLD
     assert group is not None
@@ -188,7 +201,7 @@ def engine_step(engine: MultimodalEngine, batches: list[Batch]) -> Step:
     return step
 
 
-def pipeline(pairs: int) -> dict[str, Any]:
+def pipeline(pairs: int) -> Line:
     """On two ranks: a pipeline over both, and a run of its own on each at the same time."""
     layout, tokens = layout_of(1024), 512
     config = configuration(8, 512, 8, tokens, 1024, pipeline=2, rows=MICROBATCHES, zero_stage=0)
@@ -291,9 +304,9 @@ def our_step(config: RunConfig, layout: TokenLayout, batch: Batch) -> Step:
     return step
 
 
-def zero(pairs: int) -> list[dict[str, Any]]:
+def zero(pairs: int) -> list[Line]:
     """On one rank."""
-    found = []
+    found: list[Line] = []
     for case in ZERO_CASES:
         layout = layout_of(1024)
         config = configuration(case["layers"], case["width"], 4, case["tokens"], 1024, zero_stage=3)
@@ -312,11 +325,11 @@ def zero(pairs: int) -> list[dict[str, Any]]:
                     times[name].append(seconds)
         over = {f"ours_over_{name}": ratios(times["ours"], times[name]) for name in ("plain", "deepspeed", "fsdp2")}
         more = {f"{name}_over_plain": ratios(times[name], times["plain"]) for name in ("deepspeed", "fsdp2")}
-        found.append({"case": "zero", **case, **over, **more})
+        found.append({"case": "zero", **cast("Line", case), **over, **more})
     return found
 
 
-CASES: dict[str, tuple[int, Callable[[int], Any]]] = {
+CASES: dict[str, tuple[int, Callable[[int], Line | list[Line]]]] = {
     "tensor": (2, tensor),
     "sum": (2, pair_sum),
     "pipeline": (2, pipeline),
