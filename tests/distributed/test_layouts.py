@@ -34,7 +34,7 @@ from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, loss_of, rows, total_weight, with_layout
-from tests.distributed.train_layouts import MORE, STEPS
+from tests.distributed.train_layouts import MORE, STEPS, begins
 
 pytestmark = pytest.mark.timeout(1800)  # the first case of a world size waits for the launch of them all
 ROOT = Path(__file__).parents[2]
@@ -249,7 +249,7 @@ def test_a_checkpoint_of_another_layout_goes_on_the_same(world: int, layout: dic
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
-BEGUN = [case for case in CASES if case.values[0] > 2 and not {"tied", "toy_connectors"} & set(case.values[1])]
+BEGUN = [case for case in CASES if case.values[0] > 2 and begins(case.values[1])]
 
 
 @pytest.mark.parametrize(("world", "layout"), BEGUN)

@@ -84,6 +84,14 @@ def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = N
     return curve
 
 
+def begins(layout: dict) -> bool:
+    """Whether a run of the layout also begins by `init_from`. Not all do: the groups of every engine leave threads that
+    poll, which slow down the layouts that follow."""
+    if {"tied", "toy_connectors", "recompute"} & set(layout):
+        return False
+    return "frozen" in layout or (layout["zero_stage"] == 3 and layout.get("tensor") == layout.get("pipeline") == 2)
+
+
 def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.device) -> dict[str, Any]:
     """Train, save, go on; once more from what was saved; and from `elsewhere`, its state and its weights alone."""
     config, topology = with_layout(**on_disk(layout, out)), topology_of(on_disk(layout, out))
@@ -105,7 +113,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
         other = build()
         training_state.load(other, elsewhere)
         result["moved"] = train(other, STEPS, STEPS + MORE)
-    if elsewhere is not None and not {"tied", "toy_connectors"} & set(layout):
+    if elsewhere is not None and begins(layout):
         config = dataclasses.replace(config, init_from=(InitFromConfig(str(elsewhere)),))
         begun = build()
         initialize(begun)
