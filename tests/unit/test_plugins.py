@@ -37,10 +37,10 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_plugin_is_imported_once_and_remembered_in_order(module, capsys):
-    plugins.load([module("first_plugin", "print('first')"), module("second_plugin", "print('second')")])
-    plugins.load(["second_plugin", "first_plugin", module("third_plugin")])
+    plugins.load([module("told_first", "print('first')"), module("told_second", "print('second')")])
+    plugins.load(["told_second", "told_first", module("told_third")])
     assert capsys.readouterr().out == "first\nsecond\n"
-    assert plugins.loaded() == ("first_plugin", "second_plugin", "third_plugin")
+    assert plugins.loaded() == ("told_first", "told_second", "told_third")
 
 
 def test_a_module_of_a_package_is_loaded(tmp_path, module):
