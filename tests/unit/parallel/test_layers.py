@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_gemini.config.engine import ParallelConfig
+from megatron_gemini.parallel.collectives import TensorRanks
 from megatron_gemini.parallel.tensor.heads import HeadShard
 from megatron_gemini.parallel.topology import Topology, build_topology
 
@@ -35,6 +36,10 @@ def test_every_query_head_reads_the_key_head_that_serial_attention_gives_it(rank
 def test_key_heads_are_whole_on_every_rank_only_where_there_are_too_few_to_divide():
     assert all(shard.whole for shard in shards(2, 4, 1) + shards(4, 8, 2))
     assert not any(shard.whole for shard in shards(2, 4, 2) + shards(2, 8, 4) + shards(1, 4, 1))
+
+
+def test_one_tensor_rank_of_a_larger_world_is_the_same_as_one_process():
+    assert TensorRanks.of(Topology(world=4, rank=2, sequence=True, data_size=4)) == TensorRanks()
 
 
 @pytest.mark.parametrize("world", [None, "1"], ids=["no launcher", "a launcher's world of one"])
