@@ -22,7 +22,7 @@ from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.contracts import Batch
 from megatron_gemini.data.loading.loader import Loader
 from tests.end_to_end.launches import ROOT, environment
-from tests.tiny_shards import LAYOUT, Characters, run_config, write_tar
+from tests.tiny_shards import FORM, LAYOUT, Characters, run_config, write_tar
 
 ROWS, LANES, STEPS = 12, 10, 60  # lanes that three and four ranks do not divide
 SHARDS, SAMPLES = 3, 40
@@ -31,7 +31,7 @@ SHARDS, SAMPLES = 3, 40
 def make(folder: Path, rank: int, ranks: int, workers: int) -> Loader:
     sources = [SourceConfig(shards=f"{folder}/t-*.tar", task="text", name="t")]
     data = {"lanes": LANES, "workers": workers, "prefetch": 1, "row_tokens": 24, "look_ahead": 2}
-    return Loader(run_config(sources, ROWS, **data), rank, ranks, LAYOUT, Characters())
+    return Loader(run_config(sources, ROWS, **data), rank, ranks, LAYOUT, Characters(), FORM)
 
 
 def ids(batch: Batch) -> list[str]:

@@ -147,20 +147,21 @@ def test_an_unknown_name_is_answered_with_the_nearest(setting, value, message):
 
 
 def test_a_worker_loads_plugins_in_their_order_before_it_unpacks_its_work(tmp_path, monkeypatch):
-    (tmp_path / "first_plugin.py").write_text("")
-    (tmp_path / "second_plugin.py").write_text("class Tokenizer:\n    def encode(self, text):\n        return [1]\n")
+    names = ("plugin_of_order", "plugin_of_tokenizer")
+    (tmp_path / f"{names[0]}.py").write_text("")
+    (tmp_path / f"{names[1]}.py").write_text("class Tokenizer:\n    def encode(self, text):\n        return [1]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(plugins, "_loaded", [])
-    plugins.load(["first_plugin", "second_plugin"])
-    tokenizer = sys.modules["second_plugin"].Tokenizer()
-    work = Work(run_config([]), LAYOUT, tokenizer, FORM, [0], 0, 1, None, 0, plugins.loaded())
-    packed = work.packed()
-    for name in plugins.loaded():
-        monkeypatch.delitem(sys.modules, name)
+    plugins.load(names)
+    tokenizer = sys.modules[names[1]].Tokenizer()
+    packed = Work(run_config([]), LAYOUT, tokenizer, FORM, [0], 0, 1, None, 0, plugins.loaded()).packed()
+    for name in names:
+        del sys.modules[name]
     monkeypatch.setattr(plugins, "_loaded", [])
     assert packed.unpack().tokenizer.encode("x") == [1]
-    mine = ("first_plugin", "second_plugin")
-    assert tuple(name for name in sys.modules if name in mine) == mine
+    assert tuple(name for name in sys.modules if name in names) == names
+    for name in names:
+        del sys.modules[name]
 
 
 def test_a_plugin_that_a_worker_cannot_load_is_told_in_the_rank(plugin, tmp_path):
