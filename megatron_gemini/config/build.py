@@ -12,10 +12,10 @@ from typing import TypeAlias, TypeVar, cast
 from megatron_gemini.config.schema import (
     CHOICE,
     Chosen,
-    Items,
     Kind,
     Named,
     Section,
+    SectionList,
     SectionValue,
     SettingValue,
     default_of,
@@ -80,7 +80,7 @@ def _built(kind: Kind, value: Setting, default: SettingValue, name: str) -> Sett
             values, sections = cast("Partial", value), cast("Mapping[str, SectionValue]", default)
             given = {each: cast("Partial", values.get(each, {})) for each in kind.registry.names}
             return {each: build(kind.of(each), given[each], sections.get(each), f"{name}.{each}") for each in given}
-        case Items(section):
+        case SectionList(section):
             if isinstance(value, dict):  # items of the command line without a list to belong to
                 raise _no_item(f"{name}.{next(iter(value))}", 0)
             items = []

@@ -21,12 +21,12 @@ from megatron_gemini.config.schema import (
     Choices,
     Chosen,
     Given,
-    Items,
     Kind,
     Named,
     Scalar,
+    ScalarTable,
     Section,
-    Table,
+    SectionList,
     Values,
     below,
     kinds,
@@ -116,13 +116,13 @@ def unknown(name: str, parent: Kind, source: SettingSource) -> ValueError:
 
 def _value(value: Given, kind: Kind, name: str, source: SettingSource) -> Setting:
     match kind:
-        case Section() | Named() | Chosen() | Table():
+        case Section() | Named() | Chosen() | ScalarTable():
             if value is None:  # `train:` with everything below it commented out
                 return {}
             if not isinstance(value, Mapping):
                 raise source.error(name, f"is {_shown(value)}; it is a section, with settings of its own below it")
             return partial(value, kind, source, f"{name}.")
-        case Items():
+        case SectionList():
             return _items(value, kind, name, source)
         case Values(item):
             if not isinstance(value, (list, tuple)):
@@ -132,7 +132,7 @@ def _value(value: Given, kind: Kind, name: str, source: SettingSource) -> Settin
             return _scalar(value, kind, name, source)
 
 
-def _items(value: Given, kind: Items, name: str, source: SettingSource) -> Setting:
+def _items(value: Given, kind: SectionList, name: str, source: SettingSource) -> Setting:
     item = Section(kind.type)
     if isinstance(value, Mapping) and source.text:  # the command line changes items by their number
         return {str(index): _value(v, item, f"{name}.{index}", source) for index, v in value.items()}

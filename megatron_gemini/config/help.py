@@ -11,13 +11,13 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import (
     CHOICE,
     Chosen,
-    Items,
     Named,
     Scalar,
+    ScalarTable,
     Section,
+    SectionList,
     SectionValue,
     SettingValue,
-    Table,
     Values,
     kinds,
 )
@@ -64,7 +64,7 @@ def print_help(config: RunConfig, path: str, preset: str, plugins: str, prog: st
 
 
 def laid_out(section: SectionValue, choices: tuple[str, ...] = ()) -> SectionValue:
-    """The section as an instance of a dataclass without `Named`, `Chosen` and `Table` kinds, which tyro has not.
+    """The section as an instance of a dataclass without `Named`, `Chosen` and `ScalarTable` kinds, which tyro has not.
 
     Fields keep their descriptions, which tyro reads from the class that is the new one's base. choices: of its `kind`.
     """
@@ -80,10 +80,10 @@ def laid_out(section: SectionValue, choices: tuple[str, ...] = ()) -> SectionVal
             case Named():
                 inner = _sections(name, value)
                 fields[name] = Shown(type(inner), inner)
-            case Items() if value:
+            case SectionList() if value:
                 items = tuple(laid_out(item) for item in value)
                 fields[name] = Shown(cast("type", tuple[tuple(map(type, items))]), items)  # type: ignore[misc]
-            case Table(item):  # one option for every name that the user may choose
+            case ScalarTable(item):  # one option for every name that the user may choose
                 words = {key: " ".join(each) if isinstance(each, tuple) else str(each) for key, each in value.items()}
                 now = ", ".join(f"{key} {text}" for key, text in words.items()) or "none"
                 fields[name] = Shown(_text(_metavar(item), f"{name}.NAME"), now)

@@ -86,7 +86,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Items:
+class SectionList:
     """A list of sections of a type."""
 
     type: type[SectionValue]
@@ -108,13 +108,13 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Table:
+class ScalarTable:
     """Names of the user's choice, each with a scalar or a list of scalars."""
 
     item: Scalar | Values
 
 
-Kind: TypeAlias = Section | Items | Scalar | Values | Table | Named | Chosen
+Kind: TypeAlias = Section | SectionList | Scalar | Values | ScalarTable | Named | Chosen
 
 
 @functools.cache
@@ -139,9 +139,9 @@ def _kind(hint: type) -> Kind:
     if dataclasses.is_dataclass(hint):
         return Section(hint)
     if get_origin(hint) is tuple and dataclasses.is_dataclass(get_args(hint)[0]):
-        return Items(get_args(hint)[0])
+        return SectionList(get_args(hint)[0])
     if get_origin(hint) is Mapping:
-        return Table(_scalar_or_values(get_args(hint)[1]))
+        return ScalarTable(_scalar_or_values(get_args(hint)[1]))
     return _scalar_or_values(hint)
 
 
@@ -174,11 +174,11 @@ def below(kind: Kind, name: str) -> Kind | None:
     match kind:
         case Section(section):
             return kinds(section).get(name)
-        case Items(section):
+        case SectionList(section):
             return Section(section) if name.isdecimal() else None  # whether the list is as long, `merge` knows
         case Named():
             return Section(kind.of(name)) if name in kind.registry else None
-        case Table(item):
+        case ScalarTable(item):
             return item if name else None  # `--objective.weights. 1` has forgotten the name
         case _:
             return None

@@ -33,8 +33,8 @@ from megatron_gemini.evaluation.metrics.judge import judge
 from megatron_gemini.evaluation.metrics.spec import Score
 from megatron_gemini.evaluation.separation import compare
 from megatron_gemini.evaluation.validation import (
-    Example,
     RealImages,
+    ValidationExample,
     read_examples,
     read_fingerprint,
     read_images,
@@ -98,7 +98,7 @@ def evaluate(
     begin = time.perf_counter()
     results, skipped = Results(), Counter[str]()
     decoder = SampleDecoder(generator.config)
-    examples: dict[str, list[Example]] = {}
+    examples: dict[str, list[ValidationExample]] = {}
     for source in validation:
         part = read_examples(source, decoder, settings.samples, settings.drawing.seed, skipped)
         examples.setdefault(source.task, []).extend(part)
@@ -127,7 +127,7 @@ def evaluate(
 
 
 def _ask(
-    generator: Generator, task: str, examples: list[Example], settings: EvaluationSettings, results: Results
+    generator: Generator, task: str, examples: list[ValidationExample], settings: EvaluationSettings, results: Results
 ) -> None:
     """Asks the examples of a task. What an answer is made of, and not the task's name, says how it is judged."""
     texts = [e for e in examples if e.answer and all(isinstance(item, Text) for item in e.answer)]

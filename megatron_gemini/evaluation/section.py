@@ -35,7 +35,7 @@ class Answer:
 
 
 @dataclass
-class Section(ABC, Generic[Shown]):
+class ReportSection(ABC, Generic[Shown]):
     """A card of the sheet. `share` is its part of a row's width; `items` what it shows; `note` stands at its corner."""
 
     items: Sequence[Shown]
@@ -55,7 +55,7 @@ class Section(ABC, Generic[Shown]):
         return ""
 
 
-class Grid(Section[Shown]):
+class Grid(ReportSection[Shown]):
     """Cells of one size in rows, each with one item."""
 
     columns, cell_height, space = 1, 132, 28

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.page import INK, MUTED, Page
-from megatron_gemini.evaluation.section import Answer, Answered, Grid, Section
+from megatron_gemini.evaluation.section import Answer, Answered, Grid, ReportSection
 
 Frames = NDArray[np.uint8]
 LogMel = NDArray[np.float32]
 
 
-class DrawnFromText(Section[tuple[str, Sequence[ImageHW3]]]):
+class DrawnFromText(ReportSection[tuple[str, Sequence[ImageHW3]]]):
     """items: a prompt and the images drawn from it, uint8[H, W, 3]."""
 
     heading, share = "Drawn from text", 0.6
@@ -103,7 +103,7 @@ class DrawnFromSpeech(Grid[tuple[LogMel, str, ImageHW3]]):
         page.text(left, top + self.side + 16, f"“{words}”", size=11.5, color=INK, room=room)
 
 
-class Rebuilt(Section[tuple[ImageHW3, ImageHW3]]):
+class Rebuilt(ReportSection[tuple[ImageHW3, ImageHW3]]):
     """items: an image and what the image tokenizer makes of its codes, uint8[H, W, 3]."""
 
     heading = "Image tokenizer"

@@ -17,7 +17,7 @@ from megatron_gemini.evaluation.json_data import Json
 from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.page import HEADING, MUTED, PAD, Page
 from megatron_gemini.evaluation.report import Results
-from megatron_gemini.evaluation.section import Answer, Section
+from megatron_gemini.evaluation.section import Answer, ReportSection
 from megatron_gemini.evaluation.sections import (
     Captions,
     Clips,
@@ -28,7 +28,7 @@ from megatron_gemini.evaluation.sections import (
     Rebuilt,
     Transcripts,
 )
-from megatron_gemini.evaluation.validation import Example, some
+from megatron_gemini.evaluation.validation import ValidationExample, some
 from megatron_gemini.modalities.spec import Picture
 from megatron_gemini.registry import MODALITIES
 
@@ -44,7 +44,7 @@ class Sheet:
 
     title: str
     subtitle: str
-    rows: Sequence[Sequence[Section]] = field(default_factory=list)
+    rows: Sequence[Sequence[ReportSection]] = field(default_factory=list)
 
     def save(self, path: Path, scale: float = 1.0) -> None:
         """Writes a PNG, 1600 pixels wide at scale 1."""
@@ -64,7 +64,7 @@ class Sheet:
             y += height + GAP
         page.save(path)
 
-    def _widths(self, row: Sequence[Section]) -> list[tuple[Section, float]]:
+    def _widths(self, row: Sequence[ReportSection]) -> list[tuple[ReportSection, float]]:
         # Shares of what is in the row: a section that was left out gives its room to its neighbors.
         room = WIDTH - 2 * MARGIN - GAP * (len(row) - 1)
         return [(section, room * section.share / sum(s.share for s in row)) for section in row]
@@ -77,7 +77,7 @@ def make_sheet(results: Results, title: str, subtitle: str, encoders: Encoders) 
     transcripts = _answered(results, "transcribe", SOUNDS, lambda item: spectrogram(item, encoders))
     nothing = Drawn([], [])
     # By what was asked for and not by the words: several prompts may ask for the same in other words.
-    by_label: dict[str, tuple[Example, list[ImageHW3]]] = {}
+    by_label: dict[str, tuple[ValidationExample, list[ImageHW3]]] = {}
     for example, drawing in results.drawn.get("generate", nothing).existing():
         by_label.setdefault(example.label, (example, []))[1].append(drawing.pixels_HW3)
     drawn = [(f"“{example.text}”", images[:OF_A_CLASS]) for example, images in some(list(by_label.values()), CLASSES)]
@@ -87,7 +87,7 @@ def make_sheet(results: Results, title: str, subtitle: str, encoders: Encoders) 
     ]
     rebuilt = some(list(zip(results.validation.images, results.rebuilt, strict=True)), REBUILT)
     # Sections of similar heights share a row, which is as high as its highest.
-    rows: list[list[Section]] = [
+    rows: list[list[ReportSection]] = [
         [DrawnFromText(drawn), Captions(captions)],
         [Transcripts(transcripts)],
         [Clips(clips), DrawnFromSpeech(spoken)],

@@ -34,7 +34,7 @@ Anything = TypeVar("Anything")
 
 
 @dataclass(frozen=True, eq=False)
-class Example:
+class ValidationExample:
     """A question and what is right. answer: None for a document that is learned whole (interleave, text).
 
     text: the sample's own text, empty if it has none. label: its class, see `label_of`.
@@ -63,7 +63,7 @@ class RealImages:
 
 def read_examples(
     source: SourceConfig, decoder: SampleDecoder, limit: int, seed: int, skipped: Counter[str]
-) -> list[Example]:
+) -> list[ValidationExample]:
     """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
     schema = Schema.of(source)
     # The text beside what the task needs: where there is no label, it is what a sample is called by.
@@ -85,7 +85,7 @@ def read_examples(
         random = random_stream(seed, "evaluate", source.task, key)
         asked = form_example(schema.task, fields, source.prompts, random)
         answer = None if asked.answer is None else list(asked.answer)
-        examples.append(Example(key, list(asked.prompt), answer, text, label))
+        examples.append(ValidationExample(key, list(asked.prompt), answer, text, label))
     return examples
 
 

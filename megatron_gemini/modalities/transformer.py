@@ -25,7 +25,7 @@ def declare_layer(layer: nn.Module, weight: Init) -> None:
         declare(parameter, weight if name == "weight" else zeros())
 
 
-class _Linear(nn.Linear):
+class _DeclaredLinear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, bias: bool, weight: Init) -> None:
         super().__init__(inputs, outputs, bias=bias)
         declare_layer(self, weight)
@@ -39,7 +39,7 @@ class _LayerNorm(nn.LayerNorm):
 
 def linear(inputs: int, outputs: int, *, bias: bool = True, gain: float = 1.0) -> nn.Linear:
     """A linear layer that begins with weights of deviation gain / sqrt(inputs)."""
-    return _Linear(inputs, outputs, bias, normal(gain / math.sqrt(inputs)))
+    return _DeclaredLinear(inputs, outputs, bias, normal(gain / math.sqrt(inputs)))
 
 
 def layer_norm(width: int) -> nn.LayerNorm:

@@ -78,6 +78,16 @@ def test_functions_fit_on_a_screen():
     assert longer.keys() <= LONG_FUNCTIONS.keys(), longer
 
 
+def test_every_class_has_a_name_of_its_own():
+    """Who reads one of two is sure to look at the other first."""
+    found: dict[str, list[str]] = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(ids(path))
+    assert not {name: places for name, places in found.items() if len(places) > 1}
+
+
 @pytest.mark.parametrize("path", FILES, ids=ids)
 def test_sentences_of_docstrings_are_short(path):
     found = [each for text in docstrings(ast.parse(path.read_text())) for each in too_long(docstring_sentences(text))]

@@ -31,7 +31,7 @@ LANE, SOURCE, POSITION, STARTED = range(4)  # of what a worker says that it is d
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerTask:
     """What a worker is to do: its lanes, and the row of the run from which on it makes theirs."""
 
     config: RunConfig
@@ -63,10 +63,10 @@ class Packed:
     plugins: tuple[str, ...]
     content: bytes
 
-    def unpack(self) -> Work:
+    def unpack(self) -> WorkerTask:
         """Raises ValueError for a plugin that cannot be loaded."""
         plugins.load(self.plugins)
-        return cast("Work", pickle.loads(self.content))
+        return cast("WorkerTask", pickle.loads(self.content))
 
 
 def run_worker(
@@ -88,7 +88,7 @@ def run_worker(
         _send_error(rows, f"a data worker failed:\n{traceback.format_exc()}")
 
 
-def _send_rows(work: Work, rows: Connection, now_decoding: ctypes.Array[ctypes.c_double]) -> None:
+def _send_rows(work: WorkerTask, rows: Connection, now_decoding: ctypes.Array[ctypes.c_double]) -> None:
     def watch(lane: int, source: int, position: int) -> None:
         now_decoding[LANE], now_decoding[SOURCE], now_decoding[POSITION] = lane, source, position
         now_decoding[STARTED] = time.monotonic()

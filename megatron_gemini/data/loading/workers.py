@@ -22,7 +22,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import LaneState, Quarantined, with_quarantined
 from megatron_gemini.data.loading.source import source_labels
-from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, Work, run_worker
+from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, WorkerTask, run_worker
 from megatron_gemini.data.packing.wire import from_bytes, parse_header
 from megatron_gemini.data.samples.document import Encodes
 
@@ -54,7 +54,7 @@ class _Running(NamedTuple):
 class _Worker:
     """One worker's place, in which processes follow each other. deaths: in a row, with no sample to blame."""
 
-    work: Work
+    work: WorkerTask
     running: _Running | None = None
     deaths: int = 0
 
@@ -105,7 +105,7 @@ class WorkerPool:
         cache, each_step = config.data.cache_bytes // count, config.train.rows_per_step / config.data.lanes
         ahead = [max(1, config.data.prefetch) * math.ceil(len(share) * each_step) for share in shares]
         self._workers = [
-            _Worker(Work(config, layout, tokenizer, form, share, cache, rows, None, first, plugins.loaded()))
+            _Worker(WorkerTask(config, layout, tokenizer, form, share, cache, rows, None, first, plugins.loaded()))
             for share, rows in zip(shares, ahead, strict=True)
         ]
         self._of_lane = {lane: worker for worker in self._workers for lane in worker.work.lanes}

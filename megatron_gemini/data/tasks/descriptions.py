@@ -24,7 +24,7 @@ _USER = ("user", "human", "system")
 _SHOWN = 80  # characters of strangers' data in an error
 
 
-class Said(NamedTuple):
+class SpokenTurn(NamedTuple):
     """A turn of a conversation; `answer`: it is the model's, and learned."""
 
     answer: bool
@@ -53,7 +53,7 @@ def document_entries(description: Plain) -> list[Entry]:
     return entries
 
 
-def conversation(description: Plain) -> list[Said]:
+def conversation(description: Plain) -> list[SpokenTurn]:
     """The turns of a conversation up to the model's last, those of one side that follow each other as one.
 
     {"messages": [{"role": ..., "content": ...}, ...]} or {"conversations": [{"from": ..., "value": ...}, ...]}, or the
@@ -65,7 +65,7 @@ def conversation(description: Plain) -> list[Said]:
         description = _list(description, "messages" if "messages" in description else "conversations")
     if not isinstance(description, list):
         raise BadSample("bad_json", "a conversation needs a list of messages")
-    turns: list[Said] = []
+    turns: list[SpokenTurn] = []
     for message in description:
         if not isinstance(message, Mapping):
             raise BadSample("bad_json", f"a message is a mapping, not {_shown(message)}")
@@ -77,7 +77,7 @@ def conversation(description: Plain) -> list[Said]:
         if turns and turns[-1].answer == answer:
             turns[-1].entries.extend([(TEXT, "\n"), *entries])
         else:
-            turns.append(Said(answer, entries))
+            turns.append(SpokenTurn(answer, entries))
     while turns and not turns[-1].answer:  # what is said after the last answer has none to learn
         turns.pop()
     if not turns:

@@ -25,7 +25,7 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 _BLOCK = 8192
 
 
-class Place(NamedTuple):
+class VocabularyRows(NamedTuple):
     """Which rows of the vocabulary a rank holds, and what is done with them: arguments of `linear_cross_entropy`."""
 
     first: int
@@ -95,7 +95,7 @@ class HeadChunks:
         h: torch.Tensor,
         weight: torch.Tensor,
         target: torch.Tensor,
-        place: Place,
+        place: VocabularyRows,
     ) -> None:
         first, size, group, _, backend = place
         self.h, self.weight, self.place, self.group = h, weight, place, group

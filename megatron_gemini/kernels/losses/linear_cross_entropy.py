@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_gemini.kernels.autograd import Gradients, NodeContext
 from megatron_gemini.kernels.losses.gradients import scale_gradients
-from megatron_gemini.kernels.losses.head_chunks import GradientSums, HeadChunks, Place, check_head, join
+from megatron_gemini.kernels.losses.head_chunks import GradientSums, HeadChunks, VocabularyRows, check_head, join
 from megatron_gemini.kernels.losses.softmax_chunk import Normalizer
 
 
@@ -62,7 +62,7 @@ def linear_cross_entropy(
             f"weight_T is {weight_T.dtype} {tuple(weight_T.shape)} on {weight_T.device}; one float a target is needed, "
             f"{tuple(target_T.shape)} on {h_TD.device}"
         )
-    place = Place(first, size, group, reduce_input_gradient, backend)
+    place = VocabularyRows(first, size, group, reduce_input_gradient, backend)
     if not deferred and weight_T.requires_grad:
         raise ValueError("weight_T requires a gradient, which deferred=False does not compute; detach it or defer")
     if not deferred:
@@ -93,12 +93,12 @@ def token_log_probabilities(
     backward computes the logits again, chunk by chunk.
     """
     check_head(h_TD, weight_VD, target_T, first, size, group)
-    place = Place(first, size, group, reduce_input_gradient, backend)
+    place = VocabularyRows(first, size, group, reduce_input_gradient, backend)
     return _LogProbabilities.apply(h_TD, weight_VD, target_T, place)[0]
 
 
 class _LogProbabilityContext(NodeContext):
-    place: Place
+    place: VocabularyRows
 
 
 class _LossNow(torch.autograd.Function):
@@ -113,7 +113,7 @@ class _LossNow(torch.autograd.Function):
         token_weight: torch.Tensor,
         z_loss: float,
         graph: bool,
-        place: Place,
+        place: VocabularyRows,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chunks = HeadChunks(h, weight, target, place)
         needs = ctx.needs_input_grad[:2] if graph else (False, False)
@@ -154,7 +154,7 @@ class _LogProbabilities(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _LogProbabilityContext, h: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, place: Place
+        ctx: _LogProbabilityContext, h: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, place: VocabularyRows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         chunks = HeadChunks(h, weight, target, place)
         found = [chunks.statistics(rows, chunks.logits(rows))[:2] for rows in chunks.rows]

@@ -39,7 +39,7 @@ class ContextRanks:
         return _Gather.apply(k_CKH, v_CKH, self.size, self.group)
 
 
-class _GatherContext(NodeContext):
+class _GatherTokensContext(NodeContext):
     size: int
     group: ProcessGroup
 
@@ -47,7 +47,7 @@ class _GatherContext(NodeContext):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _GatherContext, k: torch.Tensor, v: torch.Tensor, size: int, group: ProcessGroup
+        ctx: _GatherTokensContext, k: torch.Tensor, v: torch.Tensor, size: int, group: ProcessGroup
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.size, ctx.group = size, group
         both_C2KH = torch.stack((k, v), 1)  # one collective for both, since each is small
@@ -57,7 +57,7 @@ class _Gather(torch.autograd.Function):
         return k_TKH, v_TKH  # each its own memory: what holds the values does not keep keys before RoPE alive
 
     @staticmethod
-    def backward(ctx: _GatherContext, *grads: torch.Tensor) -> Gradients:
+    def backward(ctx: _GatherTokensContext, *grads: torch.Tensor) -> Gradients:
         # The chunks of each rank side by side, since a reduce-scatter gives rank r the r-th of equal pieces.
         by_rank = torch.stack([rank_order(grad, ctx.size) for grad in grads], 1)
         own = by_rank.new_empty(len(by_rank) // ctx.size, *by_rank.shape[1:])

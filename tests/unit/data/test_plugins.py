@@ -12,7 +12,7 @@ from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.load import config_from_dict
 from megatron_gemini.contracts import Column, RowFormat
 from megatron_gemini.data.loading.loader import Loader
-from megatron_gemini.data.loading.worker import Work
+from megatron_gemini.data.loading.worker import WorkerTask
 from megatron_gemini.registry import FORMATS, OPERATIONS, TASKS
 from tests.tiny_shards import LAYOUT, Characters, run_config, write_tar
 
@@ -154,7 +154,7 @@ def test_a_worker_loads_plugins_in_their_order_before_it_unpacks_its_work(tmp_pa
     monkeypatch.setattr(plugins, "_loaded", [])
     plugins.load(names)
     tokenizer = sys.modules[names[1]].Tokenizer()
-    packed = Work(run_config([]), LAYOUT, tokenizer, FORM, [0], 0, 1, None, 0, plugins.loaded()).packed()
+    packed = WorkerTask(run_config([]), LAYOUT, tokenizer, FORM, [0], 0, 1, None, 0, plugins.loaded()).packed()
     for name in names:
         del sys.modules[name]
     monkeypatch.setattr(plugins, "_loaded", [])

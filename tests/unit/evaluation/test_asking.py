@@ -20,7 +20,7 @@ from megatron_gemini.evaluation.asking import (
     balanced,
 )
 from megatron_gemini.evaluation.report import Results, judged_inputs
-from megatron_gemini.evaluation.validation import Example, RealImages, resized, spaced
+from megatron_gemini.evaluation.validation import RealImages, ValidationExample, resized, spaced
 from megatron_gemini.generation.api import Answer, Drawing, Generator
 from megatron_gemini.generation.settings import SampleSettings
 
@@ -64,8 +64,8 @@ def drawing(value: int) -> Drawing:
     return Drawing((value,), grey(value))
 
 
-def example(label: str, prompt: list[Item] | None = None, answer: list[Item] | None = None) -> Example:
-    return Example(label, prompt or [Text(label)], answer, label, label)
+def example(label: str, prompt: list[Item] | None = None, answer: list[Item] | None = None) -> ValidationExample:
+    return ValidationExample(label, prompt or [Text(label)], answer, label, label)
 
 
 REAL = RealImages([grey(v) for v in (0, 10, 20, 200, 210, 220)], ["dark"] * 3 + ["light"] * 3, [False] * 6)

@@ -16,7 +16,7 @@ from megatron_gemini.cli import run_command
 from megatron_gemini.data.samples.items import Text
 from megatron_gemini.evaluation.asking import Continued, Drawn
 from megatron_gemini.evaluation.sheet import subtitle
-from megatron_gemini.evaluation.validation import Example
+from megatron_gemini.evaluation.validation import ValidationExample
 from megatron_gemini.generation.api import Drawing
 from tests.digit_run import TASKS, write_run
 
@@ -51,8 +51,8 @@ def drawing(value: int) -> Drawing:
     return Drawing((value,), grey(value))
 
 
-def example(label: str) -> Example:
-    return Example(label, [Text(label)], None, label, label)
+def example(label: str) -> ValidationExample:
+    return ValidationExample(label, [Text(label)], None, label, label)
 
 
 DARK_AND_LIGHT = Classifier([grey(v) for v in (0, 10, 20, 200, 210, 220)], ["dark"] * 3 + ["light"] * 3)
