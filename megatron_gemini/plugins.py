@@ -62,6 +62,13 @@ def load(names: Iterable[str]) -> None:
             ) from error
         except ImportError as error:
             raise ValueError(f"the plugin {name} cannot be imported: {error}") from error
+        except ValueError as error:  # such as a name that is taken, which says its own way out
+            raise ValueError(f"the plugin {name} cannot be loaded: {error}") from error
+        # Whatever else a module may do as it is imported, a call of sys.exit included: it is its author's to mend.
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"the plugin {name} failed while it was imported: {type(error).__name__}: {error}; --debug shows where"
+            ) from error
         _loaded.append(name)
 
 

@@ -108,7 +108,7 @@ def verify(directory: Path) -> None:
     try:
         index = json.loads((directory / INDEX).read_text())
         form, entries = index["format"], dict(index["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory / INDEX} is not readable: {error}{_way_out(directory)}") from error
     if form != FORMAT:
         raise ValueError(f"{directory} has format {form}; this version reads format {FORMAT}")

@@ -56,9 +56,12 @@ class Extensions:
             found = json.loads((directory / FILE).read_text())
             named, objective = tuple(found["plugins"]), found["objective"]
             tables = dict(found["connectors"]), dict(found["control_tokens"])
-        except (OSError, ValueError, KeyError, TypeError) as error:  # KeyError's text is the bare key: hence its repr
+        # The repr, since the text of a KeyError is the bare key.
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{directory} has no readable {FILE}: {error!r}; it is not of this version") from error
         texts = [*named, objective, *(text for table in tables for pair in table.items() for text in pair)]
+        if isinstance(found["plugins"], str):
+            raise ValueError(f"{directory / FILE} has a text in the place of the plugins; the checkpoint is damaged")
         for text in texts:  # they come from a stranger, and messages repeat them as parts of commands
             if not isinstance(text, str) or not _NAME.fullmatch(text):
                 raise ValueError(f"{directory / FILE} has {text!r} in the place of a name; the checkpoint is damaged")

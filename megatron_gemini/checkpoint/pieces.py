@@ -82,7 +82,7 @@ class PieceReader:
         for description in sorted(directory.glob("rank-*.json")):  # so that every rank's error names the same file
             try:
                 pieces = [Piece.from_json(value) for value in json.loads(description.read_text())["pieces"]]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{description} is not a readable description of pieces: {error}") from error
             for piece in pieces:
                 # `engine/roles.py` lets no role's name have a colon, and a parameter's has none either.

@@ -168,5 +168,5 @@ def read_progress(directory: Path) -> RunState:
         for description in sorted(directory.glob("rank-*.json")):
             data.update(json.loads(description.read_text())["data"])
         return RunState(**state, data=data)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory} has no readable state: {error}") from error

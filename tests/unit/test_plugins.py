@@ -84,7 +84,7 @@ def test_what_a_plugin_needs_and_what_fails_in_it_is_told(module):
         ValueError, match=r"^the plugin old_plugin cannot be imported: cannot import name 'nothing' from"
     ):
         plugins.load([module("old_plugin", "from megatron_gemini import nothing")])
-    with pytest.raises(ZeroDivisionError):  # a programmer's mistake, with its traceback
+    with pytest.raises(ValueError, match=r"broken_plugin failed while it was imported: ZeroDivisionError"):
         plugins.load([module("broken_plugin", "1 / 0")])
     assert plugins.loaded() == ()
 
@@ -229,3 +229,22 @@ def test_help_says_that_there_are_plugins(arguments):
     command = [sys.executable, "-m", "megatron_gemini.cli", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert result.returncode == 0 and "--plugin" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("{}['x']", "KeyError: 'x'"),
+        ("def", "SyntaxError"),
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("raise ValueError('it is taken')", "it is taken"),
+    ],
+)
+def test_a_plugin_that_fails_while_it_is_imported_is_named_in_a_line(text, told, module, capsys):
+    name = module("it_fails", text)
+    assert cli.run_command(lambda argv: 0, ["--plugin", name]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "the plugin it_fails" in error
+    assert len(error.splitlines()) == 1
+    assert plugins.loaded() == ()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from megatron_gemini import plugins
-from megatron_gemini.checkpoint.directory import seal, step_directory
+from megatron_gemini.checkpoint.directory import INDEX, seal, step_directory, verify
 from megatron_gemini.checkpoint.extensions import Extensions
 from megatron_gemini.checkpoint.inference import load_for_inference, load_image_tokenizer
 from megatron_gemini.checkpoint.init_from import initialize
@@ -150,6 +150,7 @@ def test_an_encoder_of_a_plugin_that_came_later_is_not_asked_for(run) -> None:
     [
         lambda recorded: recorded.pop("plugins"),
         lambda recorded: recorded.update(plugins=3),
+        lambda recorded: recorded.update(plugins="evil"),
         lambda recorded: recorded.update(plugins=["fine", "x; rm -rf y"]),
         lambda recorded: recorded.update(objective=["pretrain"]),
         lambda recorded: recorded.update(connectors={"vision": 3}),
@@ -160,6 +161,19 @@ def test_a_file_of_something_else_is_named(run, edit) -> None:
     change(run, FILE, edit)
     with pytest.raises(ValueError, match=r"extensions\.json") as caught:
         load_for_inference(run)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [FILE, INDEX])
+def test_a_file_that_is_nested_too_deeply_is_named(run, name) -> None:
+    """Python's JSON parser recurses: a stranger's brackets would end in a traceback."""
+    directory = step_directory(run, 1)
+    (directory / name).write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
+        if name == INDEX:
+            verify(directory)
+        else:
+            Extensions.read(directory)
     assert "\n" not in str(caught.value)
 
 
