@@ -33,7 +33,7 @@ from megatron_gemini.models.stage import DecoderStage, StageInput, parts
 from megatron_gemini.parallel.parameters import new_parameter, normal
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import LAYOUT, rows, step_rows, total_weight, with_layout
+from tests.distributed.rows import LAYOUT, loss_of, rows, step_rows, total_weight, with_layout
 from tests.distributed.train_layouts import topology_of
 
 V, D, T, ROWS, STEPS, LR = 11, 8, 6, 4, 3, 1e-2
@@ -182,12 +182,12 @@ def tiny(out: Path) -> dict[str, object]:
 def multimodal(layout: dict[str, object], out: Path) -> dict[str, object]:
     """Two steps of the multimodal model beside its reference at ZeRO-3, which is saved, and a head at its end."""
     config, topology = with_layout(**layout), topology_of(layout)
-    engine = MultimodalEngine(config, LAYOUT, topology, torch.device("cpu"))
+    engine = MultimodalEngine(config, LAYOUT, topology, torch.device("cpu"), loss_of(config))
     stages = parts(config, LAYOUT, topology.pipeline_size * topology.virtual_stages)
     reference = engine.add_role(
         RoleSpec(
             "reference",
-            lambda number: DecoderStage(config, LAYOUT, LayerFactory(topology), stages[number]),
+            lambda number: DecoderStage(config, LAYOUT, LayerFactory(topology), stages[number], loss_of(config)),
             zero_stage=3,
             saved=True,
         )
