@@ -1,4 +1,7 @@
-"""What is relied on of DeepSpeed and torch is named when a release no longer has it."""
+"""What is relied on of DeepSpeed and torch is named when a release no longer has it, and its wrappers do the same.
+
+All in one file, since DeepSpeed joins a process group once in a process.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ CLASSES = [one for one in vars(types).values() if inspect.isclass(one) and one._
 # Nothing of these is there at the start; their attributes are checked at DeepSpeed's classes, in `release.MODULES`.
 LATER = (types.GatherHandle, types.ParameterStatus)
 LISTED = [(one, name) for one in CLASSES if one not in LATER for name in release.members(one)]
+TRAINED = [kind for kind in KINDS if kind != "frozen"]
+LR = 0.1
 IN_MODULES = [(module, name) for module, names in release.MODULES.items() for name in names]
 
 
@@ -111,6 +116,46 @@ def test_an_engine_that_is_not_ours_gets_deepspeeds_own_check(engines, monkeypat
 def test_the_check_of_our_own_engines_knows_order_and_not_numbering():
     with gathering.within(None):
         gathering.same_on_all_ranks([3, 4, 9])  # alone there is nobody to differ from
+
+
+def step(engine, value, norm):
+    """One step on an input of `value`."""
+    engine.backward(engine.forward(torch.full((2, 8), value, dtype=engine.dtype)), boundary=True)
+    engine.wait()
+    engine.step(LR, torch.tensor(norm))
+
+
+def masters(engine):
+    found = {piece.name: piece.master().clone() for piece in engine.fragments}
+    engine.wrapper.put_back()
+    return found
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.usefixtures("engines")  # and their process group
+def test_a_skipped_step_changes_no_weight_and_no_later_step(kind):
+    plain, interrupted = engine_of(kind), engine_of(kind)
+    begun = masters(plain)
+    step(interrupted, float("nan"), float("nan"))
+    assert all(torch.equal(value, begun[name]) for name, value in masters(interrupted).items())
+    for _ in range(2):
+        step(plain, 1.0, 2.0)
+        step(interrupted, 1.0, 2.0)
+    after = masters(plain)
+    assert not any(torch.equal(value, begun[name]) for name, value in after.items())
+    assert all(torch.equal(value, after[name]) for name, value in masters(interrupted).items())
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.usefixtures("engines")
+def test_gradients_are_clipped_by_the_norm_that_is_given(kind):
+    """Adam's first step is the same for gradients of any size, but its moments are not."""
+    small, large = engine_of(kind), engine_of(kind)
+    bound = small.config.engine.gradient_clipping
+    step(small, 1.0, bound / 2)
+    step(large, 1.0, bound * 4)
+    for one, other in zip(small.fragments, large.fragments, strict=True):
+        torch.testing.assert_close(other.moment("exp_avg") * 4, one.moment("exp_avg"), rtol=1e-5, atol=1e-9)
 
 
 def test_a_method_of_torchs_stage_that_is_gone_is_named(monkeypatch):
