@@ -15,7 +15,7 @@ from typing import Any
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.training.quiet import quiet_warnings
-from tests.distributed.rows import LAYOUT, rows, step_rows, total_weight, with_layout
+from tests.distributed.rows import LAYOUT, loss_of, rows, step_rows, total_weight, with_layout
 from tests.distributed.train_layouts import topology_of
 
 CASES = [
@@ -32,23 +32,23 @@ def gathers(layout: dict, microbatches: int, device: Any) -> int:
     config = with_layout(**layout)
     train = dataclasses.replace(config.train, rows_per_step=microbatches * topology.data_size)
     config = dataclasses.replace(config, train=train)
-    engine = MultimodalEngine(config, LAYOUT, topology, device)
+    engine = MultimodalEngine(config, LAYOUT, topology, device, loss_of(config))
     true_gather = partition_parameters._dist_allgather_fn
-    true_through = engine._through
+    true_run = engine.pipeline.run
     step = 0
 
     def gather(*arguments: Any, **named: Any) -> Any:
         counts[step] += 1
         return true_gather(*arguments, **named)
 
-    def through(*arguments: Any) -> None:  # the encoders, which do not belong to the pipeline, are not counted
+    def run(*arguments: Any) -> None:  # the encoders, which do not belong to the pipeline, are not counted
         partition_parameters._dist_allgather_fn = gather
         try:
-            true_through(*arguments)
+            true_run(*arguments)
         finally:
             partition_parameters._dist_allgather_fn = true_gather
 
-    engine._through = through
+    engine.pipeline.run = run
     for step in range(3):
         everything = [*rows(2 * step), *rows(2 * step + 1)][: train.rows_per_step]
         mine = step_rows(everything, topology)
