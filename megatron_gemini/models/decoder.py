@@ -183,9 +183,10 @@ class Decoder(nn.Module):
         cos_sin = rope_cos_sin(position_T, self.config.head_width, self.config.rope_theta, h_TD.dtype)
         # One context a forward: with offload it chains the regions, and each fetches the one before it.
         recompute = self.recompute.begin()
+        readers = self.readers  # torch finds a module's children by a slow way: once, and not in every layer
         for index, layer in self.layers.items():
-            if index in self.readers:
-                for name, reader in cast("nn.ModuleDict", self.readers[index]).items():
+            if index in readers:
+                for name, reader in cast("nn.ModuleDict", readers[index]).items():
                     h_TD = reader(h_TD, *(memories or {})[name])
             h_TD = recompute.layer(layer, h_TD, cos_sin, plan, cache)
         return h_TD if self.norm is None else self.norm(h_TD)
