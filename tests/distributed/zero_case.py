@@ -18,7 +18,6 @@ def case(engine: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(
         CONFIG,
         model=MODEL,
-        vision=dataclasses.replace(CONFIG.vision, enabled=False),
-        audio=dataclasses.replace(CONFIG.audio, enabled=False),
+        encoders={name: dataclasses.replace(section, enabled=False) for name, section in CONFIG.encoders.items()},
         engine=EngineConfig(**{"offload_optimizer": "none", "adam": "torch", **engine}),
     )
