@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # types only: this file is below the packages that it names
     from megatron_gemini.objectives.spec import ObjectiveSpec
 
 Entry = TypeVar("Entry")
+LONGEST_SHOWN = 60
+"""Characters of an unknown name that a message repeats: it may come from a stranger's file."""
 
 
 def nearest(name: str, known: Sequence[str], others: str = "") -> str:
@@ -35,12 +37,13 @@ def nearest(name: str, known: Sequence[str], others: str = "") -> str:
 class Registry(Generic[Entry]):
     """Entries of one kind by name, in a fixed order: the built-in ones as listed, then plugins' as registered.
 
-    what: the kind in words, for messages. built_in: `module:ATTRIBUTE` by name. completed_by: the place of a function
-    (name, entry) -> entry, which fills in what an entry leaves open when it is registered; empty for none.
+    what: the kind in words, for messages. spec: the place of the class of its entries. built_in: `module:ATTRIBUTE` by
+    name. completed_by: the place of a function (name, entry) -> entry, which fills in what an entry leaves open when it
+    is registered; empty for none.
     """
 
-    def __init__(self, what: str, built_in: Mapping[str, str], completed_by: str = "") -> None:
-        self.what, self._completed_by = what, completed_by
+    def __init__(self, what: str, spec: str, built_in: Mapping[str, str], completed_by: str = "") -> None:
+        self.what, self._spec, self._completed_by = what, spec, completed_by
         self._places = dict(built_in)
         self._entries: dict[str, Entry] = {}
         self._order = list(built_in)
@@ -58,7 +61,8 @@ class Registry(Generic[Entry]):
     def check(self, name: str) -> None:
         """Raise a ValueError for a name that is not registered, with the nearest that is."""
         if name not in self:
-            raise ValueError(f"{name!r} is no {self.what}; {self.nearest(name)}")
+            shown = name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..."
+            raise ValueError(f"{shown!r} is no {self.what}; {self.nearest(name)}")
 
     def nearest(self, name: str) -> str:
         """The way out for an unknown name, as the end of a message."""
@@ -77,10 +81,17 @@ class Registry(Generic[Entry]):
         return [self.get(name) for name in self._order]
 
     def register(self, name: str, entry: Entry) -> None:
-        """Add an entry, as a plugin does when it is imported. Raises a ValueError for a name that is taken."""
+        """Add an entry, as a plugin does when it is imported.
+
+        Raises a ValueError for a name that is taken, or an entry of another class than this kind's.
+        """
         if name in self:
-            raise ValueError(f"there is a {self.what} {name!r} already; choose another name")
+            raise ValueError(f"there is {_with_article(self.what)} {name!r} already; choose another name")
         # By place, like the entries, since this file imports nothing that is above it.
+        spec = cast("type[Entry]", _imported(self._spec))
+        if not isinstance(entry, spec):
+            found = f"the class {entry.__name__}" if isinstance(entry, type) else f"a {type(entry).__name__}"
+            raise ValueError(f"the {self.what} {name!r} is {found}; register {_with_article(spec.__name__)}")
         if self._completed_by:
             complete = cast("Callable[[str, Entry], Entry]", _imported(self._completed_by))
             entry = complete(name, entry)
@@ -92,6 +103,10 @@ class Registry(Generic[Entry]):
         assert name not in self._places, f"{name} is built in"
         self._order.remove(name)
         del self._entries[name]
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeioAEIO' else 'a'} {noun}"
 
 
 def _imported(place: str) -> object:
@@ -106,10 +121,13 @@ _O = "megatron_gemini.objectives"
 
 # The order of encoders is the order in which every rank runs them, and that of a checkpoint's random streams: append.
 ENCODERS: Registry[EncoderSpec] = Registry(
-    "encoder", {"vision": f"{_M}.image.spec:VISION", "audio": f"{_M}.audio.spec:AUDIO_ENCODER"}
+    "encoder",
+    f"{_M}.spec:EncoderSpec",
+    {"vision": f"{_M}.image.spec:VISION", "audio": f"{_M}.audio.spec:AUDIO_ENCODER"},
 )
 MODALITIES: Registry[ModalitySpec] = Registry(
     "modality",
+    f"{_M}.spec:ModalitySpec",
     {
         "text": f"{_M}.text.spec:TEXT",
         "image": f"{_M}.image.spec:IMAGE",
@@ -118,13 +136,19 @@ MODALITIES: Registry[ModalitySpec] = Registry(
     },
     completed_by=f"{_M}.control_tokens:with_control_tokens",
 )
-CONNECTORS: Registry[ConnectorSpec] = Registry("connector", {"linear": "megatron_gemini.connectors.linear.spec:LINEAR"})
+CONNECTORS: Registry[ConnectorSpec] = Registry(
+    "connector",
+    "megatron_gemini.connectors.spec:ConnectorSpec",
+    {"linear": "megatron_gemini.connectors.linear.spec:LINEAR"},
+)
 OBJECTIVES: Registry[ObjectiveSpec] = Registry(
     "objective",
+    f"{_O}.spec:ObjectiveSpec",
     {"pretrain": f"{_O}.pretrain.spec:PRETRAIN", "image_tokenizer": f"{_O}.image_tokenizer.spec:IMAGE_TOKENIZER"},
 )
 TASKS: Registry[TaskSpec] = Registry(
     "task",
+    f"{_D}.samples.spec:TaskSpec",
     {
         "caption": f"{_D}.tasks.questions:CAPTION",
         "generate": f"{_D}.tasks.drawings:GENERATE",
@@ -139,6 +163,7 @@ TASKS: Registry[TaskSpec] = Registry(
 # The first one is taken for files whose ending belongs to none.
 FORMATS: Registry[FormatSpec] = Registry(
     "file format",
+    f"{_D}.sources.spec:FormatSpec",
     {
         "webdataset": f"{_D}.sources.webdataset:WEBDATASET",
         "jsonl": f"{_D}.sources.jsonl:JSONL",
@@ -148,6 +173,7 @@ FORMATS: Registry[FormatSpec] = Registry(
 # Of whole samples. Those of single images, clips, sounds and the like are in the modality's own spec.
 OPERATIONS: Registry[OperationSpec] = Registry(
     "operation",
+    f"{_D}.operations.spec:OperationSpec",
     {
         "decode": f"{_D}.operations.standard:DECODE",
         "prepare": f"{_D}.operations.standard:PREPARE",
@@ -159,6 +185,7 @@ OPERATIONS: Registry[OperationSpec] = Registry(
 # In the order of a report. Every evaluation computes all of them for the inputs that it has.
 METRICS: Registry[Metric] = Registry(
     "metric",
+    f"{_E}.spec:MetricSpec",
     {
         "exact_match": f"{_E}.exact_match:EXACT_MATCH",
         "cer": f"{_E}.error_rates:CER",

@@ -129,8 +129,9 @@ def _way_out(damaged: Path) -> str:
     if damaged.parent.name != "checkpoints":
         return ""
     others = [path for path in complete_steps(damaged.parent.parent) if path.name != damaged.name]
-    then = f"go on from {others[-1].name}" if others else "begin anew"
-    return f"; delete {damaged} to {then}"
+    if not others:
+        return "; no other checkpoint is beside it"
+    return f"; {others[-1].name} beside it is complete: delete {damaged} to take that"
 
 
 def publish(temporary: Path, final: Path, keep: int) -> None:

@@ -7,7 +7,8 @@ a part of, one parameter at a time. Moments stay fresh. A run that goes on has w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +55,16 @@ def initialize(engine: Engine) -> list[str]:
     sources, problem = [], ""
     try:
         if engine.topology.rank == 0:  # once, and before any of them is read
-            for directory in dict.fromkeys(find_weights(Path(section.checkpoint)) for section in sections):
-                verify_weights(directory)
+            found = {_find(section, number): number for number, section in enumerate(sections)}
+            for directory, number in found.items():
+                with _telling(f"init_from.{number}"):
+                    verify_weights(directory)
     except ValueError as error:
         problem = str(error)
     _raise_first(engine, problem)
     try:
         for number, section in enumerate(sections):
-            sources.append(_open(section, f"init_from.{number}", model, engine.config))
+            sources.append(_open(section, number, model, engine.config))
     except ValueError as error:
         problem = str(error)
     _raise_first(engine, problem)
@@ -91,17 +94,29 @@ def _raise_first(engine: Engine, problem: str) -> None:
             raise ValueError(said if rank == 0 else f"rank {rank}: {said}")
 
 
-def _open(section: InitFromConfig, setting: str, model: Shapes, config: RunConfig) -> _Source:
-    """Raises ValueError, beginning with the setting's name, where the checkpoint does not fit."""
-    directory = find_weights(Path(section.checkpoint))
-    reader = open_weights(directory)
+@contextmanager
+def _telling(setting: str) -> Iterator[None]:
+    """Messages begin with the setting's name: a run has checkpoints of its own, and several of these."""
     try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from error
+
+
+def _find(section: InitFromConfig, number: int) -> Path:
+    with _telling(f"init_from.{number}.checkpoint"):
+        return find_weights(Path(section.checkpoint))
+
+
+def _open(section: InitFromConfig, number: int, model: Shapes, config: RunConfig) -> _Source:
+    """Raises ValueError where the checkpoint does not fit."""
+    directory = _find(section, number)
+    with _telling(f"init_from.{number} ({directory})"):
+        reader = open_weights(directory)
         found = map_names(section, list(model), reader.names())
         _check(found, model, reader)
         if any(name in found.sources for name in VOCABULARY):
             _check_vocabulary(directory, Path(config.data.text_model))
-    except ValueError as error:
-        raise ValueError(f"{setting} ({directory}): {error}") from error
     elements = sum(math.prod(model[name]) for name in found.sources)
     what = "the model" if section.module == WHOLE else section.module
     return _Source(reader, found.sources, f"initialized {what} ({elements:,} parameters) from {directory}")

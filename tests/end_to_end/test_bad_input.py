@@ -42,7 +42,8 @@ CASES: dict[str, tuple[list[str], str]] = {
     ),
     "damaged": (
         ["--train.output_dir", "{folder}/damaged"],
-        r"rank-00000\.safetensors is not what was saved .*; delete .*step-00000004 to go on from step-00000002",
+        r"rank-00000\.safetensors is not what was saved .*; step-00000002 beside it is complete: "
+        r"delete .*step-00000004 to take that",
     ),
     "nothing to begin with": (
         ["--config", "{folder}/weights.yaml", "--init_from.0.checkpoint", "{folder}/absent"],

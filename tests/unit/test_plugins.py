@@ -172,11 +172,19 @@ def test_a_command_loads_plugins_before_its_main_runs_and_hides_the_options(modu
     [
         (["--plugin", "no_such_plugin"], "the plugin no_such_plugin is not there; install it"),
         (["--plugin"], "--plugin takes the name of a module"),
-        (["--plugin", "taken_plugin"], "there is a encoder 'vision' already; choose another name"),
+        (["--plugin", "taken_plugin"], "there is an encoder 'vision' already; choose another name"),
+        (["--plugin", "untyped_plugin"], "the metric 'mine' is a str; register a MetricSpec"),
+        (["--plugin", "class_plugin"], "the encoder 'mine' is the class EncoderSpec; register an EncoderSpec"),
     ],
 )
 def test_a_plugin_that_cannot_be_loaded_is_one_line_and_status_2(arguments, message, module, capsys):
     module("taken_plugin", "from megatron_gemini.registry import ENCODERS\n\nENCODERS.register('vision', None)\n")
+    module("untyped_plugin", "from megatron_gemini.registry import METRICS\n\nMETRICS.register('mine', 'mine')\n")
+    module(
+        "class_plugin",
+        "from megatron_gemini.modalities.spec import EncoderSpec\nfrom megatron_gemini.registry import ENCODERS\n\n"
+        "ENCODERS.register('mine', EncoderSpec)\n",
+    )
     assert cli.main(["train", *arguments]) == 2
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1

@@ -21,13 +21,13 @@ class OperationPipeline:
 
     def __init__(self, names: Sequence[str], setting: Setting) -> None:
         names = tuple(names) or USUAL_OPERATIONS
+        made = [make_operation(name, setting) for name in names]  # first, so that a misspelled name is told as such
         plain = [name.partition("(")[0].strip() for name in names]
         if plain[:1] != ["decode"] or plain[-2:] != ["format", "tokenize"] or len(set(plain)) < len(plain):
             raise ValueError(
                 f"the operations {', '.join(names)} must begin with decode, end with format and tokenize, and name "
                 f"each one once; the usual ones are {', '.join(USUAL_OPERATIONS)}"
             )
-        made = [make_operation(name, setting) for name in names]
         first = next(place for place, (_, random) in enumerate(made) if random)
         self._fixed = [operation for operation, _ in made[:first]]
         self._random = [operation for operation, _ in made[first:]]

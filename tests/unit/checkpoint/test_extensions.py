@@ -80,6 +80,10 @@ def test_what_is_recorded(tmp_path, monkeypatch) -> None:
     }
     assert Extensions.read(path) == Extensions.of(CONFIG)
     assert FILE in json.loads((path / "index.json").read_text())["files"]
+    without = dataclasses.replace(
+        CONFIG, encoders=CONFIG.encoders | {"audio": dataclasses.replace(CONFIG.encoders["audio"], enabled=False)}
+    )
+    assert "audio" not in Extensions.of(without).control_tokens  # another plugin may take what no row has
 
 
 def test_a_missing_plugin_is_told_before_its_settings_are_unknown(run) -> None:

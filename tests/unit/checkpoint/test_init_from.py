@@ -125,6 +125,12 @@ def test_missing_and_unexpected_names_are_listed_with_their_number(run) -> None:
 def test_shapes_that_differ_are_listed(run) -> None:
     said = refused(engine(run, of(run, "decoder.layers"), mlp_width=96))
     assert "other shapes: decoder.layers.0.mlp.down is (32, 64) there and (32, 96) here, " in said
+    assert "text model" not in said  # which only the rows of the vocabulary depend on
+
+
+def test_a_checkpoint_that_is_not_there_is_told_with_its_setting(run, tmp_path) -> None:
+    sections = [of(run, "encoders"), InitFromConfig(str(tmp_path / "gone"), "decoder")]
+    assert refused(engine(run, *sections)) == f"init_from.1.checkpoint: checkpoint {tmp_path / 'gone'} does not exist"
 
 
 def test_a_vocabulary_of_another_size_is_told_as_such(run) -> None:

@@ -174,6 +174,7 @@ def test_a_conversation_is_learned_on_the_assistants_turns():
     ("operations", "message"),
     [
         (("decode", "resizze", "format", "tokenize"), "'resizze' is no operation; did you mean resize?"),
+        (("decodde", "format", "tokenize"), "'decodde' is no operation; did you mean decode?"),
         (("decode", "resize(token=3)", "format", "tokenize"), "'token' is no argument .* did you mean tokens?"),
         (("decode", "resize(tokens=many)", "format", "tokenize"), "tokens is 'many'; it must be a number"),
         (("decode", "crop(smallest=2)", "format", "tokenize"), "smallest is 2; it must be above 0"),

@@ -25,6 +25,7 @@ from megatron_gemini.models.encoding_plan import (
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT, rows, with_frozen
+from tests.extension.halving import HALVING
 
 LIMIT = 24
 CHUNKED = dataclasses.replace(CONFIG, encoder_engines=EncoderEnginesConfig(chunk_tokens=LIMIT))
@@ -108,6 +109,12 @@ def test_sizes_tell_how_many_embeddings_come():
                 encoded, grid_I3 = model(name, media), media.grid_I3.numpy()
             assert encoded_counts(name, grid_I3).sum() == len(encoded) == run_lengths(name, grid_I3).sum()
             assert output_counts(CONFIG, name, grid_I3).sum() == len(encoded)  # a linear connector keeps them all
+
+
+def test_a_connector_shortens_every_run_and_not_their_sum(monkeypatch):
+    """Four frames of three embeddings are halved to two each: eight, where half of twelve would be six."""
+    monkeypatch.setattr("megatron_gemini.models.encoders.connector_of", lambda config, name: HALVING)
+    assert output_counts(CONFIG, "vision", np.array([[4, 1, 3], [1, 2, 2]])).tolist() == [8, 2]
 
 
 def test_a_clip_costs_its_frames_and_a_sound_its_square():
