@@ -11,6 +11,7 @@ from megatron_gemini.training.stop import LAUNCHER_GONE, StoppedError, StopReque
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_remembered_and_the_first_one_counts(number: signal.Signals) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's would be left as it is
     stop = StopRequest()
     stop.install()
     try:
@@ -20,6 +21,7 @@ def test_a_signal_is_remembered_and_the_first_one_counts(number: signal.Signals)
         assert stop.requested() == number
     finally:
         stop.restore()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_restore_gives_back_what_was_there() -> None:
