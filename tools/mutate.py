@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import random
@@ -124,9 +125,9 @@ def _be_pytest(path: Path, root: Path, log: Path) -> None:
     """Run the tests of a file, and end the process."""
     import pytest
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    sys.stdout = sys.stderr = log.open("w")
+    for number in (1, 2):  # of what the tests start
+        os.dup2(sys.stdout.fileno(), number)
     os.chdir(root)  # pytest names tests from where it was started
     code = 2
     try:
@@ -206,6 +207,32 @@ def table(results: Sequence[Result]) -> Iterator[str]:
         yield f"| `{result.file}` | {result.line} | {result.kind} | `{change}` |"
 
 
+class Runner:
+    """Tries changes in a copy of the checkout. files: of tests, at most, of a change. limit: seconds of one file."""
+
+    def __init__(self, root: Path, below: Path, files: int, limit: float) -> None:
+        self.root, self.below, self.files, self.limit = root, below, files, limit
+        self.imports = Imports(root)
+        self._passing: dict[Path, bool] = {}
+
+    def passes(self, test: Path) -> bool:
+        """Whether the tests of a file pass on the code as it is; one that fails has nothing to say of a change."""
+        if test not in self._passing:
+            failed = run_test(test, self.root, self.limit)
+            self._passing[test] = not failed
+            if failed:
+                print(f"left out, since it fails without a change: {failed}", flush=True)
+        return self._passing[test]
+
+    def tests_of(self, file: str) -> list[Path]:
+        """The nearest tests that pass without a change."""
+        near = self.imports.nearest_tests(self.root / file, self.below)
+        return list(itertools.islice(filter(self.passes, near), self.files))
+
+    def run(self, file: str, mutation: Mutation) -> Result:
+        return try_mutation(self.root, file, mutation, self.tests_of(file), self.limit)
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folders", nargs="+", default=list(FOLDERS), help=f"of {PACKAGE}")
@@ -229,10 +256,9 @@ def main(argv: Sequence[str]) -> None:
         root = Path(folder).resolve()
         copy_checkout(root)
         prepare(root)
-        imports = Imports(root)
+        runner = Runner(root, root / given.tests, given.files, given.limit)
         for file, mutation in chosen[len(results) :]:
-            tests = imports.nearest_tests(root / file, root / given.tests)[: given.files]
-            result = try_mutation(root, file, mutation, tests, given.limit)
+            result = runner.run(file, mutation)
             with out.open("a") as lines:
                 lines.write(json.dumps(asdict(result)) + "\n")
             print(f"{file}:{result.line}  {result.change[:70]}  {result.by}  {result.seconds} s", flush=True)
