@@ -13,7 +13,6 @@ The heavy libraries are imported once, and every change runs in a fork of that p
 from __future__ import annotations
 
 import argparse
-import ast
 import itertools
 import json
 import os
@@ -23,15 +22,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tools.mutations import Mutation, mutations_of
+from tools.nearest_tests import PACKAGE, ROOT, Imports
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "megatron_gemini"
 FOLDERS = ("models", "kernels", "engine", "parallel", "data", "training")
 PASSED, NO_TESTS = 0, 5  # of pytest's exit statuses
 SURVIVED = "survived"
@@ -48,56 +46,6 @@ class Result:
     by: str
     tests: int
     seconds: float
-
-
-def module_of(path: Path, root: Path) -> str:
-    """Dotted name of a file below `root`."""
-    parts = path.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def named_in(source: str, modules: Mapping[str, Path]) -> set[str]:
-    """Modules among `modules` that a file imports, or names in a string, as the registry and launched tests do."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value.partition(":")[0])
-    return found & set(modules)
-
-
-class Imports:
-    """Which test files lead to a file, and over how many imports."""
-
-    def __init__(self, root: Path) -> None:
-        files = [*(root / PACKAGE).rglob("*.py"), *(root / "tests").rglob("*.py"), *(root / "tools").rglob("*.py")]
-        self.modules = {module_of(path, root): path for path in files}
-        self.root = root
-        self.importers: dict[str, set[str]] = {name: set() for name in self.modules}
-        for name, path in self.modules.items():
-            for imported in named_in(path.read_text(), self.modules) - {name}:
-                self.importers[imported].add(name)
-
-    def nearest_tests(self, file: Path, below: Path) -> list[Path]:
-        """Test files of the folder `below`, fewest steps first; of equally many, the one most like it by name."""
-        start = module_of(file, self.root)
-        steps, waiting = {start: 0}, deque([start])
-        while waiting:
-            name = waiting.popleft()
-            for importer in sorted(self.importers[name] - steps.keys()):
-                steps[importer] = steps[name] + 1
-                waiting.append(importer)
-        found = [(steps[name], path) for name, path in self.modules.items() if name in steps]
-        tests = [(far, path) for far, path in found if path.name.startswith("test_") and path.is_relative_to(below)]
-        folder, words = file.relative_to(self.root / PACKAGE).parts[0], set(file.stem.split("_"))
-
-        def unlike(test: Path) -> tuple[bool, int]:
-            return folder not in test.parts, -len(words & set(test.stem.split("_")))
-
-        return [path for far, path in sorted(tests, key=lambda each: (each[0], unlike(each[1]), each[1]))]
 
 
 def run_test(path: Path, root: Path, limit: float) -> str:
