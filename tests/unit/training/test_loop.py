@@ -2,7 +2,8 @@
 
 Every setting that scales something is away from 1: the loss weight of images, the encoders' and connectors' learning
 rates, and a clipping bound that binds. The learning rate is worked out here, from what the schedule's document says.
-In one step the gradients are not finite. It is skipped, and Adam does not count it.
+In one step the gradients are not finite. It is skipped, and Adam does not count it, also in the checkpoint from which
+the run then goes on.
 
 Engines on several ranks are held by tests/distributed; the settings that pass through the loop alone are held here.
 """
@@ -35,7 +36,7 @@ from megatron_gemini.parallel.topology import Topology
 from tests.end_to_end.dataset import settings, write_config, write_data
 from tests.end_to_end.launches import ROOT, environment
 
-STEPS, BROKEN = 7, 3  # the step whose gradients are not finite
+STEPS, BROKEN, STOPPED = 7, 3, 5  # the step whose gradients are not finite; steps before the run is stopped
 STAGES = (0, 2)
 PEAK, WARMUP, FINAL = 3e-3, 2, 0.25
 BOUND, IMAGE, Z_LOSS, SEED = 0.3, 0.3, 0.05, 5
@@ -150,7 +151,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("loop")
     data = write_data(folder)
     paths = {stage: write_run(data, folder / str(stage), stage) for stage in STAGES}
-    command = [sys.executable, "-m", "tests.unit.training.broken_step", str(BROKEN), *map(str, paths.values())]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.unit.training.disturbed_runs",
+        str(BROKEN),
+        str(STOPPED),
+        *map(str, paths.values()),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = {f"zero {stage}": read_run(path.parent / "run") for stage, path in paths.items()}
