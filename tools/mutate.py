@@ -179,6 +179,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--folders", nargs="+", default=list(FOLDERS), help=f"of {PACKAGE}")
     parser.add_argument("--sample", type=int, default=300, help="how many changes, at random")
     parser.add_argument("--seed", type=int, default=11, help="of the sample")
+    parser.add_argument("--skip", nargs="*", default=[], help="of the sample, files with one of these in their path")
     parser.add_argument("--tests", default="tests/unit", help="folder whose tests run")
     parser.add_argument("--files", type=int, default=6, help="test files a change at most, the nearest first")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that a test file may take")
@@ -191,14 +192,20 @@ def main(argv: Sequence[str]) -> None:
         return
     everything = all_mutations(given.folders)
     chosen = random.Random(given.seed).sample(everything, min(given.sample, len(everything)))
-    print(f"{len(chosen)} of {len(everything)} changes, {len(results)} of them tried before", flush=True)
+    tried = {(each.file, each.line, each.kind, each.change) for each in results}
+    left = [
+        (file, each)
+        for file, each in chosen
+        if (file, each.line, each.kind, each.change) not in tried and not any(part in file for part in given.skip)
+    ]
+    print(f"{len(chosen)} of {len(everything)} changes, {len(left)} of them to be tried", flush=True)
     out = given.out.absolute()
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         root = Path(folder).resolve()
         copy_checkout(root)
         prepare(root)
         runner = Runner(root, root / given.tests, given.files, given.limit)
-        for file, mutation in chosen[len(results) :]:
+        for file, mutation in left:
             result = runner.run(file, mutation)
             with out.open("a") as lines:
                 lines.write(json.dumps(asdict(result)) + "\n")
