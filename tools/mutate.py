@@ -115,9 +115,10 @@ def all_mutations(folders: Sequence[str]) -> list[tuple[str, Mutation]]:
 
 
 def read_results(path: Path) -> list[Result]:
-    if not path.exists():
-        return []
-    return [Result(**json.loads(line)) for line in path.read_text().splitlines()]
+    """Of every mutation the newest one."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    newest = {(each.file, each.line, each.kind, each.change): each for each in (Result(**json.loads(x)) for x in lines)}
+    return list(newest.values())
 
 
 def table(results: Sequence[Result]) -> Iterator[str]:
@@ -183,6 +184,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tests", default="tests/unit", help="folder whose tests run")
     parser.add_argument("--files", type=int, default=6, help="test files a change at most, the nearest first")
     parser.add_argument("--limit", type=float, default=180.0, help="seconds that a test file may take")
+    parser.add_argument("--again", action="store_true", help="also what survived before, as with more --files")
     parser.add_argument("--out", type=Path, required=True, help="results as JSON lines; those that are there stay")
     parser.add_argument("--table", action="store_true", help="run nothing, print the results")
     given = parser.parse_args(argv)
@@ -192,7 +194,8 @@ def main(argv: Sequence[str]) -> None:
         return
     everything = all_mutations(given.folders)
     chosen = random.Random(given.seed).sample(everything, min(given.sample, len(everything)))
-    tried = {(each.file, each.line, each.kind, each.change) for each in results}
+    done = [each for each in results if each.by != SURVIVED or not given.again]
+    tried = {(each.file, each.line, each.kind, each.change) for each in done}
     left = [
         (file, each)
         for file, each in chosen
