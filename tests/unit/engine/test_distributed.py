@@ -38,8 +38,8 @@ join(torch.device("cpu"))
 slow, tensor = Slow(), torch.ones(3)
 sys.setswitchinterval(60)
 dist.all_reduce(tensor, async_op=True)
-end = time.monotonic() + 0.3
-while time.monotonic() < end:
+end = time.process_time() + 0.3  # of CPU time: gloo's thread gets as much on a busy machine
+while time.process_time() < end:
     pass
 END
 """
@@ -53,6 +53,9 @@ def test_a_rank_that_ends_is_not_aborted_by_its_last_collective(end, status):
     """Where torch no longer aborts the second case, `end_process` can go."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-c", ENDING.replace("END", end)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for _ in range(1 if end else 5):  # a race inside torch, which gloo's thread loses now and then
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode == status:
+            break
     assert done.returncode == status, done.stderr
     assert ("atexit ran" in done.stdout) == bool(end)
