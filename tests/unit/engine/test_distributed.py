@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.launches import free_port
+
 CODE = """
 import torch
 from megatron_gemini.engine.distributed import join, leave
@@ -20,7 +22,7 @@ leave()
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is elsewhere on this system")
 def test_no_shared_memory_stays_behind():
-    port = "29876"
+    port = str(free_port())
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True)
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
