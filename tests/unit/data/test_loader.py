@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.config.data import PhaseConfig, SourceConfig
 from megatron_gemini.data.loading.loader import Loader, lanes_of
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import skipped_table
@@ -105,6 +105,49 @@ def test_resuming_anywhere_on_other_ranks_goes_on_with_the_same_rows(mixture, cu
     assert steps(second, 5) == uninterrupted[2 * cut :]
     for loader in first + second:
         loader.close()
+
+
+@pytest.mark.parametrize("cut", [2, 6, 9])
+def test_a_resumed_run_goes_on_in_its_phase_of_the_curriculum(tmp_path, cut):
+    sources = [SourceConfig(shards=texts(tmp_path / f"{name}.tar", 40), task="text", name=name) for name in "ab"]
+    phases = (PhaseConfig(1, (1.0, 0.0)), PhaseConfig(6, (0.0, 1.0)))
+    config = run_config(sources, curriculum=phases, look_ahead=1)
+    whole = load(config)
+    rows = [whole.next() for _ in range(12)]
+    named = [{key[0] for row in step.values() for key in row.samples} for step in rows]
+    assert named[3:5] == [{"a"}] * 2 and named[8:] == [{"b"}] * 4, named  # between, what has waited for its row
+    first = load(config)
+    steps([first], cut)
+    resumed = load(config)
+    resumed.load_state(json.loads(json.dumps(first.state())))
+    expected = [content(row) for step in rows[cut:] for _, row in sorted(step.items())]
+    assert steps([resumed], 12 - cut) == expected
+
+
+def test_every_epoch_augments_and_empties_prompts_anew(tmp_path):
+    """By seed, source, epoch and sample alone: another reader of the same epoch sees the same."""
+    shard = write_tar(tmp_path / "x.tar", ((f"s{i}", sample(i)) for i in range(3)))
+    operations = ("decode", "crop(smallest=0.3)", "prepare", "format", "tokenize")
+    pictures = SourceConfig(shards=shard, task="caption", name="pictures", operations=operations)
+    drawings = SourceConfig(shards=shard, task="generate", name="drawings", prompts=("draw {text}",))
+    config = run_config([pictures, drawings], caption_dropout=0.5, row_tokens=256)
+    (seen, empty), again = load(config).sources, load(config).sources
+    for source, twin, content_of in ((seen, again[0], pixels_of), (empty, again[1], tokens_of)):
+        found: dict[int, list[str]] = {}
+        for position in range(8 * len(source)):
+            document = content_of(source.document(position))
+            assert document == content_of(twin.document(position))
+            found.setdefault(source.order.at(position)[1], []).append(document)
+        assert [len(epochs) for epochs in found.values()] == [8, 8, 8]
+        assert all(len(set(epochs)) > 1 for epochs in found.values()), source.label
+
+
+def pixels_of(document):
+    return str([item.values_PC.tolist() for item in document.media])
+
+
+def tokens_of(document):
+    return str(document.token_L.tolist())
 
 
 @pytest.mark.parametrize(("lanes", "rows", "ranks"), [(4, 2, 1), (4, 6, 2), (2, 8, 2), (3, 5, 1)])
