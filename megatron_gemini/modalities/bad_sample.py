@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 FILTERED = "filtered:"
 
 
@@ -28,7 +30,11 @@ class FilteredSample(BadSample):
     """
 
 
+_OBJECT = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>|: '<none>'|\[Errno \d+\] ")
+"""What libraries say of the object in memory that they were given in the place of a file, and FFmpeg's own numbers."""
+
+
 def one_line(error: BaseException) -> str:
-    """A decoder's own words, short enough for a log line."""
-    words = " ".join(str(error).split())
-    return (words[:160] or type(error).__name__) if words else type(error).__name__
+    """A decoder's own words, short enough for a log line and without the addresses of objects."""
+    words = " ".join(_OBJECT.sub("", str(error)).split())
+    return words[:160] or type(error).__name__
