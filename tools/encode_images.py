@@ -120,7 +120,7 @@ def _made_by(data: bytes) -> str | None:
 
 def encode_members(shard: Path, tokenizer: ImageTokenizer, batch: int) -> tuple[dict[str, list[int]], Counter[str]]:
     """(codes by the name of their member, how many images cannot be read by reason)."""
-    from megatron_gemini.modalities.bad_sample import BadSample
+    from megatron_gemini.modalities.bad_sample import BadSample, guarded
     from megatron_gemini.modalities.image.preprocess import decode_image, square_image
 
     codes: dict[str, list[int]] = {}
@@ -130,7 +130,8 @@ def encode_members(shard: Path, tokenizer: ImageTokenizer, batch: int) -> tuple[
         if not member.name.lower().endswith(IMAGES):
             continue
         try:
-            pixels.append(square_image(decode_image(data), tokenizer.config.image_size))
+            with guarded("decode", f"{shard}: {member.name}"):
+                pixels.append(square_image(decode_image(data), tokenizer.config.image_size))
         except BadSample as error:
             bad[error.reason] += 1
             continue

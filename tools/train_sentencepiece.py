@@ -29,8 +29,8 @@ from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
-from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.text.preprocess import decode_text
+from megatron_gemini.modalities.bad_sample import BadSample, guarded
+from megatron_gemini.modalities.text.preprocess import check_text, decode_text
 from megatron_gemini.registry import TASKS
 
 BYTES = 256  # pieces that byte fallback takes, beside the one for unknown
@@ -67,7 +67,9 @@ def lines(corpus: Corpus, limit: int, skipped: Counter[str]) -> Iterator[str]:
     for records, source in opened:
         for sample in range(0, len(records), step):
             try:
-                texts = sample_texts(source, records.read(sample, wanted(source)))
+                with guarded("read", records.key(sample)):
+                    members = records.read(sample, wanted(source))
+                    texts = [check_text(text) for text in sample_texts(source, members)]
             except BadSample as error:
                 skipped[error.reason] += 1
                 continue

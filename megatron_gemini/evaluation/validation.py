@@ -26,7 +26,7 @@ from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.evaluation.json_data import parse_object
 from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.separation import Fingerprint
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.bad_sample import BadSample, guarded
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
 
@@ -74,10 +74,11 @@ def read_examples(
         key = records.key(sample)
         try:
             # Members, schema and decoding are training's: the model is asked what it would have been trained on.
-            members = records.read(sample, names)
-            schema.check(members)
-            fields = decoder.decode(members, key, schema, partial(read_named, records, sample))
-            text, label = text_of(members), label_of(members)
+            with guarded("decode", key):
+                members = records.read(sample, names)
+                schema.check(members)
+                fields = decoder.decode(members, key, schema, partial(read_named, records, sample))
+                text, label = text_of(members), label_of(members)
         except BadSample as error:
             skipped[error.reason] += 1
             continue
@@ -99,12 +100,13 @@ def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealI
         records = open_records(source, wanted)
         for sample in spaced(len(records), limit):
             try:
-                members = records.read(sample, wanted)
-                found = schema.find("image", members)
-                if found and (label := label_of(members)):
-                    real.images.append(resized(decode_image(found[0][1]), side))
-                    real.labels.append(label)
-                    real.augmented.append(parse_object(members.get("json", b"")).get("augmented") is True)
+                with guarded("decode", records.key(sample)):
+                    members = records.read(sample, wanted)
+                    found = schema.find("image", members)
+                    if found and (label := label_of(members)):
+                        real.images.append(resized(decode_image(found[0][1]), side))
+                        real.labels.append(label)
+                        real.augmented.append(parse_object(members.get("json", b"")).get("augmented") is True)
             except BadSample:
                 continue  # the loader counts and reports these; here an image less changes nothing
     return real

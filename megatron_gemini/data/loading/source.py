@@ -22,7 +22,7 @@ from megatron_gemini.data.samples.spec import TaskSpec
 from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.bad_sample import BadSample, guarded
 from megatron_gemini.registry import MODALITIES, TASKS
 
 CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
@@ -108,9 +108,10 @@ class DocumentSource:
         """What a sample is in every epoch, from the cache if it is there. Raises BadSample, FilteredSample."""
         sample = self.cache.samples.get((self.label, number))
         if sample is None:
-            members = self.shards.read(number, self.names)
-            self.schema.check(members)
             key = f"{self.label}/{self.shards.key(number)}"
+            with guarded("read", key):
+                members = self.shards.read(number, self.names)
+                self.schema.check(members)
             sample = self.pipeline.fixed(Sample(key, members, partial(read_named, self.shards, number)))
             self.cache.put(self.label, number, sample)
         return sample
@@ -132,7 +133,9 @@ class DocumentSource:
                     last = error
             else:
                 found = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-                raise ValueError(f"no sample of {path!r} can be used for {self.task} ({found}); the last one: {last}")
+                raise ValueError(
+                    f"no sample of {path!r} can be used for {self.task} ({found}); the last one: {last}"
+                ) from last
 
 
 def _check_settings(task: TaskSpec, label: str, config: RunConfig) -> None:

@@ -12,7 +12,7 @@ from megatron_gemini.data.samples.kinds import decode_item, made_as
 from megatron_gemini.data.samples.prepare import prepare
 from megatron_gemini.data.samples.spec import Fields, FieldSpec, FieldValue
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.text.preprocess import decode_text
+from megatron_gemini.modalities.text.preprocess import check_text, decode_text
 
 if TYPE_CHECKING:
     from megatron_gemini.config.run import RunConfig
@@ -68,7 +68,7 @@ class SampleDecoder:
 
         def read_item(kind: str, value: str) -> Item:
             if kind == TEXT:
-                return Text(value)
+                return Text(check_text(value))
             if (kind, value) not in decoded:
                 data = fetch(value)
                 if data is None:

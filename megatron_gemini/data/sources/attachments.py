@@ -30,8 +30,10 @@ def read_attachment(shard: str, name: str) -> bytes | None:
     a link. Raises BadSample: unsafe_name, attachment_too_large, read_error.
     """
     parts = name.split("/")
-    # A backslash, a colon and NUL mean something to other systems, to stores and to the C library.
-    if not name or len(name) > 1024 or any(part in ("", ".", "..") for part in parts) or set(name) & set("\\\0:"):
+    # A backslash, a colon and NUL mean something to other systems, to stores and to the C library; half a character is
+    # no name at all.
+    special = set(name) & set("\\\0:") or any("\ud800" <= letter <= "\udfff" for letter in name)
+    if not name or len(name) > 1024 or special or any(part in ("", ".", "..") for part in parts):
         raise BadSample("unsafe_name", f"{name[:80]!r} is no path below the folder of the shard")
     folder = shard.rpartition("/")[0] if is_url(shard) else os.path.dirname(shard) or "."
     path = f"{folder}/{name}"

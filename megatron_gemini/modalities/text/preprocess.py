@@ -5,6 +5,16 @@ from __future__ import annotations
 from megatron_gemini.modalities.bad_sample import BadSample
 
 
+def check_text(text: str) -> str:
+    """The text as it is. Raises BadSample: bad_text, for half of a surrogate pair, which JSON can say and UTF-8 not."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise BadSample("bad_text", f"the text has half of a character, {half}, which UTF-8 cannot hold") from None
+    return text
+
+
 def decode_text(data: bytes) -> str:
     """UTF-8 text without the white space around it. Raises BadSample: bad_text, empty_text."""
     try:

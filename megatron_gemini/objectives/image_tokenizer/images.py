@@ -20,7 +20,7 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.data.random_stream import random_stream
 from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.shards import Shards
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.bad_sample import BadSample, guarded
 from megatron_gemini.modalities.image.preprocess import decode_image, signed_pixels, square_image
 from megatron_gemini.modalities.image.spec import IMAGE
 
@@ -96,10 +96,11 @@ class ImageLoader:
         if chosen not in self._images:
             try:
                 number, sample = self.samples[chosen]
-                # One image of a sample, in the first of the known formats that it has.
-                ending = [ending for ending in IMAGE.members if ending in self.shards[number].endings(sample)][:1]
-                (data,) = list(self.shards[number].read(sample, ending).values())[:1]
-                image = square_image(decode_image(data), self.config.image_tokenizer.image_size)
+                with guarded("decode", self.shards[number].key(sample)):
+                    # One image of a sample, in the first of the known formats that it has.
+                    ending = [ending for ending in IMAGE.members if ending in self.shards[number].endings(sample)][:1]
+                    (data,) = list(self.shards[number].read(sample, ending).values())[:1]
+                    image = square_image(decode_image(data), self.config.image_tokenizer.image_size)
             except BadSample as error:
                 self._skip(chosen, error)
                 return None
