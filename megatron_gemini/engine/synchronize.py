@@ -20,7 +20,6 @@ import torch.distributed as dist
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
-from megatron_gemini.data.loading.source import DocumentSource
 from megatron_gemini.parallel.encoders.assignment import peers
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.registry import ENCODERS
@@ -75,9 +74,10 @@ def rows_digest(batches: Sequence[Batch]) -> int:
     return digest
 
 
-def shards_digest(sources: Sequence[DocumentSource]) -> int:
-    """A number that differs for other shards or other samples in them; folders may have other names on other nodes."""
-    seen = [(source.label, len(source), [os.path.basename(path) for path in source.shards.paths]) for source in sources]
+def shards_digest(sources: Sequence[tuple[str, int, Sequence[str]]]) -> int:
+    """A number that differs for other shards or other samples in them; (label, samples, paths) of every source."""
+    # Folders may have other names on other nodes.
+    seen = [(label, samples, [os.path.basename(path) for path in paths]) for label, samples, paths in sources]
     return zlib.crc32(json.dumps(seen).encode())
 
 
