@@ -98,22 +98,30 @@ def test_the_nearest_tests_come_first_also_over_strings(tmp_path: Path) -> None:
     assert names == ["models/test_head.py", "models/test_b.py", "data/test_a.py", "models/test_whole.py", "test_far.py"]
 
 
-def test_a_change_is_tried_until_a_test_fails_and_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, {"a.py": "x = 3\n"})
+def test_a_change_is_tried_until_a_test_fails_that_passes_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["first", "second", "third", "fourth"]
+    source = "megatron_gemini/models/a.py"
+    write(tmp_path, {f"tests/unit/test_{place}_{name}.py": "" for place, name in enumerate(names)})
+    write(tmp_path, {source: "x = 3\n"})
     seen = []
 
     def run(path: Path, root: Path, limit: float) -> str:
-        seen.append((path.name, (root / "a.py").read_text()))
-        return "it::fails" if path.name == "second.py" else ""
+        name, content = path.stem.rpartition("_")[2], (root / source).read_text()
+        seen.append((name, content))
+        return "it::fails" if name == "second" or (name == "third" and content != "x = 3\n") else ""
 
     monkeypatch.setattr(mutate, "run_test", run)
-    tests = [tmp_path / name for name in ("first.py", "second.py", "third.py")]
-    (up, _) = mutations_of("x = 3\n")
-    killed = mutate.try_mutation(tmp_path, "a.py", up, tests, 1.0)
-    assert seen == [("first.py", "x = 2\n"), ("second.py", "x = 2\n")]
-    assert (killed.by, killed.tests, (tmp_path / "a.py").read_text()) == ("it::fails", 2, "x = 3\n")
-    survivor = mutate.try_mutation(tmp_path, "a.py", up, tests[:1], 1.0)
-    assert (survivor.by, survivor.tests) == (mutate.SURVIVED, 1)
+    monkeypatch.setattr(Imports, "nearest_tests", lambda self, file, below: sorted(below.glob("*.py")))
+    runner = mutate.Runner(tmp_path, tmp_path / "tests/unit", files=4, limit=1.0)
+    (down, _) = mutations_of("x = 3\n")
+    killed = runner.run(source, down)
+    assert seen == [("first", "x = 2\n"), *[(n, f"x = {v}\n") for n in ("second", "third") for v in (2, 3)]]
+    assert (killed.by, killed.tests, (tmp_path / source).read_text()) == ("it::fails", 3, "x = 3\n")
+    runner.files = 2
+    survivor = runner.run(source, down)
+    assert (survivor.by, survivor.tests) == (mutate.SURVIVED, 2)
 
 
 @pytest.mark.parametrize(
