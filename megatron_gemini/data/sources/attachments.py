@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from megatron_gemini.data.sources.index_cache import sample_key
 from megatron_gemini.data.sources.paths import is_url, open_binary
 from megatron_gemini.data.sources.spec import Records
 from megatron_gemini.data.sources.tar_index import MAX_MEMBER_BYTES
@@ -20,6 +21,10 @@ def read_named(records: Records, sample: int, name: str) -> bytes | None:
     ):  # endings of members are lower case, names in documents may not be
         if found := records.read(sample, [member]).get(member):
             return found
+    # A record that was written for a folder of files, beside its file as a member: 0/a.jpg of the sample a is its jpg.
+    stem, ending = sample_key(name.rpartition("/")[2])
+    if stem == records.key(sample).rpartition("/")[2] and ending in records.endings(sample):
+        return records.read(sample, [ending]).get(ending)
     return read_attachment(records.path(sample), name)
 
 

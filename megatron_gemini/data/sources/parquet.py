@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_gemini.data.sources.columns import RECORD, column_bytes, is_binary
+from megatron_gemini.data.sources.columns import RECORD, column_bytes, named_cell, named_column, record_bytes
 from megatron_gemini.data.sources.paths import open_binary
 from megatron_gemini.data.sources.spec import FormatSpec
 from megatron_gemini.data.sources.table import Table
@@ -52,7 +52,7 @@ class Parquet(Table):
         return max(1, GROUPS_TOGETHER * len(self) // groups)
 
     def read(self, sample: int, names: Sequence[str]) -> dict[str, bytes]:
-        """The named columns of a record; `json` is all of them that are no bytes, as JSON.
+        """The named columns of a record; `json` is all of them as JSON, bytes by names that can be asked for in turn.
 
         Raises BadSample: bad_text, read_error.
         """
@@ -60,14 +60,17 @@ class Parquet(Table):
         begins = self._begins[file]
         group = max(place for place, begin in enumerate(begins) if begin <= number)
         table = self._group(file, group)
-        wanted = self._columns[file] if RECORD in names else [n for n in names if n in self._columns[file]]
+        places = {name: place for name in names if (place := named_column(name)) is not None}
+        columns = {name: str(places[name][0]) if name in places else name for name in names}
+        there = self._columns[file]
+        wanted = there if RECORD in names else [name for name in there if name in columns.values()]
         try:
             record = {name: table.column(name)[number - begins[group]].as_py() for name in wanted}
         except UnicodeDecodeError:
             raise BadSample("bad_text", f"{self.key(sample)}: a text column is not UTF-8") from None
-        found = {name: column_bytes(record[name]) for name in names if name in record}
+        found = {name: column_bytes(named_cell(record, places.get(name, [name]))) for name in names}
         if RECORD in names:
-            found[RECORD] = column_bytes({name: value for name, value in record.items() if not is_binary(value)})
+            found[RECORD] = record_bytes(record)
         return {name: value for name, value in found.items() if value is not None}
 
     def _footer(self, path: str, names: Sequence[str]) -> tuple[list[int], list[str]]:

@@ -98,7 +98,9 @@ def test_parquet_is_read_by_row_groups_and_only_the_columns_that_are_wanted(tmp_
     assert found == [{"text": f"t{i}".encode(), "image": b"%d" % i} for i in order]
     assert all(table.column_names == ["text", "image"] for table in records._groups.values())
     whole = Parquet(paths, ["json"]).read(12, ["json"])["json"]
-    assert json.loads(whole) == {"text": "t12", "score": 1.2}
+    name = 'column:["image"]'  # by which the bytes can be asked for
+    assert json.loads(whole) == {"text": "t12", "image": name, "score": 1.2}
+    assert Parquet(paths, ["json"]).read(12, [name]) == {name: b"12"}
     with pytest.raises(ValueError, match="has the columns text, image, score, none of txt"):
         Parquet(paths, ["txt"])
     with pytest.raises(ValueError, match="cannot read"):
