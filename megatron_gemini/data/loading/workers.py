@@ -25,6 +25,7 @@ from megatron_gemini.data.loading.source import source_labels
 from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, WorkerTask, run_worker
 from megatron_gemini.data.packing.wire import from_bytes, parse_header
 from megatron_gemini.data.samples.document import Encodes
+from megatron_gemini.modalities.bad_sample import DataUnreachable
 
 logger = logging.getLogger(__name__)
 _LOOK = 0.1  # seconds between two looks at a worker that is waited for
@@ -116,7 +117,7 @@ class WorkerPool:
     def row(self, number: int) -> tuple[Batch, LaneState]:
         """Row `number` and the state of its lane after it. Each worker's rows must be asked for in their order.
 
-        Raises ValueError for what ends the reading (see `LaneReader`), `PoolClosed` after `close`.
+        Raises ValueError for what ends the reading (see `LaneReader`), DataUnreachable, `PoolClosed` after `close`.
         """
         lane = number % self._config.data.lanes
         worker = self._of_lane[lane]
@@ -136,7 +137,8 @@ class WorkerPool:
     def _receive(self, running: _Running) -> tuple[int, LaneState, Batch]:
         """(number of a row, state of its lane after it, the row).
 
-        Raises TimeoutError for a sample that takes too long, EOFError or OSError for a dead worker.
+        Raises TimeoutError for a sample that takes too long, EOFError or OSError for a dead worker, and what ended the
+        reading: ValueError or DataUnreachable.
         """
         while not running.rows.poll(_LOOK):
             if self._closing.is_set():
@@ -145,7 +147,8 @@ class WorkerPool:
                 raise TimeoutError
         header = parse_header(running.rows.recv_bytes())
         if header.get("error"):
-            raise ValueError(running.rows.recv_bytes().decode(errors="replace"))
+            kind = DataUnreachable if header.get("unreachable") else ValueError
+            raise kind(running.rows.recv_bytes().decode(errors="replace"))
         body = torch.empty(header["bytes"], dtype=torch.uint8, pin_memory=self._pin)
         # Into page-locked memory at once: the row is copied to the GPU from where it has arrived.
         running.rows.recv_bytes_into(memoryview(body.numpy()))  # type: ignore[arg-type]
