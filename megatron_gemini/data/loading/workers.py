@@ -7,6 +7,7 @@ import ctypes
 import logging
 import math
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -53,11 +54,13 @@ class _Running(NamedTuple):
 
 @dataclass(eq=False)
 class _Worker:
-    """One worker's place, in which processes follow each other. deaths: in a row, with no sample to blame."""
+    """One worker's place, in which processes follow each other. deaths: in a row, with no sample to blame. killed_at:
+    (lane, source, position) of the sample at which the last one was killed from outside."""
 
     work: WorkerTask
     running: _Running | None = None
     deaths: int = 0
+    killed_at: tuple[int, int, int] | None = None
 
     def now(self) -> _Running:
         if self.running is None:
@@ -78,7 +81,8 @@ class WorkerPool:
 
     The processes are forked from a server that has imported what they need and nothing else. So none inherits the
     rank's threads, GPU or network connections, and a new one starts in milliseconds. A process that dies or needs more
-    than data.sample_seconds for a sample is replaced, and what it was decoding is given up. The lane counts and skips
+    than data.sample_seconds for a sample is replaced, and what it was decoding is given up (killed from outside, as for
+    lack of memory, when that happens twice at one sample). The lane counts and skips
     it, in this process and, through the lane's state, in every later one.
     """
 
@@ -165,8 +169,15 @@ class WorkerPool:
             raise PoolClosed
         ended = worker.now()
         ended.end()  # from here on, what it says of itself stays as it is
-        if ended.now_decoding[STARTED] > 0 and (not slow or self._late(ended)):
-            lane, source, position = (int(ended.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
+        lane, source, position = (int(ended.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
+        blamed = ended.now_decoding[STARTED] > 0 and (not slow or self._late(ended))
+        # No decoder ends with SIGKILL: that is the kernel's, when memory runs out, and any sample may be at work then.
+        # Killed twice at the same one, it is likely to be what needs the memory.
+        if blamed and not slow and ended.process.exitcode == -signal.SIGKILL:
+            again = worker.killed_at == (lane, source, position)
+            worker.killed_at = None if again else (lane, source, position)
+            blamed = again
+        if blamed:
             label, reason = self._labels[source], "too_slow" if slow else "worker_crashed"
             self._lanes.quarantined.setdefault(lane, []).append((label, position, reason))
             logger.warning("quarantined the sample at position %d of %s (%s); it is counted", position, label, reason)
@@ -174,8 +185,8 @@ class WorkerPool:
             worker.deaths += 1
             if worker.deaths >= _DEATHS:
                 raise ValueError(
-                    f"a data worker ended {worker.deaths} times (status {ended.process.exitcode}), not while decoding "
-                    "a sample; does the machine have enough memory for data.workers processes?"
+                    f"a data worker was ended {worker.deaths} times (status {ended.process.exitcode}), and no sample "
+                    "can be named for it; does the machine have enough memory for data.workers processes?"
                 )
         self._start(worker)
 
