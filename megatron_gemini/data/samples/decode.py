@@ -24,6 +24,10 @@ CAPTIONS = "captions"
 """The field with every text that a sample has: data sets come with several captions of one image."""
 
 
+class MissingField(BadSample):
+    """A sample without one of the fields that its task needs."""
+
+
 @dataclass(frozen=True)
 class SampleDecoder:
     """Decodes samples by the settings of a run: its encoders' and those of its codes."""
@@ -55,7 +59,7 @@ class SampleDecoder:
             if name not in fields:
                 made, where = made_as(name), " or ".join(schema.names[name])
                 hint = f"; {made[1].made_by} adds it" if made is not None and made[1].made_by else ""
-                raise BadSample(f"missing_{name}", f"{key} has no member or column {where}{hint}")
+                raise MissingField(f"missing_{name}", f"{key} has no member or column {where}{hint}")
         return fields
 
     def _value(self, field: str | FieldSpec, content: bytes, fetch: Fetch) -> FieldValue:

@@ -37,6 +37,7 @@ class Parquet(Table):
 
     def __init__(self, paths: Sequence[str], names: Sequence[str]) -> None:
         self._columns: list[list[str]] = []
+        self._all_columns: list[list[str]] = []
         self._largest = 0  # bytes of the largest row group
         self._begins: list[list[int]] = []  # of every file, the number of the first record of every row group
         counts = []
@@ -60,6 +61,10 @@ class Parquet(Table):
         # Of large ones fewer together: those of two windows, and the one that is being read, are kept at a time.
         together = min(GROUPS_TOGETHER, max(1, (KEPT_BYTES // max(self._largest, 1) - 1) // 2))
         return max(1, together * len(self) // groups)
+
+    def columns(self, sample: int) -> list[str]:
+        """Those that are not read as well."""
+        return self._all_columns[self._find(sample)[0]]
 
     def read(self, sample: int, names: Sequence[str]) -> dict[str, bytes]:
         """The named columns of a record; `json` is all of them as JSON, bytes by names that can be asked for in turn.
@@ -100,6 +105,7 @@ class Parquet(Table):
         wanted = columns if RECORD in names else [name for name in columns if name in names]
         if not wanted:
             raise ValueError(f"{path!r} has the columns {', '.join(columns)}, none of {', '.join(names)}; set `fields`")
+        self._all_columns.append(columns)
         sizes = [_bytes_of(group, wanted) for group in groups]
         large = max(sizes, default=0)
         if large > MAX_GROUP_BYTES:
