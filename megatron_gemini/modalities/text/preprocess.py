@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+
 from megatron_gemini.modalities.bad_sample import BadSample
 
 
@@ -16,9 +18,11 @@ def check_text(text: str) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """UTF-8 text without the white space around it. Raises BadSample: bad_text, empty_text."""
+    """UTF-8 text without a byte order mark and the white space around it. Raises BadSample: bad_text, empty_text."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadSample("bad_text", "the text is UTF-16; write it as UTF-8")
     try:
-        text = data.decode("utf-8").strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise BadSample("bad_text", "the text is not UTF-8") from None
     if not text:

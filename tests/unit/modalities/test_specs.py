@@ -11,7 +11,7 @@ from megatron_gemini.contracts import CONTROL_TOKENS, TokenLayout
 from megatron_gemini.data.samples.document import build_document
 from megatron_gemini.data.samples.items import Codes, Text
 from megatron_gemini.data.samples.kinds import decode_item
-from megatron_gemini.data.tasks.descriptions import conversation
+from megatron_gemini.data.tasks.conversations import conversation
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.code_ranges import code_ranges
 from megatron_gemini.modalities.control_tokens import control_tokens
