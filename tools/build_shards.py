@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,11 +111,12 @@ def _build(options: argparse.Namespace) -> None:
     )
     records: Iterable[Record]
     total: int | None
+    passed_over: Mapping[str, int] = {}
     files: list[str | Path]
     if options.images:
-        records = found = folder_records(options.images, CaptionOrigin(options.captions))
+        found, passed_over = folder_records(options.images, CaptionOrigin(options.captions), options.out)
         captions = (record.caption for record in found if isinstance(record.caption, Path))
-        total, files = len(found), [*(record.image for record in found), *captions]
+        records, total, files = found, len(found), [*(record.image for record in found), *captions]
     else:
         columns = Columns(options.image_column, options.url_column, options.caption_column, options.root)
         records = table_records(options.table, columns)
@@ -123,7 +124,7 @@ def _build(options: argparse.Namespace) -> None:
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "images", "table")}
     identity: dict[str, Json] = {"input": fingerprint(files), "options": kept}
     entries = build(records, plan, options.out, identity, options.workers, total)
-    print(finish(entries, options.out, kept))
+    print(finish(entries, options.out, kept, passed_over))
 
 
 def _filters(options: argparse.Namespace) -> Filters:

@@ -81,7 +81,7 @@ class Examiner:
         _refuse(self.filters.check_size(width, height), f"{width} x {height} pixels")
         # By the content: names and the server's type are somebody else's claims.
         ending = next((ending for start, ending in _ENDINGS.items() if data.startswith(start)), "")
-        if not ending:  # a format that the loader does not take: GIF, BMP
+        if not ending:  # one that few programs read: GIF, BMP, TIFF, AVIF
             file = io.BytesIO()
             Image.fromarray(image_HW3).save(file, "PNG")
             data, ending = file.getvalue(), "png"

@@ -9,13 +9,14 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 from megatron_gemini.modalities.image.transparency import to_rgb
 
-# Not all that Pillow reads: its EPS reader starts Ghostscript, another program, on whatever the file says.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# Not all that Pillow reads: its EPS reader starts Ghostscript, another program, on whatever the file says. AVIF came
+# with Pillow 11.3, and not every build has it.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
 MAX_PIXELS = 50_000_000  # 150 MB decoded; a PNG of a few hundred bytes may say to have any number
 MAX_ASPECT = 200
 _LEAST_SHORTER = 64
@@ -32,7 +33,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
     1/2, 1/4 or 1/8 of it, which skips most of the inverse transform. The longer side stays at least this long, the
     shorter one 64 pixels.
 
-    Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt.
+    Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt,
+    image_no_range.
     """
     if not data:
         raise BadSample("image_empty", "the image file is empty (0 bytes)")
@@ -53,6 +55,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
             covered = image.tile[0][1] if image.format == "GIF" and image.tile else None
             image.load()
             return np.asarray(to_rgb(data, ImageOps.exif_transpose(image), covered))
+        except BadSample:
+            raise
         except Exception as error:  # as above: truncated data, bad checksums, broken color tables
             raise BadSample("image_corrupt", f"the image cannot be decoded: {one_line(error)}") from None
 

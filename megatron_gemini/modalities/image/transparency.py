@@ -11,6 +11,8 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from megatron_gemini.modalities.bad_sample import BadSample
+
 _SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_DEPTH = 24  # where the bits of a sample stand, in the header that begins the file
@@ -20,8 +22,10 @@ def to_rgb(data: bytes, image: Image.Image, covered: tuple[int, int, int, int] |
     """The picture `image`, decoded from `data` and turned upright, in mode RGB.
 
     covered: the part (left, upper, right, lower) that the first frame of a GIF fills, around which there is nothing;
-    None for other formats.
+    None for other formats. Raises BadSample: image_no_range.
     """
+    if image.mode == "F" or (image.mode == "I" and not data.startswith(_PNG)):
+        raise BadSample("image_no_range", "a pixel has 32 bits or is a float, and nothing says which value is white")
     depth = data[_PNG_DEPTH] if data.startswith(_PNG) else 8
     color = image.info.get("transparency")
     if image.mode in _SIXTEEN_BIT:  # Pillow's own conversion of mode I clips at 255 instead of scaling

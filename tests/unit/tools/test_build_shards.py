@@ -13,7 +13,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from megatron_gemini.building import fetch
 from megatron_gemini.config.data import SourceConfig
@@ -25,6 +25,7 @@ from tests.unit.building.pictures import encoded, smooth
 from tools import build_shards
 
 ROOT = Path(__file__).parents[3]
+AVIF = features.check("avif")
 
 
 def run(*arguments):
@@ -101,6 +102,23 @@ def test_a_folder_of_pictures_becomes_shards_that_train(tmp_path, capsys):
         assert all(loader.sources[0].document(position) for position in range(8))
         loader.next()
         assert not loader.skipped
+
+
+def test_pictures_of_all_kinds_that_pillow_reads_are_built_and_others_are_shown(tmp_path, capsys):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    kinds = {"a.jfif": "JPEG", "b.tif": "TIFF", "c.gif": "GIF", "d.bmp": "BMP", **({"e.avif": "AVIF"} if AVIF else {})}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        (pictures / name).write_bytes(encoded(smooth(seed, 24), kind))
+    for name in ("x.svg", "y.svg", "z.heic"):
+        (pictures / name).write_text("<svg/>")
+    assert run("--images", pictures, "--captions", "name", "--out", out) == 0
+    value, dropped = report(out)
+    assert (value["kept"], dropped) == (len(kinds), {})
+    assert value["passed_over"] == {".svg": 2, ".heic": 1}
+    assert "passed over" in (printed := capsys.readouterr().out) and "2 .svg, 1 .heic" in printed
+    endings = [Shards([str(out / "shard-00000.tar")]).endings(sample)[0] for sample in range(len(kinds))]
+    assert endings == ["jpg", *["png"] * (len(kinds) - 1)]
 
 
 def test_a_table_is_filtered_by_its_columns_before_a_file_is_opened(tmp_path):
