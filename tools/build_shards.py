@@ -14,6 +14,7 @@ command is given again, and ends with the same shards.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,8 +99,10 @@ def _build(options: argparse.Namespace) -> None:
     from megatron_gemini.building.finish import finish
     from megatron_gemini.building.records import Columns, fingerprint, folder_records, row_count, table_records
 
-    if options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}; it must be 1 or more")
+    for option, most in (("workers", 1024), ("max_bytes", 2**40), ("seconds", 86_400)):
+        value = getattr(options, option)
+        if not 0 < value <= most:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be above 0 and at most {most}")
     filters = _filters(options)
     fetcher = Fetcher(max_bytes=options.max_bytes, seconds=options.seconds)
     plan = BuildPlan(
@@ -152,9 +155,12 @@ def _pairs(option: str, given: Sequence[str]) -> list[tuple[str, str]]:
 
 def _number(option: str, text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"{option} takes a number after the column, not {text!r}") from None
+        value = math.nan
+    if math.isnan(value):  # which is neither below nor above a limit
+        raise ValueError(f"{option} takes a number after the column, not {text!r}")
+    return value
 
 
 if __name__ == "__main__":

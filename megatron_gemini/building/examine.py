@@ -16,7 +16,7 @@ from megatron_gemini.building.duplicates import difference_hash
 from megatron_gemini.building.fetch import Fetcher
 from megatron_gemini.building.filters import Filters
 from megatron_gemini.building.records import Record
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.bad_sample import BadSample, one_line
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
 
@@ -65,6 +65,8 @@ class Examiner:
             return self._examine(record)
         except BadSample as error:
             return Examined(record, error.reason, f"{record.image[:200]}: {error}")
+        except Exception as error:  # whatever a record holds, the build goes on with the next one
+            return Examined(record, "record_failed", f"{record.image[:200]}: {type(error).__name__}: {one_line(error)}")
 
     def _examine(self, record: Record) -> Examined:
         _refuse(record.problem or self.filters.check_columns(record.columns), "the table's row says so")

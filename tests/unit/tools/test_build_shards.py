@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, features
 
 from megatron_gemini.building import fetch
+from megatron_gemini.building.journal import Journal
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.sources.paths import expand_shards
@@ -166,6 +167,68 @@ def test_a_build_from_addresses_counts_what_its_fetcher_refuses(tmp_path, monkey
     assert dropped == dict.fromkeys(("wrong_hash", "http_404", "host_not_public", "url_scheme"), 1)
 
 
+def test_no_record_ends_a_build(tmp_path, monkeypatch, capsys):
+    """Names that cannot be encoded or looked up, numbers beyond every type, and what nobody thought of."""
+    pictures = folder(tmp_path / "in", 2)
+    with open(os.fsencode(pictures) + b"/caf\xe9.png", "wb") as file:
+        file.write(b"no picture, and a name that is no text")
+    assert run("--images", pictures, "--captions", "name", "--out", tmp_path / "names") == 0
+    assert "bad_text" in capsys.readouterr().out
+    lines = [{"image": "000.png", "caption": "one", "n": 10**400}, {"image": "\ud83d.png", "caption": "half"}]
+    lines += [
+        {"image": "x\0.png", "caption": "zero"},
+        {"image": "001.png", "caption": "two", "n": 1, "\ud83d": "\ud83d"},
+    ]
+    lines += [{"image": "n" * 5000, "caption": "long"}]
+    (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert (
+        run("--table", pictures / "t.jsonl", "--out", tmp_path / "files", "--min", "n=1", "--max", f"n={10**30}") == 0
+    )
+    value, dropped = report(tmp_path / "files")
+    assert value["kept"] == 1
+    assert dropped == {"no_n": 2, "path_outside": 2}
+    urls = [
+        "http://\ud83d.test/",
+        "http://a.test/\ud83d",
+        "http://a.test/?\ud83d",
+        "http://" + "ü" * 300 + "/",
+        "http://.:80/",
+    ]
+    (pictures / "u.jsonl").write_text("\n".join(json.dumps({"url": url, "caption": "x"}) for url in urls))
+    assert run("--table", pictures / "u.jsonl", "--out", tmp_path / "urls") == 2
+    assert report(tmp_path / "urls")[1] == {"url_invalid": 5}
+    monkeypatch.setattr("megatron_gemini.building.examine.decode_image", lambda data: 1 // 0)
+    assert run("--images", pictures, "--captions", "name", "--out", tmp_path / "wall") == 2
+    assert report(tmp_path / "wall")[1] == {"record_failed": 2, "bad_text": 1}
+
+
+def test_a_lost_shard_takes_what_was_built_after_it_along(tmp_path):
+    """What comes of a record may be another thing the second time: here a file that was lost has come back."""
+    pictures, out = folder(tmp_path / "in", 12), tmp_path / "out"
+    rows = [json.dumps({"image": f"{i:03d}.png", "caption": str(i)}) for i in range(12)]
+    (pictures / "t.jsonl").write_text("\n".join(rows))
+    (pictures / "003.png").rename(tmp_path / "kept")
+    command = ("--table", pictures / "t.jsonl", "--out", out, "--samples-per-shard", "2")
+    assert run(*command) == 0
+    assert len(report(out)[0]["shards"]) == 6
+    (out / "shard-00001.tar").unlink()
+    (tmp_path / "kept").rename(pictures / "003.png")
+    kill_at, add = 2, Journal.add
+
+    def killed(self, entry):
+        add(self, entry)
+        if len(self.entries) == kill_at:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", killed)
+        assert run(*command) == 130
+    assert run(*command) == 0
+    keys = [key for name in sorted(report(out)[0]["shards"]) for key in keys_of(Shards([str(out / name)]))]
+    assert keys == [f"{number:09d}" for number in range(12)]
+    assert {path.name for path in out.glob("*.tar")} == set(report(out)[0]["shards"])
+
+
 def test_a_killed_build_goes_on_and_ends_with_the_same_shards(tmp_path):
     pictures = folder(tmp_path / "in", 60)
     (pictures / "030.png").write_bytes((pictures / "002.png").read_bytes())  # a duplicate of an earlier shard's sample
@@ -217,6 +280,10 @@ def test_workers_do_not_change_the_shards(tmp_path):
         (["--table", "nowhere.csv"], "No such file"),
         (["--table", "t.csv", "--min", "similarity"], "write COLUMN=VALUE"),
         (["--table", "t.csv", "--max", "punsafe=low"], "--max takes a number"),
+        (["--table", "t.csv", "--max", "punsafe=nan"], "--max takes a number"),
+        (["--table", "t.csv", "--max-bytes", str(10**30)], "--max-bytes is 1000"),
+        (["--table", "t.csv", "--seconds", "1e30"], "--seconds is 1e+30"),
+        (["--table", "t.csv", "--seconds", "nan"], "--seconds is nan"),
         (["--table", "t.csv", "--samples-per-shard", "0"], "--samples-per-shard is 0"),
         (["--table", "t.csv", "--dedup-bits", "40"], "--dedup-bits is 40"),
     ],
