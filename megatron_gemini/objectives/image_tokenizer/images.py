@@ -51,7 +51,8 @@ class ImageLoader:
             if any(ending in shards.endings(sample) for ending in IMAGE.members)
         ]
         if not self.samples:
-            raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image (png, jpg, webp)")
+            endings = ", ".join(IMAGE.members)
+            raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image ({endings})")
         self.skipped: Counter[str] = Counter()
         self._bad: dict[int, BadSample] = {}
         self._images: dict[int, np.ndarray] = {}
