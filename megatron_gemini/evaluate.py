@@ -142,6 +142,8 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     # To the other stream, so that a program which reads the figures does not meet it.
     if not results.separate:
         print("warning: training and validation shards share content; see validation in the report", file=sys.stderr)
+    for task, count in results.not_asked.items():
+        print(f"warning: {task}: {count} drawings were not asked for; this model cannot draw", file=sys.stderr)
     print(f"written: {', '.join(map(str, written))}")
 
 

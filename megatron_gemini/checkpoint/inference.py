@@ -33,7 +33,7 @@ SHOWN = 3  # mismatches that a message names
 class Loaded:
     """A model ready to answer, on the CPU, in float32 and eval mode.
 
-    image_tokenizer: None for a model that draws no images.
+    image_tokenizer: None for a model that cannot draw: without image codes, or without the tokenizer of its codes.
     directory: the step directory that was read.
     """
 
@@ -61,7 +61,10 @@ def load_for_inference(path: str | Path) -> Loaded:
     layout = TokenLayout(text_tokenizer.size, code_ranges(config))
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
     fill(model, PieceReader(directory), directory)
-    tokenizer = load_image_tokenizer(directory / "image_tokenizer") if config.image_tokenizer.codes else None
+    # A run that was not given the tokenizer of its codes, such as one on texts alone, has none in its checkpoints. One
+    # that was lost is in the index, and was missed above.
+    carried = directory / "image_tokenizer"
+    tokenizer = load_image_tokenizer(carried) if config.image_tokenizer.codes and carried.is_dir() else None
     # Two files say how many codes there are. Only a tokenizer that was put in later makes them differ.
     if tokenizer is not None and tokenizer.config.codes != config.image_tokenizer.codes:
         raise ValueError(

@@ -20,6 +20,7 @@ from megatron_gemini.objectives.base import Objective, Output, Step
 from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress
+from megatron_gemini.training.rank_watch import watch_ranks
 from megatron_gemini.training.schedule import learning_rate
 from megatron_gemini.training.skipped import NO_WEIGHT, NOT_FINITE, SkippedSteps
 from megatron_gemini.training.stop import StopRequest, reason
@@ -66,6 +67,8 @@ class Loop(Generic[Step, Output]):
         objective, train, number = self.objective, self.config.train, 0
         writer, progress = self._begin()
         self.stop.install()
+        place = objective.topology
+        watch = watch_ranks(place.rank, place.world, train.rank_timeout, lambda: self.state.step)
         try:
             while self.state.step < train.steps:
                 started = time.perf_counter()
@@ -94,6 +97,8 @@ class Loop(Generic[Step, Output]):
             self.save(progress)
             self.report_skipped(progress)
         finally:
+            if watch is not None:
+                watch.close()
             writer.close()
             objective.close()
             progress.finish()

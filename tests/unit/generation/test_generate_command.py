@@ -1,5 +1,6 @@
 """`megatron-gemini generate`: what it saves and prints, and one line for every mistake."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -109,6 +110,34 @@ def test_an_asked_image_that_is_not_drawn_is_a_failure(run, tmp_path, capsys) ->
     assert main(["--checkpoint", str(run), "one", "--answer", "text", "--max-tokens", "2", "--out", str(out)]) == 1
     assert "no image was drawn" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.fixture(scope="module", params=["no codes", "no tokenizer"])
+def run_without_drawings(tmp_path_factory, request) -> Path:
+    """Of a model that has no image codes, and of one whose run did not name the tokenizer of its codes."""
+    run = tmp_path_factory.mktemp("text")
+    without = dataclasses.replace(CONFIG, image_tokenizer=dataclasses.replace(CONFIG.image_tokenizer, codes=0))
+    if request.param == "no codes":
+        write_checkpoint(run, 1, seed=1, config=without, draws=False)
+    else:
+        write_checkpoint(run, 1, seed=1, draws=False)
+    return run
+
+
+def test_a_model_that_cannot_draw_answers_in_text(run_without_drawings, capsys) -> None:
+    assert run_command(main, ["--checkpoint", str(run_without_drawings), "what is this?", "--max-tokens", "12"]) == 0
+    said = capsys.readouterr()
+    assert said.out and not said.err
+
+
+def test_an_image_asked_of_a_model_that_cannot_draw_is_told_so(run_without_drawings, tmp_path, capsys) -> None:
+    asked = ["--checkpoint", str(run_without_drawings), "draw", "--max-tokens", "8", "--out", str(tmp_path / "x.png")]
+    assert run_command(main, asked) == 2
+    error = capsys.readouterr().err
+    assert "this model cannot draw" in error and "--answer image" not in error and error.count("\n") == 1
+    assert run_command(main, [*asked[:-2], "--answer", "image"]) == 2
+    error = capsys.readouterr().err
+    assert "this model cannot draw" in error and error.count("\n") == 1
 
 
 class Terminal(io.StringIO):
