@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.extensions import Extensions, check_resumable
 from megatron_gemini.checkpoint.fragments import check_shapes, describe, fill
+from megatron_gemini.checkpoint.index import RunId, read_index, seal, write_text
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, PieceJson, PieceReader
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.module_engine import ModuleEngine
@@ -30,13 +31,14 @@ Asset = Path | str | Callable[[Path], None]
 
 @dataclass
 class RunState:
-    """Where a run is. step: updates made; data: state of every data lane by its number."""
+    """Where a run is. step: updates made; data: state of every data lane by its number; run: of this start of it."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     optimizer_steps: int = 0  # fewer than `step` where a norm was not finite; Adam's bias correction needs this count
     data: dict[str, Json] = field(default_factory=dict)
+    run: RunId = field(default_factory=RunId)
 
 
 def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset], keep: int) -> Path:
@@ -47,7 +49,7 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
     temporary, final = layout.temporary_directory(run, progress.step), layout.step_directory(run, progress.step)
     rank = engine.topology.rank
     if rank == 0:
-        layout.clear_unfinished(run)
+        layout.recover(run)
         temporary.mkdir(parents=True)
     _barrier()  # what a killed save left is gone before anybody writes
     _write_rank(engine, temporary / f"rank-{rank:05d}", progress)
@@ -61,13 +63,13 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
             "seconds": progress.seconds,
             "optimizer_steps": progress.optimizer_steps,
         }
-        layout.write_text(temporary / "state.json", json.dumps(state))
+        write_text(temporary / "state.json", json.dumps(state))
         Extensions.of(engine.config).write(temporary)
         if engine.roles:
             origins = {name: role.origin for name, role in engine.roles.items()}
-            layout.write_text(temporary / ROLES, json.dumps(origins))
-        layout.seal(temporary)
-        layout.publish(temporary, final, keep)
+            write_text(temporary / ROLES, json.dumps(origins))
+        seal(temporary, progress.run, layout.next_serial(run))
+        layout.publish(temporary, final, keep, progress.run)
     _barrier()  # a rank that ended before would make the launcher end rank 0 within its save
     return final
 
@@ -95,7 +97,7 @@ def _write_rank(engine: Engine, stem: Path, progress: RunState) -> None:
             part.wrapper.put_back()
     save_file(tensors, stem.with_suffix(".safetensors"))
     # Each rank writes the state of its own data lanes too, so that nothing has to be gathered.
-    layout.write_text(stem.with_suffix(".json"), json.dumps({"pieces": pieces, "data": progress.data}))
+    write_text(stem.with_suffix(".json"), json.dumps({"pieces": pieces, "data": progress.data}))
 
 
 def _saved(engine: Engine) -> Iterator[tuple[str, ModuleEngine]]:
@@ -110,7 +112,7 @@ def _add(target: Path, source: Asset) -> None:
     if callable(source):
         source(target)
     elif isinstance(source, str):
-        layout.write_text(target, source)
+        write_text(target, source)
     elif source.is_dir():
         shutil.copytree(source, target)
     else:
@@ -133,6 +135,7 @@ def load(engine: Engine, directory: Path) -> RunState:
     for role, part in _saved(engine):
         check_shapes(part.fragments, readers[role])
     progress = read_progress(directory)
+    progress.run = RunId(parent=read_index(directory).run.id)
     for role, part in _saved(engine):
         kinds: tuple[str, ...] = (WEIGHT,)
         if isinstance(part, ZeroEngine) and progress.optimizer_steps:
@@ -167,6 +170,15 @@ def read_progress(directory: Path) -> RunState:
         data: dict[str, Json] = {}
         for description in sorted(directory.glob("rank-*.json")):
             data.update(json.loads(description.read_text())["data"])
-        return RunState(**state, data=data)
+        found = RunState(**state, data=data)
+        for name in ("step", "tokens", "optimizer_steps"):
+            _check_count(name, getattr(found, name))
+        found.seconds = float(found.seconds)
+        return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory} has no readable state: {error}") from error
+
+
+def _check_count(name: str, value: Json) -> None:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} is {value!r}")
