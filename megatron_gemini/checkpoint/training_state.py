@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import directory as layout
@@ -22,6 +24,7 @@ from megatron_gemini.engine.module_engine import ModuleEngine
 from megatron_gemini.engine.settings import Json
 from megatron_gemini.engine.zero import ZeroEngine
 
+_STATE = {"step", "tokens", "seconds", "optimizer_steps", "moments_since"}
 ROLES = "roles.json"
 """What each role beside the policy began as, where there are any."""
 
@@ -31,13 +34,19 @@ Asset = Path | str | Callable[[Path], None]
 
 @dataclass
 class RunState:
-    """Where a run is. step: updates made; data: state of every data lane by its number; run: of this start of it."""
+    """Where a run is.
+
+    step: updates made. data: state of every data lane by its number. moments_since: optimizer_steps at which Adam's
+    moments of a parameter began, of those that were frozen before. run: of this start of it. told: by `load`.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
     optimizer_steps: int = 0  # fewer than `step` where a norm was not finite; Adam's bias correction needs this count
+    moments_since: dict[str, int] = field(default_factory=dict)
     data: dict[str, Json] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
     run: RunId = field(default_factory=RunId)
 
 
@@ -45,7 +54,26 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
     """Write a checkpoint; every rank calls it. Returns its directory.
 
     progress.data: this rank's lanes only. assets: what else belongs in it, by name.
+    Raises ValueError on a rank that cannot write.
     """
+    with _telling(layout.step_directory(run, progress.step)):
+        return _save(engine, run, progress, assets, keep)
+
+
+@contextlib.contextmanager
+def _telling(final: Path) -> Iterator[None]:
+    """A full disk or a folder that is read-only is nothing that a traceback explains."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        raise ValueError(
+            f"cannot write {final}: {why}; checkpoints before it are whole, and the same command goes on from the "
+            "newest one once there is room (train.keep says how many are kept)"
+        ) from error
+
+
+def _save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset], keep: int) -> Path:
     temporary, final = layout.temporary_directory(run, progress.step), layout.step_directory(run, progress.step)
     rank = engine.topology.rank
     if rank == 0:
@@ -62,6 +90,7 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
             "tokens": progress.tokens,
             "seconds": progress.seconds,
             "optimizer_steps": progress.optimizer_steps,
+            "moments_since": progress.moments_since,
         }
         write_text(temporary / "state.json", json.dumps(state))
         Extensions.of(engine.config).write(temporary)
@@ -137,16 +166,32 @@ def load(engine: Engine, directory: Path) -> RunState:
     progress = read_progress(directory)
     progress.run = RunId(parent=read_index(directory).run.id)
     for role, part in _saved(engine):
-        kinds: tuple[str, ...] = (WEIGHT,)
         if isinstance(part, ZeroEngine) and progress.optimizer_steps:
-            part.wrapper.ensure_moments()
-            part.wrapper.set_step_count(progress.optimizer_steps)
-            kinds = (WEIGHT, *MOMENTS)
-        fill(part.fragments, readers[role], kinds)
+            _begin_moments(part, role, readers[role], progress)
+        fill(part.fragments, readers[role])
         if isinstance(part, ZeroEngine):
             part.wrapper.publish_masters()
             part.wrapper.put_back()
     return progress
+
+
+def _begin_moments(part: ZeroEngine, role: str, reader: PieceReader, progress: RunState) -> None:
+    """Adam's moments from the checkpoint. What was frozen there has none and begins with fresh ones."""
+    names = [f"{role}:{name}" if role else name for name, _ in part.wrapper.trained]
+    fresh = [name for name in names if not reader.has(MOMENTS[0], name.rpartition(":")[2])]
+    progress.moments_since |= dict.fromkeys(fresh, progress.optimizer_steps)
+    if fresh:
+        modules = sorted({".".join(name.split(".")[:2]) for name in fresh})
+        progress.told.append(
+            f"{', '.join(modules)} ({len(fresh)} parameters): frozen until now, the optimizer's moments begin fresh"
+        )
+    if len(fresh) == len(names):
+        return  # as in a new run: bias correction counts from here
+    part.wrapper.ensure_moments()
+    # One count for all that an engine trains. The oldest moments have it, and fresh ones beside them grow as slowly.
+    since = min(progress.moments_since.get(name, 0) for name in names)
+    part.wrapper.set_step_count(progress.optimizer_steps - since)
+    fill([fragment for fragment in part.fragments if reader.has(MOMENTS[0], fragment.name)], reader, MOMENTS)
 
 
 def _check_origins(engine: Engine, directory: Path) -> None:
@@ -170,9 +215,12 @@ def read_progress(directory: Path) -> RunState:
         data: dict[str, Json] = {}
         for description in sorted(directory.glob("rank-*.json")):
             data.update(json.loads(description.read_text())["data"])
+        if state.keys() != _STATE:
+            raise ValueError("state.json has other names than this version writes")
         found = RunState(**state, data=data)
-        for name in ("step", "tokens", "optimizer_steps"):
-            _check_count(name, getattr(found, name))
+        counts = {name: getattr(found, name) for name in ("step", "tokens", "optimizer_steps")}
+        for name, value in (counts | dict(found.moments_since)).items():
+            _check_count(name, value)
         found.seconds = float(found.seconds)
         return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -44,7 +44,7 @@ class Loop(Generic[Step, Output]):
             self.began += resume.check_settings(self.resumed_from, self.config, objective.assets())
             self.state = training_state.load(self.engine, self.resumed_from)
             objective.load_data_state(self.state.data)
-            self.began += [f"going on from {self.resumed_from}"]
+            self.began += [f"going on from {self.resumed_from}", *self.state.told]
             if self.config.init_from:
                 self.began += ["init_from was for the beginning of this run, which has weights of its own by now"]
         else:

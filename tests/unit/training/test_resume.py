@@ -95,7 +95,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
     write_checkpoint(run, 2, seed=2)
     directory = step_directory(run, 2)
-    state = {"step": 60, "tokens": 5, "seconds": 1.5, "optimizer_steps": 60}
+    state = {"step": 60, "tokens": 5, "seconds": 1.5, "optimizer_steps": 60, "moments_since": {}}
     (directory / "state.json").write_text(json.dumps(state))
     seal(directory)
     return directory
