@@ -7,8 +7,9 @@ import sentencepiece
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_gemini.checkpoint.directory import seal, step_directory
+from megatron_gemini.checkpoint.directory import step_directory
 from megatron_gemini.checkpoint.extensions import Extensions
+from megatron_gemini.checkpoint.index import seal
 from megatron_gemini.checkpoint.inference import save_weights
 from megatron_gemini.checkpoint.pieces import Piece
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
@@ -73,6 +74,6 @@ def write_checkpoint(run: Path, step: int, seed: int, config: RunConfig = CONFIG
         save_weights(tokenizer, config, directory / "image_tokenizer")
     (directory / "config.yaml").write_text(dump_config(config))
     Extensions.of(config).write(directory)
-    seal(directory)
+    seal(directory, serial=step)
     (directory.parent / "latest").write_text(directory.name + "\n")
     return model

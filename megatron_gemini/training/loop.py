@@ -6,21 +6,23 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Generic
 
 import torch.distributed as dist
 
 from megatron_gemini.checkpoint import directory, training_state
+from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.engine.engine import StepResult
 from megatron_gemini.engine.synchronize import StepFingerprint, synchronize_step
 from megatron_gemini.objectives.base import Objective, Output, Step
+from megatron_gemini.training import resume
 from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress
 from megatron_gemini.training.rank_watch import watch_ranks
+from megatron_gemini.training.run_lock import RunLock
 from megatron_gemini.training.schedule import learning_rate
 from megatron_gemini.training.skipped import NO_WEIGHT, NOT_FINITE, SkippedSteps
 from megatron_gemini.training.stop import StopRequest, reason
@@ -32,23 +34,25 @@ WATCHED_STEPS, DATA_SHARE = 20, 0.1  # a longer wait than this share of so many 
 class Loop(Generic[Step, Output]):
     """Runs an objective from where its newest checkpoint left it to `train.steps`."""
 
-    def __init__(self, objective: Objective[Step, Output]) -> None:
+    def __init__(self, objective: Objective[Step, Output], lock: RunLock | None = None) -> None:
+        """lock: of the run's folder, on the rank that has it."""
         self.objective, self.config, self.engine = objective, objective.config, objective.engine
         self.main = objective.topology.rank == 0
         self.state = training_state.RunState()
-        self.stop = StopRequest()
-        self.resumed_from: Path | None = None
-        if self.config.train.resume:
-            self.resumed_from = directory.newest(objective.run_dir)
+        self.stop, self.lock = StopRequest(), lock
+        self.resumed_from, self.began = resume.find(self.engine, objective.run_dir, self.config.train.resume)
         # `init_from` is of a run's beginning alone: after a resume it would undo what the run has learned.
         if self.resumed_from:
+            self.began += resume.check_settings(self.resumed_from, self.config, objective.assets())
             self.state = training_state.load(self.engine, self.resumed_from)
             objective.load_data_state(self.state.data)
-            self.began = [f"going on from {self.resumed_from}"]
+            self.began += [f"going on from {self.resumed_from}", *self.state.told]
             if self.config.init_from:
                 self.began += ["init_from was for the beginning of this run, which has weights of its own by now"]
         else:
-            self.began = initialize(self.engine)
+            self.began += initialize(self.engine)
+        if self.main:
+            resume.record_start(objective.run_dir, self.state.run)
         self.waits: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # (waited for data, seconds) of steps
         self.waits_told = False
         self.skips = SkippedSteps(self.config.train.max_skipped_steps)
@@ -183,6 +187,8 @@ class Loop(Generic[Step, Output]):
         # Steps that were skipped since are taken again after a resume: their data lead to the same weights.
         if self.saved_updates == self.state.optimizer_steps:
             return
+        if self.lock is not None:
+            self.lock.check()
         self.state.data = self.data
         assets: dict[str, training_state.Asset] = {"config.yaml": dump_config(self.config), **self.objective.assets()}
         path = training_state.save(self.engine, self.objective.run_dir, self.state, assets, self.config.train.keep)
@@ -229,5 +235,5 @@ class Loop(Generic[Step, Output]):
             "tokens_per_second": round(self.state.tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        directory.write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
+        write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
         plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")
