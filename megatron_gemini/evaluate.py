@@ -107,13 +107,9 @@ def run_of(loaded: Loaded) -> Path:
 
 def training_sources(loaded: Loaded) -> list[SourceConfig]:
     """What the model and its image tokenizer were trained on."""
-    from megatron_gemini.checkpoint.extensions import read_checkpoint_config
-
     # What the tokenizer saw was seen as well: a drawing may be a copy of an image that only it was trained on.
-    sources = list(loaded.config.data.sources)
     # Its configuration travels in the model's checkpoint, while the path that training was given may be gone.
-    tokenizer = loaded.directory / "image_tokenizer"
-    return sources + (list(read_checkpoint_config(tokenizer).data.sources) if tokenizer.is_dir() else [])
+    return [each for config in (loaded.config, loaded.tokenizer_config) if config for each in config.data.sources]
 
 
 def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> None:
@@ -142,6 +138,8 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     # To the other stream, so that a program which reads the figures does not meet it.
     if not results.separate:
         print("warning: training and validation shards share content; see validation in the report", file=sys.stderr)
+    for task, count in results.not_asked.items():
+        print(f"warning: {task}: {count} drawings were not asked for; this model cannot draw", file=sys.stderr)
     print(f"written: {', '.join(map(str, written))}")
 
 

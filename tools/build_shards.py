@@ -14,9 +14,10 @@ command is given again, and ends with the same shards.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,8 +99,10 @@ def _build(options: argparse.Namespace) -> None:
     from megatron_gemini.building.finish import finish
     from megatron_gemini.building.records import Columns, fingerprint, folder_records, row_count, table_records
 
-    if options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}; it must be 1 or more")
+    for option, most in (("workers", 1024), ("max_bytes", 2**40), ("seconds", 86_400)):
+        value = getattr(options, option)
+        if not 0 < value <= most:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be above 0 and at most {most}")
     filters = _filters(options)
     fetcher = Fetcher(max_bytes=options.max_bytes, seconds=options.seconds)
     plan = BuildPlan(
@@ -111,11 +114,12 @@ def _build(options: argparse.Namespace) -> None:
     )
     records: Iterable[Record]
     total: int | None
+    passed_over: Mapping[str, int] = {}
     files: list[str | Path]
     if options.images:
-        records = found = folder_records(options.images, CaptionOrigin(options.captions))
+        found, passed_over = folder_records(options.images, CaptionOrigin(options.captions), options.out)
         captions = (record.caption for record in found if isinstance(record.caption, Path))
-        total, files = len(found), [*(record.image for record in found), *captions]
+        records, total, files = found, len(found), [*(record.image for record in found), *captions]
     else:
         columns = Columns(options.image_column, options.url_column, options.caption_column, options.root)
         records = table_records(options.table, columns)
@@ -123,7 +127,7 @@ def _build(options: argparse.Namespace) -> None:
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "images", "table")}
     identity: dict[str, Json] = {"input": fingerprint(files), "options": kept}
     entries = build(records, plan, options.out, identity, options.workers, total)
-    print(finish(entries, options.out, kept))
+    print(finish(entries, options.out, kept, passed_over))
 
 
 def _filters(options: argparse.Namespace) -> Filters:
@@ -151,9 +155,12 @@ def _pairs(option: str, given: Sequence[str]) -> list[tuple[str, str]]:
 
 def _number(option: str, text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"{option} takes a number after the column, not {text!r}") from None
+        value = math.nan
+    if math.isnan(value):  # which is neither below nor above a limit
+        raise ValueError(f"{option} takes a number after the column, not {text!r}")
+    return value
 
 
 if __name__ == "__main__":

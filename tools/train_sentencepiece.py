@@ -25,12 +25,13 @@ import sentencepiece
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.load import load_config
 from megatron_gemini.contracts import TEXT
+from megatron_gemini.data.samples.captions import captions
 from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
-from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.text.preprocess import decode_text
+from megatron_gemini.modalities.bad_sample import BadSample, guarded
+from megatron_gemini.modalities.text.preprocess import check_text
 from megatron_gemini.registry import TASKS
 
 BYTES = 256  # pieces that byte fallback takes, beside the one for unknown
@@ -67,7 +68,9 @@ def lines(corpus: Corpus, limit: int, skipped: Counter[str]) -> Iterator[str]:
     for records, source in opened:
         for sample in range(0, len(records), step):
             try:
-                texts = sample_texts(source, records.read(sample, wanted(source)))
+                with guarded("read", records.key(sample)):
+                    members = records.read(sample, wanted(source))
+                    texts = [check_text(text) for text in sample_texts(source, members)]
             except BadSample as error:
                 skipped[error.reason] += 1
                 continue
@@ -95,7 +98,7 @@ def sample_texts(source: SourceConfig, members: Mapping[str, bytes]) -> list[str
     described = [field for field in schema.task.own_fields if field.keys]
     texts = []
     if not described or TEXT in schema.task.field_names:
-        texts += [decode_text(content) for _, content in schema.find(TEXT, members)]
+        texts += captions(schema.find(TEXT, members))
     for field in described:
         texts += [text for _, content in schema.find(field.name, members) for text in field.texts(content)]
     if not described and RECORD in members:

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from megatron_gemini.data.samples.decode_json import Json
 
 
-def finish(entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, Json]) -> str:
+def finish(
+    entries: Sequence[JournalEntry], folder: Path, options: Mapping[str, Json], passed_over: Mapping[str, int]
+) -> str:
     """Write report.json, sizes.png and samples.png and return the report as a table.
 
-    Raises ValueError with that table when no record was of use.
+    passed_over: how many files were not even looked at, by kind. Raises ValueError with that table when no record was
+    of use.
     """
     # From the journal and not from this run's records: most of the build may have been made by runs before.
-    report = summary(entries)
+    report = summary(entries, passed_over)
     write_json(folder / "report.json", {"options": dict(options), **cast("dict[str, Json]", report)})
     if not report["kept"]:
         raise ValueError(f"no record can be used, so there is no shard:\n{table(report)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,8 @@ class Dropped:
 
     def add(self, reason: str, detail: str) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, detail)
+        # Names of files may have bytes that are no text, which no terminal prints.
+        self.first.setdefault(reason, detail.encode("utf-8", "replace").decode())
 
     def merge(self, other: Dropped) -> None:
         self.counts = dict(Counter(self.counts) + Counter(other.counts))
@@ -103,6 +105,7 @@ class Journal:
         # In order, up to the first that is missing or whose shard is: what comes after it is built again, the same.
         while entry := self._entry(len(self.entries)):
             self.entries.append(entry)
+        self._forget()
 
     @property
     def is_complete(self) -> bool:
@@ -113,6 +116,21 @@ class Journal:
         # Whole or absent (`write_json`), as the shard is: a killed build has no entry without its shard.
         write_json(self._own / f"{len(self.entries):06d}.json", asdict(entry))
         self.entries.append(entry)
+
+    def _forget(self) -> None:
+        """Delete what is there of the entries after the last one, and their shards.
+
+        A download may fail this time, so that what is built now ends elsewhere. An old entry after a new one would then
+        leave records out, or have them twice.
+        """
+        for path in self._own.glob("[0-9]*.json"):
+            if path.stem.isdigit() and int(path.stem) >= len(self.entries):
+                entry = _read(path)
+                shard = entry.get("shard") if isinstance(entry, dict) else None
+                # A name only: what is written there is not believed to be a file of this folder's.
+                if isinstance(shard, str) and shard.endswith(".tar") and os.path.basename(shard) == shard:
+                    (self.folder / shard).unlink(missing_ok=True)
+                path.unlink()
 
     def _entry(self, number: int) -> JournalEntry | None:
         value = cast("_Saved", _read(self._own / f"{number:06d}.json"))

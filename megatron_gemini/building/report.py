@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,7 +22,8 @@ class Reason(TypedDict):
 
 
 class Report(TypedDict):
-    """Plain JSON: records read, samples kept, by shard, what was left out by reason, and quantiles of sizes."""
+    """Plain JSON: records read, samples kept, by shard, what was left out by reason, quantiles of sizes,
+    and the files that are no records."""
 
     records: int
     kept: int
@@ -30,10 +31,11 @@ class Report(TypedDict):
     bytes: int
     dropped: dict[str, Reason]
     sizes: dict[str, dict[str, int]]
+    passed_over: dict[str, int]
 
 
-def summary(entries: Sequence[JournalEntry]) -> Report:
-    """What came of all records."""
+def summary(entries: Sequence[JournalEntry], passed_over: Mapping[str, int]) -> Report:
+    """What came of all records. passed_over: files that are no records, by kind."""
     dropped = Dropped()
     for entry in entries:
         dropped.merge(entry.dropped)
@@ -50,6 +52,7 @@ def summary(entries: Sequence[JournalEntry]) -> Report:
         bytes=sum(sample.bytes for sample in samples),
         dropped={reason: Reason(count=count, first=dropped.first[reason]) for reason, count in most_common},
         sizes=sizes,
+        passed_over=dict(passed_over),
     )
 
 
@@ -65,6 +68,11 @@ def table(report: Report) -> str:
     lines = [f"{'records':<24}{records:>12,}", f"{'kept':<24}{report['kept']:>12,}  {_share(report['kept'], records)}"]
     for reason, found in report["dropped"].items():
         lines.append(f"  {reason:<22}{found['count']:>12,}  {_share(found['count'], records)}  {found['first'][:100]}")
+    if report["passed_over"]:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in report["passed_over"].items())
+        lines.append(
+            f"{'passed over':<24}{sum(report['passed_over'].values()):>12,}  no pictures by their ending: {kinds}"
+        )
     if report["sizes"]:
         lines += ["", f"{'':<24}" + "".join(f"{name:>12}" for name in _QUANTILES)]
         for name, values in report["sizes"].items():

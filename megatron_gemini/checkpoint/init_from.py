@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_gemini.checkpoint.directory import file_hash
 from megatron_gemini.checkpoint.extensions import FILE, Extensions
 from megatron_gemini.checkpoint.fragments import describe
+from megatron_gemini.checkpoint.index import file_hash
 from megatron_gemini.checkpoint.names import NameMap, map_names
 from megatron_gemini.checkpoint.pieces import cut
 from megatron_gemini.checkpoint.weights import WeightReader, find_weights, open_weights, verify_weights

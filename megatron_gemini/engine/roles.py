@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
 
 import torch
 
-from megatron_gemini.checkpoint.directory import INDEX, file_hash, resolve, verify
+from megatron_gemini.checkpoint.directory import resolve, verify
 from megatron_gemini.checkpoint.fragments import check_shapes, fill
+from megatron_gemini.checkpoint.index import INDEX, file_hash
 from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.frozen import FrozenEngine

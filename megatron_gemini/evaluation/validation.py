@@ -15,10 +15,13 @@ import numpy as np
 from PIL import Image
 
 from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.contracts import TEXT
 from megatron_gemini.data.random_stream import random_stream
+from megatron_gemini.data.samples.captions import captions
 from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.samples.form import form_example
 from megatron_gemini.data.samples.items import Item
+from megatron_gemini.data.samples.references import Fetch, named_item, read_reference
 from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.records import open_records
@@ -26,9 +29,8 @@ from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.evaluation.json_data import parse_object
 from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.separation import Fingerprint
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.bad_sample import BadSample, guarded
 from megatron_gemini.modalities.image.preprocess import decode_image
-from megatron_gemini.modalities.text.preprocess import decode_text
 
 Anything = TypeVar("Anything")
 
@@ -67,17 +69,18 @@ def read_examples(
     """At most `limit` samples of a source, evenly spaced, each asked once; unreadable ones are counted in `skipped`."""
     schema = Schema.of(source)
     # The text beside what the task needs: where there is no label, it is what a sample is called by.
-    names = list(dict.fromkeys([*schema.members(), "txt", RECORD]))
+    names = list(dict.fromkeys([*schema.members(), *schema.members(TEXT), RECORD]))
     records = open_records(source, names)
     examples = []
     for sample in spaced(len(records), limit):
         key = records.key(sample)
         try:
             # Members, schema and decoding are training's: the model is asked what it would have been trained on.
-            members = records.read(sample, names)
-            schema.check(members)
-            fields = decoder.decode(members, key, schema, partial(read_named, records, sample))
-            text, label = text_of(members), label_of(members)
+            with guarded("decode", key):
+                members = records.read(sample, names)
+                schema.check(members)
+                fields = decoder.decode(members, key, schema, partial(read_named, records, sample))
+                text, label = text_of(members, schema), label_of(members, schema)
         except BadSample as error:
             skipped[error.reason] += 1
             continue
@@ -95,16 +98,17 @@ def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealI
     # A set of shards that two tasks read is read once.
     for source in {source.shards: source for source in sources if source.task in ("caption", "generate")}.values():
         schema = Schema.of(source)
-        wanted = list(dict.fromkeys([*schema.members("image", "text"), "txt", RECORD]))
+        wanted = list(dict.fromkeys([*schema.members("image", TEXT), RECORD]))
         records = open_records(source, wanted)
         for sample in spaced(len(records), limit):
             try:
-                members = records.read(sample, wanted)
-                found = schema.find("image", members)
-                if found and (label := label_of(members)):
-                    real.images.append(resized(decode_image(found[0][1]), side))
-                    real.labels.append(label)
-                    real.augmented.append(parse_object(members.get("json", b"")).get("augmented") is True)
+                with guarded("decode", records.key(sample)):
+                    members = records.read(sample, wanted)
+                    data = image_bytes(schema, members, partial(read_named, records, sample))
+                    if data is not None and (label := label_of(members, schema)):
+                        real.images.append(resized(decode_image(data), side))
+                        real.labels.append(label)
+                        real.augmented.append(parse_object(members.get("json", b"")).get("augmented") is True)
             except BadSample:
                 continue  # the loader counts and reports these; here an image less changes nothing
     return real
@@ -124,15 +128,25 @@ def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limi
     return fingerprint
 
 
-def label_of(members: dict[str, bytes]) -> str:
+def image_bytes(schema: Schema, members: dict[str, bytes], fetch: Fetch) -> bytes | None:
+    """The file of a sample's image; None if it has none. Raises BadSample."""
+    found = schema.find("image", members)
+    name = named_item(found[0][1]) if found else ""
+    return read_reference(name, fetch) if name else found[0][1] if found else None
+
+
+def label_of(members: dict[str, bytes], schema: Schema) -> str:
     """The class of a sample: "label" in its metadata, otherwise its text; empty when it has neither."""
     label = parse_object(members.get("json", b"")).get("label")
-    return str(label) if isinstance(label, (str, int)) else text_of(members)
+    return str(label) if isinstance(label, (str, int)) else text_of(members, schema)
 
 
-def text_of(members: dict[str, bytes]) -> str:
-    """The text of a sample, or an empty one."""
-    return decode_text(members["txt"]) if "txt" in members else ""
+def text_of(members: dict[str, bytes], schema: Schema) -> str:
+    """The first text of a sample, where its source says that it is; or an empty one."""
+    try:
+        return next(iter(captions(schema.find(TEXT, members))), "")
+    except BadSample:  # of a task that reads no text, which may be anything; another has raised it before
+        return ""
 
 
 def spaced(size: int, limit: int) -> Iterator[int]:

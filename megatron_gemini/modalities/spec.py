@@ -126,6 +126,8 @@ class ModalitySpec(Generic[Settings, RawItem]):
         for each of its embeddings; a plugin leaves it open and gets a free one (`control_tokens`).
     members: endings of the members of a tar, or columns of a table, that hold it, in the order of preference.
     files: the kinds of file in words, for `--help`.
+    beside: fields of a record that name such items beside a conversation, one or a list. mark: what stands in its text
+        where such an item belongs. parts: types of a message's parts that are such items, beside the modality's name.
     decode: a file's bytes -> the raw item; raises BadSample. prepare: -> the encoder's input. picture: of that, for
         reports.
     sizes: a file's bytes -> its sizes by name, such as "image width", for a report of shards; raises BadSample.
@@ -138,6 +140,9 @@ class ModalitySpec(Generic[Settings, RawItem]):
     control: str = ""
     members: tuple[str, ...] = ()
     files: str = ""
+    beside: tuple[str, ...] = ()
+    mark: str = ""
+    parts: tuple[str, ...] = ()
     decode: Callable[[bytes, Settings], RawItem] | None = None
     prepare: Callable[[RawItem, Settings], Prepared] | None = None
     picture: Callable[[Prepared, Settings], Picture] | None = None

@@ -202,11 +202,13 @@ class Loader(AbstractContextManager["Loader"]):
         return total
 
     def _report_shards(self) -> Counter[tuple[str, str]]:
-        """Members that the tars' indices left out, after a warning for each damaged shard."""
+        """Members that the tars' indices left out, after a warning for each damaged shard and for unread fields."""
         found: Counter[tuple[str, str]] = Counter()
         for source in self.sources:
             for reason, count in source.shards.rejected.items():
                 found[source.label, reason] += count
+            if unread := source.unread_fields():
+                logger.warning("%s: nothing reads the fields %s of its records", source.label, ", ".join(unread)[:200])
             for path, damage in source.shards.damage.items():
                 logger.warning("%s: the shard %r is damaged (%s); reading what is whole", source.label, path, damage)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
@@ -90,9 +91,11 @@ class LaneReader:
                     source.label,
                     error.reason,
                     error,
+                    # The error behind one that nobody foresaw, for whoever has to mend it.
+                    exc_info=error if error.__cause__ is not None and "--debug" in sys.argv else None,
                 )
             if not isinstance(error, FilteredSample):
-                self._judge()
+                self._judge(source.label, error.reason)
             elif lane.read > FEW_PASS and lane.skipped.total() + 1 >= lane.read:
                 raise ValueError(
                     f"none of the first {lane.read} samples can be used:\n{skipped_table(self.skipped())}\n"
@@ -102,18 +105,18 @@ class LaneReader:
         finally:
             self._done()
 
-    def _judge(self) -> None:
+    def _judge(self, label: str, reason: str) -> None:
         """Called with a bad sample that is not counted in `skipped` yet."""
-        skipped = self.skipped()
+        skipped = self.skipped() + Counter({(label, reason): 1})
         # What a filter leaves out has been read and is not bad: it counts on neither side.
-        filtered = sum(count for (_, reason), count in skipped.items() if reason.startswith(FILTERED))
-        read = sum(lane.read for lane in self.lanes.values()) - filtered
-        bad = skipped.total() + 1 - filtered
+        bad_ones = Counter({key: count for key, count in skipped.items() if not key[1].startswith(FILTERED)})
+        bad = bad_ones.total()
+        read = sum(lane.read for lane in self.lanes.values()) - (skipped.total() - bad)
         allowed = min(self._config.data.max_bad_share * read, read - 1)  # without a good one, no row ends
         if read > FIRST_SAMPLES and bad > allowed:
             raise ValueError(
                 f"{bad} of {read} samples are bad, more than data.max_bad_share "
-                f"({self._config.data.max_bad_share:g}):\n{skipped_table(skipped)}"
+                f"({self._config.data.max_bad_share:g}):\n{skipped_table(bad_ones)}"
             )
 
     def skipped(self) -> Counter[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -14,17 +15,21 @@ from megatron_gemini.data.operations.pipeline import OperationPipeline
 from megatron_gemini.data.operations.spec import Sample, Setting
 from megatron_gemini.data.packing.pack import check_fits, row_limits
 from megatron_gemini.data.random_stream import random_stream
-from megatron_gemini.data.samples.decode import SampleDecoder, field_bytes
+from megatron_gemini.data.samples.decode import MissingField, SampleDecoder, field_bytes
+from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.samples.document import Document, Encodes
 from megatron_gemini.data.samples.form import check_prompts
 from megatron_gemini.data.samples.kinds import made_as
 from megatron_gemini.data.samples.spec import TaskSpec
 from megatron_gemini.data.sources.attachments import read_named
+from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.data.sources.table import Table
+from megatron_gemini.modalities.bad_sample import BadSample, guarded
 from megatron_gemini.registry import MODALITIES, TASKS
 
+CHECKED_RECORDS = 64  # of a source, whose fields are compared with what is read
 CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
 
 
@@ -108,12 +113,39 @@ class DocumentSource:
         """What a sample is in every epoch, from the cache if it is there. Raises BadSample, FilteredSample."""
         sample = self.cache.samples.get((self.label, number))
         if sample is None:
-            members = self.shards.read(number, self.names)
-            self.schema.check(members)
             key = f"{self.label}/{self.shards.key(number)}"
-            sample = self.pipeline.fixed(Sample(key, members, partial(read_named, self.shards, number)))
+            with guarded("read", key):
+                members = self.shards.read(number, self.names)
+                self.schema.check(members)
+            try:
+                sample = self.pipeline.fixed(Sample(key, members, partial(read_named, self.shards, number)))
+            except MissingField as error:
+                raise BadSample(error.reason, f"{error}; {self._there(number)}") from None
             self.cache.put(self.label, number, sample)
         return sample
+
+    def _there(self, number: int) -> str:
+        """What a sample has in place of a field that it lacks, in words."""
+        found = self.shards.columns(number) if isinstance(self.shards, Table) else self.shards.endings(number)
+        cut = any(name.rpartition(".")[2] in self.names and name not in self.names for name in found)
+        hint = " (a sample's key ends at the first dot of the file's name)" if cut else ""
+        return f"it has {', '.join(found)[:120] or 'nothing'}{hint}"
+
+    def unread_fields(self) -> list[str]:
+        """Names that descriptions of documents or conversations have and nothing reads, found in some of the records.
+
+        A field that names media in a way of its own would otherwise be left out in silence.
+        """
+        described = [field for field in self.schema.task.own_fields if field.keys and RECORD in field.members]
+        read = {name for field in described for name in (*field.keys, *field.reads())}
+        read |= {condition.name for condition in self.schema.conditions}
+        found: dict[str, None] = {}
+        numbers = range(0, len(self), -(-len(self) // CHECKED_RECORDS)) if described and RECORD in self.names else ()
+        for number in numbers:
+            with contextlib.suppress(BadSample), guarded("read", self.label):
+                record = decode_json(self.shards.read(number, [RECORD]).get(RECORD, b"null"))
+                found |= dict.fromkeys(record if isinstance(record, dict) else ())
+        return [name for name in found if name not in read]
 
     def check_shards(self) -> None:
         """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly
@@ -132,7 +164,9 @@ class DocumentSource:
                     last = error
             else:
                 found = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-                raise ValueError(f"no sample of {path!r} can be used for {self.task} ({found}); the last one: {last}")
+                raise ValueError(
+                    f"no sample of {path!r} can be used for {self.task} ({found}); the last one: {last}"
+                ) from last
 
 
 def _check_settings(task: TaskSpec, label: str, config: RunConfig) -> None:

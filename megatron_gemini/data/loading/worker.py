@@ -26,6 +26,8 @@ from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import LaneReader, make_sources
 from megatron_gemini.data.packing.wire import to_bytes
 from megatron_gemini.data.samples.document import Encodes
+from megatron_gemini.data.sources import storage
+from megatron_gemini.modalities.bad_sample import DataUnreachable
 
 LANE, SOURCE, POSITION, STARTED = range(4)  # of what a worker says that it is decoding; STARTED 0: nothing
 
@@ -82,6 +84,8 @@ def run_worker(
         _send_rows(work, rows, now_decoding)
     except (BrokenPipeError, ConnectionResetError):
         pass
+    except DataUnreachable as error:
+        _send_error(rows, str(error), b'{"error": true, "unreachable": true}')
     except ValueError as error:
         _send_error(rows, str(error))
     except BaseException:
@@ -96,6 +100,11 @@ def _send_rows(work: WorkerTask, rows: Connection, now_decoding: ctypes.Array[ct
     def done() -> None:
         now_decoding[STARTED] = 0.0
 
+    def waiting(now: bool) -> None:
+        # Storage that does not answer is no fault of the sample that is waited for.
+        now_decoding[STARTED] = 0.0 if now else time.monotonic()
+
+    storage.waiting = waiting
     sources = make_sources(work.config, work.layout, work.tokenizer, work.cache_bytes)
     reader = LaneReader(work.config, sources, work.lanes, work.form, watch, done)
     if work.states is not None:
@@ -117,8 +126,8 @@ def _send_rows(work: WorkerTask, rows: Connection, now_decoding: ctypes.Array[ct
         rows.send_bytes(body)
 
 
-def _send_error(rows: Connection, text: str) -> None:
-    header, body = b'{"error": true}', text.encode()
+def _send_error(rows: Connection, text: str, header: bytes = b'{"error": true}') -> None:
+    body = text.encode(errors="backslashreplace")
     try:
         rows.send_bytes(header)
         rows.send_bytes(body or b" ")

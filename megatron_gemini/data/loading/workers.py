@@ -7,6 +7,7 @@ import ctypes
 import logging
 import math
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from megatron_gemini.data.loading.source import source_labels
 from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, WorkerTask, run_worker
 from megatron_gemini.data.packing.wire import from_bytes, parse_header
 from megatron_gemini.data.samples.document import Encodes
+from megatron_gemini.modalities.bad_sample import DataUnreachable
 
 logger = logging.getLogger(__name__)
 _LOOK = 0.1  # seconds between two looks at a worker that is waited for
@@ -52,11 +54,13 @@ class _Running(NamedTuple):
 
 @dataclass(eq=False)
 class _Worker:
-    """One worker's place, in which processes follow each other. deaths: in a row, with no sample to blame."""
+    """One worker's place, in which processes follow each other. deaths: in a row, with no sample to blame. killed_at:
+    (lane, source, position) of the sample at which the last one was killed from outside."""
 
     work: WorkerTask
     running: _Running | None = None
     deaths: int = 0
+    killed_at: tuple[int, int, int] | None = None
 
     def now(self) -> _Running:
         if self.running is None:
@@ -77,7 +81,8 @@ class WorkerPool:
 
     The processes are forked from a server that has imported what they need and nothing else. So none inherits the
     rank's threads, GPU or network connections, and a new one starts in milliseconds. A process that dies or needs more
-    than data.sample_seconds for a sample is replaced, and what it was decoding is given up. The lane counts and skips
+    than data.sample_seconds for a sample is replaced, and what it was decoding is given up (killed from outside, as for
+    lack of memory, when that happens twice at one sample). The lane counts and skips
     it, in this process and, through the lane's state, in every later one.
     """
 
@@ -116,7 +121,7 @@ class WorkerPool:
     def row(self, number: int) -> tuple[Batch, LaneState]:
         """Row `number` and the state of its lane after it. Each worker's rows must be asked for in their order.
 
-        Raises ValueError for what ends the reading (see `LaneReader`), `PoolClosed` after `close`.
+        Raises ValueError for what ends the reading (see `LaneReader`), DataUnreachable, `PoolClosed` after `close`.
         """
         lane = number % self._config.data.lanes
         worker = self._of_lane[lane]
@@ -136,7 +141,8 @@ class WorkerPool:
     def _receive(self, running: _Running) -> tuple[int, LaneState, Batch]:
         """(number of a row, state of its lane after it, the row).
 
-        Raises TimeoutError for a sample that takes too long, EOFError or OSError for a dead worker.
+        Raises TimeoutError for a sample that takes too long, EOFError or OSError for a dead worker, and what ended the
+        reading: ValueError or DataUnreachable.
         """
         while not running.rows.poll(_LOOK):
             if self._closing.is_set():
@@ -145,7 +151,8 @@ class WorkerPool:
                 raise TimeoutError
         header = parse_header(running.rows.recv_bytes())
         if header.get("error"):
-            raise ValueError(running.rows.recv_bytes().decode(errors="replace"))
+            kind = DataUnreachable if header.get("unreachable") else ValueError
+            raise kind(running.rows.recv_bytes().decode(errors="replace"))
         body = torch.empty(header["bytes"], dtype=torch.uint8, pin_memory=self._pin)
         # Into page-locked memory at once: the row is copied to the GPU from where it has arrived.
         running.rows.recv_bytes_into(memoryview(body.numpy()))  # type: ignore[arg-type]
@@ -162,8 +169,15 @@ class WorkerPool:
             raise PoolClosed
         ended = worker.now()
         ended.end()  # from here on, what it says of itself stays as it is
-        if ended.now_decoding[STARTED] > 0 and (not slow or self._late(ended)):
-            lane, source, position = (int(ended.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
+        lane, source, position = (int(ended.now_decoding[place]) for place in (LANE, SOURCE, POSITION))
+        blamed = ended.now_decoding[STARTED] > 0 and (not slow or self._late(ended))
+        # No decoder ends with SIGKILL: that is the kernel's, when memory runs out, and any sample may be at work then.
+        # Killed twice at the same one, it is likely to be what needs the memory.
+        if blamed and not slow and ended.process.exitcode == -signal.SIGKILL:
+            again = worker.killed_at == (lane, source, position)
+            worker.killed_at = None if again else (lane, source, position)
+            blamed = again
+        if blamed:
             label, reason = self._labels[source], "too_slow" if slow else "worker_crashed"
             self._lanes.quarantined.setdefault(lane, []).append((label, position, reason))
             logger.warning("quarantined the sample at position %d of %s (%s); it is counted", position, label, reason)
@@ -171,8 +185,8 @@ class WorkerPool:
             worker.deaths += 1
             if worker.deaths >= _DEATHS:
                 raise ValueError(
-                    f"a data worker ended {worker.deaths} times (status {ended.process.exitcode}), not while decoding "
-                    "a sample; does the machine have enough memory for data.workers processes?"
+                    f"a data worker was ended {worker.deaths} times (status {ended.process.exitcode}), and no sample "
+                    "can be named for it; does the machine have enough memory for data.workers processes?"
                 )
         self._start(worker)
 

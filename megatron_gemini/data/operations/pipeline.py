@@ -9,6 +9,7 @@ import numpy as np
 from megatron_gemini.data.operations.make import make_operation
 from megatron_gemini.data.operations.spec import Sample, Setting
 from megatron_gemini.data.samples.document import Document
+from megatron_gemini.modalities.bad_sample import guarded
 
 USUAL_OPERATIONS = ("decode", "resize", "prepare", "format", "tokenize")
 
@@ -29,19 +30,21 @@ class OperationPipeline:
                 f"each one once; the usual ones are {', '.join(USUAL_OPERATIONS)}"
             )
         first = next(place for place, (_, random) in enumerate(made) if random)
-        self._fixed = [operation for operation, _ in made[:first]]
-        self._random = [operation for operation, _ in made[first:]]
+        operations = [(name, operation) for name, (operation, _) in zip(plain, made, strict=True)]
+        self._fixed, self._random = operations[:first], operations[first:]
         self._none = np.random.default_rng(0)  # which a fixed operation never asks
 
     def fixed(self, sample: Sample) -> Sample:
         """From `members`, and perhaps `fetch`, to what is the same in every epoch. Raises BadSample."""
-        for operation in self._fixed:
-            sample = operation(sample, self._none)
+        for name, operation in self._fixed:
+            with guarded(name, sample.key):
+                sample = operation(sample, self._none)
         return sample
 
     def document(self, sample: Sample, random: np.random.Generator) -> Document:
         """From there to a document, by `random` alone. Raises BadSample."""
-        for operation in self._random:
-            sample = operation(sample, random)
+        for name, operation in self._random:
+            with guarded(name, sample.key):
+                sample = operation(sample, random)
         assert sample.document is not None  # tokenize stands last
         return sample.document

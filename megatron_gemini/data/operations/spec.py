@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from megatron_gemini.contracts import TokenLayout
-    from megatron_gemini.data.samples.decode import Fetch, SampleDecoder
+    from megatron_gemini.data.samples.decode import SampleDecoder
     from megatron_gemini.data.samples.document import Document, Encodes
+    from megatron_gemini.data.samples.references import Fetch
     from megatron_gemini.data.sources.schema import Schema
 
 

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from megatron_gemini.contracts import TEXT
+from megatron_gemini.data.samples.captions import captions
 from megatron_gemini.data.samples.items import Codes, EncoderInput, Item, RawItem, Text, Turn
 from megatron_gemini.data.samples.kinds import decode_item, made_as
 from megatron_gemini.data.samples.prepare import prepare
+from megatron_gemini.data.samples.references import Fetch, named_item, read_reference
 from megatron_gemini.data.samples.spec import Fields, FieldSpec, FieldValue
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.text.preprocess import decode_text
+from megatron_gemini.modalities.text.preprocess import check_text
 
 if TYPE_CHECKING:
     from megatron_gemini.config.run import RunConfig
     from megatron_gemini.data.sources.schema import Schema
 
-Fetch: TypeAlias = Callable[[str], bytes | None]
-"""Gives a file that a document or conversation names; None if there is none."""
 CAPTIONS = "captions"
 """The field with every text that a sample has: data sets come with several captions of one image."""
+
+
+class MissingField(BadSample):
+    """A sample without one of the fields that its task needs."""
 
 
 @dataclass(frozen=True)
@@ -45,38 +49,52 @@ class SampleDecoder:
         for field in schema.task.fields:
             name = field if isinstance(field, str) else field.name
             found = schema.find(name, members)
-            if not found:
+            try:
+                if name == TEXT and (texts := captions(found)):
+                    fields[TEXT], fields[CAPTIONS] = texts[0], list(texts)
+                elif name != TEXT and found:
+                    fields[name] = self._value(field, found[0][1], fetch or members.get)
+            except BadSample as error:
+                raise BadSample(error.reason, f"{key}.{found[0][0]}: {error}") from None
+            if name not in fields:
                 made, where = made_as(name), " or ".join(schema.names[name])
                 hint = f"; {made[1].made_by} adds it" if made is not None and made[1].made_by else ""
-                raise BadSample(f"missing_{name}", f"{key} has no member or column {where}{hint}")
-            member, content = found[0]
-            try:
-                fields[name] = self._value(field, content, fetch or members.get)
-                if name == TEXT:  # an empty text among others is no reason to leave the sample out
-                    others = (decode_text(other) for _, other in found[1:] if other.strip())
-                    fields[CAPTIONS] = [fields.text(), *others]
-            except BadSample as error:
-                raise BadSample(error.reason, f"{key}.{member}: {error}") from None
+                raise MissingField(f"missing_{name}", f"{key} has no member or column {where}{hint}")
         return fields
 
     def _value(self, field: str | FieldSpec, content: bytes, fetch: Fetch) -> FieldValue:
-        if field == TEXT:
-            return decode_text(content)
         if isinstance(field, str):
-            return decode_item(field, content, self.config)
+            return self._item(field, content, fetch)
         decoded: dict[tuple[str, str], Item] = {}  # an image that is named twice is decoded once
 
         def read_item(kind: str, value: str) -> Item:
             if kind == TEXT:
-                return Text(value)
+                return Text(check_text(value))
             if (kind, value) not in decoded:
-                data = fetch(value)
+                data = read_reference(value, fetch)
                 if data is None:
                     raise BadSample(f"missing_{kind}", f"the document names {value[:80]!r}, which is not there")
                 decoded[kind, value] = decode_item(kind, data, self.config)
             return decoded[kind, value]
 
         return field.decode(content, read_item)
+
+    def _item(self, kind: str, content: bytes, fetch: Fetch) -> Item:
+        """An item of a member's content, or of the file that a column names."""
+        name = named_item(content)
+        if not name:
+            return decode_item(kind, content, self.config)
+        try:
+            data, problem = read_reference(name, fetch), BadSample(f"missing_{kind}", f"{name[:80]!r} is not there")
+        except BadSample as error:
+            data, problem = None, error
+        if data is not None:
+            return decode_item(kind, data, self.config)
+        # There are modalities whose files are text, so that what is no file's name may be the content itself.
+        try:
+            return decode_item(kind, bytes(content), self.config)
+        except BadSample:
+            raise problem from None
 
 
 def over_items(fields: Fields, change: Callable[[Item], Item]) -> Fields:

@@ -119,7 +119,7 @@ def build_document(
     document open after `model`, ready to be continued. Without one (`answer=None`): `bos <prompt> eos`, and
     `loss_on_prompt` puts loss on its text and codes. Placeholders of inputs never carry loss.
 
-    Raises BadSample("bad_codes") for a code out of range, ValueError for an input whose encoder is off.
+    Raises BadSample: bad_codes for a code out of range, <modality>_disabled for an input whose encoder is off.
     """
     writer = _Writer(layout, text_tokenizer)
     writer.control("bos", loss=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from megatron_gemini.contracts import TEXT
 from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.samples.items import Codes, Item, Text
+from megatron_gemini.data.samples.prepare import check_enabled
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.spec import CodesSpec, ModalitySpec
 from megatron_gemini.modalities.text.preprocess import decode_text
@@ -39,7 +40,9 @@ def decode_item(kind: str, data: bytes, config: RunConfig) -> Item:
         return decode_codes(data, *made, config)
     spec = MODALITIES.get(kind)
     assert spec.decode is not None, kind
-    return spec.decode(data, config.encoders[spec.encoder])
+    section = config.encoders[spec.encoder]
+    check_enabled(spec, section)
+    return spec.decode(data, section)
 
 
 def decode_codes(data: bytes, spec: ModalitySpec, codes: CodesSpec, config: RunConfig) -> Codes:

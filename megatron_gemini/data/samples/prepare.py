@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_gemini.config.encoders import EncoderConfig
 from megatron_gemini.data.samples.items import Codes, EncoderInput, Item, Text
+from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.spec import ModalitySpec, Prepared
 from megatron_gemini.registry import CONNECTORS, ENCODERS, MODALITIES
 
@@ -15,17 +16,23 @@ from megatron_gemini.registry import CONNECTORS, ENCODERS, MODALITIES
 def prepare(item: Item, encoders: Mapping[str, EncoderConfig]) -> Text | Codes | EncoderInput:
     """Turn a raw item into its encoder's input; text, codes and prepared inputs pass unchanged.
 
-    encoders: settings by name. Raises ValueError for an item whose encoder is off.
+    encoders: settings by name. Raises BadSample as `check_enabled` does.
     """
     if isinstance(item, (Text, Codes, EncoderInput)):
         return item
     spec = MODALITIES.get(item.modality)
     section = encoders[spec.encoder]
-    if not section.enabled:
-        name = f"encoders.{spec.encoder}.enabled"
-        raise ValueError(f"{item.modality} input needs the {spec.encoder} encoder, and {name} is false")
+    check_enabled(spec, section)
     assert spec.prepare is not None, spec.name
     return encoder_input(spec, spec.prepare(item, section), section)
+
+
+def check_enabled(spec: ModalitySpec, section: EncoderConfig) -> None:
+    """Raise BadSample, <modality>_disabled, for an item whose encoder is off: a document may name any kind of item."""
+    if not section.enabled:
+        name = f"encoders.{spec.encoder}.enabled"
+        message = f"{spec.name} input needs the {spec.encoder} encoder, and {name} is false"
+        raise BadSample(f"{spec.name}_disabled", message)
 
 
 def encoder_input(spec: ModalitySpec, prepared: Prepared, section: EncoderConfig) -> EncoderInput:

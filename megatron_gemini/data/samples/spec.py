@@ -53,7 +53,8 @@ class FieldSpec:
     members: endings of the members of a tar, or columns of a table, that hold it, in the order of preference.
     decode: (a member's bytes, what reads the items that it names) -> its value. Raises BadSample.
     texts: a member's bytes -> the texts in it, to train a text tokenizer on. Raises BadSample. keys: names of which a
-        JSON description of this kind has one; by them it is told from a sample's other metadata.
+        JSON description of this kind has one; by them it is told from a sample's other metadata. reads: further names
+        that it may have; whoever has others is told that nothing reads them.
     """
 
     name: str
@@ -61,6 +62,7 @@ class FieldSpec:
     decode: Callable[[bytes, ReadItem], FieldValue]
     texts: Callable[[bytes], list[str]] = lambda data: []
     keys: tuple[str, ...] = ()
+    reads: Callable[[], tuple[str, ...]] = tuple
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.sources.columns import RECORD, column_bytes
 from megatron_gemini.data.sources.paths import open_binary
 from megatron_gemini.data.sources.spec import FormatSpec
+from megatron_gemini.data.sources.storage import MISTAKES, patiently
 from megatron_gemini.data.sources.table import Table
 from megatron_gemini.modalities.bad_sample import BadSample
 
@@ -30,8 +32,7 @@ class JsonLines(Table):
         counts = []
         for path in paths:
             try:
-                with open_binary(path) as file:
-                    marks, count = find_lines(file)
+                marks, count = patiently(partial(_lines_of, path), path, MISTAKES)
             except OSError as error:
                 raise ValueError(f"cannot read {path!r}: {error.strerror or error}") from None
             self._marks.append(marks)
@@ -41,13 +42,10 @@ class JsonLines(Table):
     def read(self, sample: int, names: Sequence[str]) -> dict[str, bytes]:
         """The named columns of a record; `json` is the whole line.
 
-        Raises BadSample: bad_json, text_too_large (a line above 16 MiB), read_error.
+        Raises BadSample: bad_json, text_too_large (a line above 16 MiB); DataUnreachable.
         """
         file, number = self._find(sample)
-        try:
-            line = self._line(file, number)
-        except OSError as error:
-            raise BadSample("read_error", f"{self.paths[file]}: {error.strerror or error}") from None
+        line = patiently(partial(self._line, file, number), self.paths[file])
         record = decode_json(line)
         if not isinstance(record, dict):
             raise BadSample("bad_json", f"{self.key(sample)}: a line holds one {{...}} with the record's columns")
@@ -67,6 +65,11 @@ class JsonLines(Table):
         if len(line) > MAX_LINE:
             raise BadSample("text_too_large", f"line {number + 1} of {self.paths[file]} is longer than {MAX_LINE:,}")
         return line
+
+
+def _lines_of(path: str) -> tuple[np.ndarray, int]:
+    with open_binary(path) as file:
+        return find_lines(file)
 
 
 def find_lines(file: BinaryIO) -> tuple[np.ndarray, int]:

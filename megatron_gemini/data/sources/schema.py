@@ -107,8 +107,7 @@ class Schema:
             member, _, key = name.partition(":")
             content = members.get(member)
             if content is not None and key:  # a member without that key does not have the field, and the next name may
-                record = decode_json(content)
-                content = column_bytes(record.get(key)) if isinstance(record, dict) else None
+                content = column_bytes(_at(decode_json(content), key))
             if content is not None:
                 found.append((name, content))
         return found
@@ -122,3 +121,13 @@ class Schema:
             if not (isinstance(record, dict) and condition.holds(record)):
                 value = json.dumps(record.get(condition.name))[:40] if isinstance(record, dict) else "no record"
                 raise FilteredSample(f"{FILTERED}{condition.name}", f"{condition.name} is {value}")
+
+
+def _at(value: Plain, key: str) -> Plain:
+    """What a JSON value has under `KEY` or `KEY:KEY`, in a list that of every entry; None for nothing."""
+    if isinstance(value, list):
+        return [_at(each, key) for each in value]
+    if not isinstance(value, dict):
+        return None
+    first, _, rest = key.partition(":")
+    return value[key] if key in value else _at(value.get(first), rest) if rest else None

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from megatron_gemini.data.sources.index_cache import (
     sample_key,
     write_index,
 )
+from megatron_gemini.data.sources.storage import MISTAKES, patiently
 from megatron_gemini.data.sources.tar_index import Member, index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
 
@@ -51,7 +53,7 @@ class Shards(NumberedFiles):
 
     def _list(self, number: int, path: str) -> Summary:
         try:
-            summary = read_summary(path, self.cache) or self._index(number, path)
+            summary = read_summary(path, self.cache) or patiently(partial(self._index, number, path), path, MISTAKES)
         except OSError as error:
             raise ValueError(f"cannot read the shard {path!r}: {error.strerror}") from None
         if not summary.samples:
@@ -70,15 +72,12 @@ class Shards(NumberedFiles):
         return Summary(len(contents.keys), os.path.getsize(path), 0, "", dict(index.rejected), index.damage)
 
     def _contents(self, shard: int) -> ShardContents:
-        """What the shard holds. Raises BadSample: shard_changed, read_error."""
+        """What the shard holds. Raises BadSample: shard_changed; DataUnreachable."""
         if shard in self._open:
             self._open.move_to_end(shard)
             return self._open[shard]
         path, summary = self.paths[shard], self._summaries[shard]
-        try:
-            members = read_members(path, summary, self.cache) or index_tar(path).members
-        except OSError as error:
-            raise BadSample("read_error", f"{path}: {error.strerror}") from None
+        members = read_members(path, summary, self.cache) or patiently(partial(index_tar, path), path).members
         contents = ShardContents(members)
         if len(contents.keys) != summary.samples:
             raise BadSample("shard_changed", f"{path} had {summary.samples} samples and has {len(contents.keys)} now")
@@ -94,7 +93,7 @@ class Shards(NumberedFiles):
     def key(self, sample: int) -> str:
         """`folder/name` of a sample, up to the first dot of its file name.
 
-        Raises BadSample: shard_changed, read_error.
+        Raises BadSample: shard_changed; DataUnreachable.
         """
         shard, place = self._find(sample)
         return self._contents(shard).keys[place]
@@ -107,29 +106,33 @@ class Shards(NumberedFiles):
     def read(self, sample: int, endings: Sequence[str]) -> dict[str, bytes]:
         """Bytes of those of the named members that the sample has.
 
-        Raises BadSample: text_too_large (a .txt or .json above 1 MiB), read_error, shard_changed.
+        Raises BadSample: text_too_large (a .txt or .json above 1 MiB), shard_changed; DataUnreachable.
         """
         shard, place = self._find(sample)
         contents = self._contents(shard)
-        members, key, found = contents.members(place), contents.keys[place], {}
-        try:
+        members, key = contents.members(place), contents.keys[place]
+
+        def read() -> dict[str, bytes]:
             # Opened for every sample: ten thousand shards are more than a process may have open. Not buffered, since a
             # buffer would read beyond the member.
             with open(self.paths[shard], "rb", buffering=0) as file:
-                for ending in endings:
-                    if ending in members:
-                        found[ending] = self._read(file.fileno(), key, ending, *members[ending])
-        except OSError as error:
-            raise BadSample("read_error", f"{self.paths[shard]}: {error.strerror}") from None
-        return found
+                wanted = [ending for ending in endings if ending in members]
+                return {ending: self._read(file.fileno(), key, ending, *members[ending]) for ending in wanted}
+
+        return patiently(read, self.paths[shard])
 
     def _read(self, descriptor: int, key: str, ending: str, offset: int, size: int) -> bytes:
-        if ending.endswith(TEXT_ENDINGS) and size > MAX_TEXT_BYTES:
-            raise BadSample("text_too_large", f"{key}.{ending} has {size:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
+        check_size(key, ending, size)
         data = os.pread(descriptor, size, offset)  # leaves no position behind that another thread could move
         if len(data) < size:
-            raise BadSample("read_error", f"{key}.{ending}: the shard has become shorter while it was being read")
+            raise BadSample("shard_changed", f"{key}.{ending}: the shard has become shorter while it was being read")
         return data
+
+
+def check_size(key: str, ending: str, size: int) -> None:
+    """Raise BadSample, text_too_large, for a .txt or .json above 1 MiB."""
+    if ending.endswith(TEXT_ENDINGS) and size > MAX_TEXT_BYTES:
+        raise BadSample("text_too_large", f"{key}.{ending} has {size:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
 
 
 class ShardContents:

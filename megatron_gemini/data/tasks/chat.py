@@ -7,7 +7,7 @@ from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.samples.items import Example, Turn
 from megatron_gemini.data.samples.spec import Fields, FieldSpec, ReadItem, TaskSpec
 from megatron_gemini.data.sources.columns import RECORD
-from megatron_gemini.data.tasks.descriptions import CONVERSATION_KEYS, conversation
+from megatron_gemini.data.tasks.conversations import CONVERSATION_KEYS, conversation, media_fields
 
 
 def read_turns(data: bytes, read_item: ReadItem) -> list[Turn]:
@@ -27,5 +27,7 @@ def form(fields: Fields, words: str) -> Example:
     return Example([item for turn in turns[:first] for item in turn.items], list(turns[first].items), turns=turns)
 
 
-MESSAGES = FieldSpec("messages", members=(RECORD,), decode=read_turns, texts=texts, keys=CONVERSATION_KEYS)
+MESSAGES = FieldSpec(
+    "messages", members=(RECORD,), decode=read_turns, texts=texts, keys=CONVERSATION_KEYS, reads=media_fields
+)
 CHAT = TaskSpec("chat", fields=(MESSAGES,), form=form)

@@ -18,7 +18,14 @@ def texts(data: bytes) -> list[str]:
     return [value for kind, value in document_entries(decode_json(data)) if kind == TEXT]
 
 
-ITEMS = FieldSpec("items", members=(RECORD,), decode=read_items, texts=texts, keys=DOCUMENT_KEYS)
+ITEMS = FieldSpec(
+    "items",
+    members=(RECORD,),
+    decode=read_items,
+    texts=texts,
+    keys=DOCUMENT_KEYS,
+    reads=lambda: ("images", "image_info"),
+)
 INTERLEAVE = TaskSpec(
     "interleave",
     fields=(ITEMS,),

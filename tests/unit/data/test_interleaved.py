@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_gemini.data.tasks.descriptions import conversation, document_entries
+from megatron_gemini.data.tasks.conversations import conversation
+from megatron_gemini.data.tasks.descriptions import document_entries
 from megatron_gemini.modalities.bad_sample import BadSample
 
 EXPECTED = [("image", "0.png"), ("text", "a"), ("text", "b"), ("image", "1.png")]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.sources import jsonl
+from megatron_gemini.data.sources import parquet as parquet_files
 from megatron_gemini.data.sources.attachments import read_attachment
 from megatron_gemini.data.sources.jsonl import JsonLines
 from megatron_gemini.data.sources.parquet import Parquet
@@ -98,7 +99,9 @@ def test_parquet_is_read_by_row_groups_and_only_the_columns_that_are_wanted(tmp_
     assert found == [{"text": f"t{i}".encode(), "image": b"%d" % i} for i in order]
     assert all(table.column_names == ["text", "image"] for table in records._groups.values())
     whole = Parquet(paths, ["json"]).read(12, ["json"])["json"]
-    assert json.loads(whole) == {"text": "t12", "score": 1.2}
+    name = 'column:["image"]'  # by which the bytes can be asked for
+    assert json.loads(whole) == {"text": "t12", "image": name, "score": 1.2}
+    assert Parquet(paths, ["json"]).read(12, [name]) == {name: b"12"}
     with pytest.raises(ValueError, match="has the columns text, image, score, none of txt"):
         Parquet(paths, ["txt"])
     with pytest.raises(ValueError, match="cannot read"):
@@ -167,3 +170,25 @@ def test_an_attachment_lies_in_the_folder_of_its_shard(tmp_path):
         with pytest.raises(BadSample) as error:
             read_attachment(shard, name)
         assert error.value.reason == "unsafe_name"
+
+
+def test_row_groups_are_kept_by_their_bytes_and_large_ones_are_shuffled_in_smaller_windows(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    text = pa.table({"text": [f"{i:06d}" * 50 for i in range(120)], "other": ["x" * 1000] * 120})
+    pq.write_table(text, path, row_group_size=10, use_dictionary=False, compression="none")
+    one = Parquet([str(path)], ["text"])._largest
+    assert 3000 < one < 6000  # of the columns that are read alone
+    for room, together in ((100, 4), (9, 4), (7, 3), (5, 2), (3, 1), (1, 1), (0.5, 1)):
+        monkeypatch.setattr(parquet_files, "KEPT_BYTES", int(room * one))
+        records = Parquet([str(path)], ["text"])
+        assert records.window == together * 10
+        kept = []
+        for sample in range(120):
+            records.read(sample, ["text"])
+            kept.append([table.nbytes for table in records._groups.values()])
+        assert all(sum(sizes) <= parquet_files.KEPT_BYTES or len(sizes) <= 2 for sizes in kept)
+        # What two windows need, and no more than ever.
+        assert min(max(2, 2 * together), 9) <= max(map(len, kept)) <= 9
+    monkeypatch.setattr(parquet_files, "MAX_GROUP_BYTES", one - 1)
+    with pytest.raises(ValueError, match=r"a row group of .* has .* bytes; write it with at most"):
+        Parquet([str(path)], ["text"])

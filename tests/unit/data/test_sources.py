@@ -109,3 +109,21 @@ def test_a_source_that_is_used_up_drops_out_and_the_others_go_on(tmp_path):
         while True:
             seen += [key for row in once.next().values() for key in row.samples]
     assert sorted(seen) == [f"a/a/{i}" for i in range(10)]
+
+
+def test_a_missing_field_is_told_with_what_the_sample_has(tmp_path):
+    def told(path, task, **source):
+        with pytest.raises(ValueError, match="can be used") as error:
+            loader(SourceConfig(shards=str(path), task=task, **source))
+        return str(error.value).partition("the last one: ")[2].partition(" has no ")[2]
+
+    tar = write_tar(tmp_path / "x.tar", [("02342 Track 2", {"0 (clean).wav": wav(), "txt": b"a"})])
+    names = "member or column wav or flac or mp3 or ogg or audio"
+    dots = "(a sample's key ends at the first dot of the file's name)"
+    assert told(tar, "transcribe") == f"{names}; it has 0 (clean).wav, txt {dots}"
+    tar = write_tar(tmp_path / "y.tar", [("a", {"txt": b"a"})])
+    assert told(tar, "transcribe") == f"{names}; it has txt"
+    (tmp_path / "x.jsonl").write_text('{"sound": "a.wav", "text": "a"}\n')
+    assert told(tmp_path / "x.jsonl", "transcribe") == f"{names}; it has sound, text"
+    pq.write_table(pa.table({"text": ["a"], "sound": [b"a"]}), tmp_path / "x.parquet")
+    assert told(tmp_path / "x.parquet", "transcribe") == f"{names}; it has text, sound"

@@ -54,7 +54,7 @@ def child_name(child):
 
 def left_of(before):
     """Processes beyond those of `before`, once they have had the time to end."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 100
     while (left := set(workers()) - set(before)) and time.monotonic() < end:
         time.sleep(0.02)
     return left
@@ -136,6 +136,46 @@ def test_a_crash_or_a_hang_costs_one_sample_which_no_resume_tries_again(tmp_path
     assert content(plain.next()[0]) == rest
 
 
+class KilledOnce(Characters):
+    """The first process that encodes an innocent text is killed, as by a machine that runs out of memory."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def encode(self, text):
+        if "innocent" in text and not os.path.exists(f"{self.folder}/{text}"):
+            open(f"{self.folder}/{text}", "x").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(text)
+
+
+def test_a_process_that_is_killed_once_blames_no_sample(tmp_path):
+    path = unruly_shard(tmp_path / "t.tar", {3: "innocent", 9: "innocent"})
+    source = SourceConfig(shards=path, task="text", name="t", epochs=1)
+    config = run_config([source], lanes=1, look_ahead=2, workers=1, row_tokens=32, rows_per_step=1)
+    seen = set()
+    with load(config, tokenizer=KilledOnce(str(tmp_path))) as loader, pytest.raises(ValueError, match="is used up"):
+        while True:
+            seen |= {key for batch in loader.next().values() for key in batch.samples}
+    assert {"innocent 3", "innocent 9"} <= set(os.listdir(tmp_path))
+    assert len(seen) == 30
+    assert not loader.skipped
+
+
+class KilledAlways(Characters):
+    """Every process is killed at every text, and the next one that is made skips what this one was at."""
+
+    def encode(self, text):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_that_are_killed_wherever_they_are_end_the_run(tmp_path):
+    config = run_config([SourceConfig(shards=texts(tmp_path / "t.tar", 9), task="text")], workers=1, lanes=1)
+    expected = r"a data worker was ended 3 times \(status -9\).*does the machine have enough memory"
+    with load(config, tokenizer=KilledAlways()) as loader, pytest.raises(ValueError, match=expected):
+        loader.next()
+
+
 def test_a_sample_quarantined_ahead_of_the_rows_handed_out_is_in_the_state(tmp_path):
     path = unruly_shard(tmp_path / "t.tar", {})
     config = run_config([SourceConfig(shards=path, task="text", name="t")], lanes=1, look_ahead=2, row_tokens=32)
@@ -179,7 +219,10 @@ class Nothing(Characters):
 
 def test_workers_that_never_start_end_the_run(tmp_path):
     config = run_config([SourceConfig(shards=texts(tmp_path / "t.tar", 9), task="text")], workers=1)
-    with load(config, tokenizer=Nothing()) as loader, pytest.raises(ValueError, match="a data worker ended 3 times"):
+    with (
+        load(config, tokenizer=Nothing()) as loader,
+        pytest.raises(ValueError, match="a data worker was ended 3 times"),
+    ):
         loader.next()
 
 
@@ -224,7 +267,7 @@ def test_no_process_outlives_its_rank_not_even_one_that_hangs(tmp_path, end):
     assert child.wait(20) == (-signal.SIGKILL if end == "kill" else 0), child.stderr.read()
     assert ready == "ready\n"
     assert len(session) >= 4  # the rank, the server of its workers, and two workers
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while any(psutil.pid_exists(pid) for pid in session) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in session if psutil.pid_exists(pid)]

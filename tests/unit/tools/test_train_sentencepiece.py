@@ -42,3 +42,15 @@ def test_shards_without_a_config_may_hold_captions_and_documents(tmp_path):
         f"data: {{sources: [{{shards: '{tmp_path}/*.tar'}}, {{shards: '{tmp_path}/*.tar', task: text}}]}}"
     )
     assert len(corpus_of((), str(tmp_path / "run.yaml"))[0].sources) == 1
+
+
+def test_half_a_character_and_a_record_of_no_kind_are_skipped_and_counted(tmp_path):
+    half = {"messages": [{"role": "user", "content": "cut \ud83d"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(half) + "\n" + '{"messages": 3}\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "good"}\n{"text": "\\ud83d"}\n')
+    found, skipped = texts(
+        SourceConfig(shards=f"{tmp_path}/c.jsonl", task="chat"),
+        SourceConfig(shards=f"{tmp_path}/t.jsonl", task="text"),
+    )
+    assert found == ["good", "p good"]
+    assert skipped == {"bad_text": 2, "bad_json": 1}

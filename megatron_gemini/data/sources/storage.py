@@ -1,0 +1,58 @@
+"""Storage that answers late or not at all, told apart from data that are bad.
+
+A network file system or an object store fails for seconds now and then. Taken for damage, such a moment would leave
+samples out, and the run could not be repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from megatron_gemini.data.sources.paths import is_url
+from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable, one_line
+
+logger = logging.getLogger(__name__)
+Read = TypeVar("Read")
+DELAYS = (0.5, 2.0, 8.0, 30.0)  # seconds before each further try
+MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What another try would not change when files are first opened."""
+sleep: Callable[[float], None] = time.sleep
+"""Tests put another in its place."""
+
+
+def _nobody(now: bool) -> None:
+    pass
+
+
+waiting: Callable[[bool], None] = _nobody
+"""Told when the waiting begins (True) and when it is over: a worker's clock stands still meanwhile."""
+
+
+def patiently(read: Callable[[], Read], path: str, mistakes: tuple[type[OSError], ...] = ()) -> Read:
+    """What `read` gives of the file at `path`, asked again after each of `DELAYS` where it cannot be reached.
+
+    mistakes: errors that are raised at once. Raises DataUnreachable after the last try, BadSample as `read` does.
+    """
+    # The clients of object stores have errors of their own, which are no OSError.
+    trouble: type[Exception] = Exception if is_url(path) else OSError
+    for delay in (*DELAYS, None):
+        try:
+            return read()
+        except (BadSample, DataUnreachable):
+            raise
+        except trouble as error:
+            if isinstance(error, mistakes):
+                raise
+            if delay is None:
+                raise DataUnreachable(
+                    f"{path!r} cannot be read ({one_line(error)}), also not {sum(DELAYS):g} seconds later; no sample "
+                    "was left out for it, so go on with the run once the storage is back"
+                ) from error
+            logger.warning("%r cannot be read (%s); trying again in %g s", path, one_line(error), delay)
+            waiting(True)
+            sleep(delay)
+            waiting(False)
+    raise AssertionError("the last try returns or raises")

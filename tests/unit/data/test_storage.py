@@ -1,0 +1,218 @@
+"""Storage that fails for a moment costs no sample; storage that stays away ends the reading. Bad data are neither."""
+
+import errno
+import io
+import json
+import logging
+import multiprocessing
+from types import SimpleNamespace
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.data.loading import worker
+from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.data.loading.workers import WorkerPool
+from megatron_gemini.data.sources import parquet, storage
+from megatron_gemini.data.sources.attachments import read_attachment
+from megatron_gemini.data.sources.parquet import Parquet
+from megatron_gemini.data.sources.paths import open_binary
+from megatron_gemini.data.sources.records import open_records
+from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable
+from tests.tiny_shards import FORM, LAYOUT, Characters, run_config, write_tar
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """The seconds that were slept, which pass at once."""
+    found = []
+    monkeypatch.setattr(storage, "sleep", found.append)
+    return found
+
+
+def write(folder, form):
+    """A file of two samples, "one" and "two"."""
+    path = folder / f"x.{form}"
+    if form == "tar":
+        write_tar(path, [("a", {"txt": b"one"}), ("b", {"txt": b"two"})])
+    elif form == "jsonl":
+        path.write_text('{"txt": "one"}\n{"txt": "two"}\n')
+    else:
+        pq.write_table(pa.table({"txt": ["one", "two"]}), path)
+    return path
+
+
+def fail(monkeypatch, path, times, error=None):
+    """Let the file fail so many times to be opened."""
+    left, plain = [times], open
+
+    def flaky(name, *arguments, **options):
+        if str(name) == str(path) and left[0]:
+            left[0] -= 1
+            raise error or OSError(errno.EIO, "Input/output error")
+        return plain(name, *arguments, **options)
+
+    monkeypatch.setattr("builtins.open", flaky)
+
+
+FORMS = ["tar", "jsonl", "parquet"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.EACCES])
+def test_a_moment_without_storage_costs_no_sample(tmp_path, monkeypatch, slept, caplog, form, code):
+    path = write(tmp_path, form)
+    records = open_records(SourceConfig(shards=str(path)), ["txt"])
+    fail(monkeypatch, path, 3, OSError(code, "away"))
+    assert records.read(1, ["txt"]) == {"txt": b"two"}
+    assert slept == [0.5, 2.0, 8.0]
+    assert caplog.text.count("away); trying again in") == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_storage_that_stays_away_ends_the_reading(tmp_path, monkeypatch, slept, form):
+    path = write(tmp_path, form)
+    records = open_records(SourceConfig(shards=str(path)), ["txt"])
+    fail(monkeypatch, path, 99)
+    with pytest.raises(
+        DataUnreachable, match=rf"x\.{form}' cannot be read .*Input/output error.*, also not 40\.5 seconds"
+    ):
+        records.read(1, ["txt"])
+    assert slept == list(storage.DELAYS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_asked_again_at_the_start_too_but_not_for_a_mistake(tmp_path, monkeypatch, slept, form):
+    path = write(tmp_path, form)
+    fail(monkeypatch, path, 1)
+    assert len(open_records(SourceConfig(shards=str(path)), ["txt"])) == 2
+    assert slept == [0.5]
+    fail(monkeypatch, path, 99, PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(ValueError, match=r"cannot read .*Permission denied"):
+        open_records(SourceConfig(shards=str(path)), ["txt"])
+    assert slept == [0.5]
+
+
+def test_a_file_that_a_record_names_is_asked_for_again_and_its_absence_is_no_failure(tmp_path, monkeypatch, slept):
+    shard = str(write(tmp_path, "jsonl"))
+    (tmp_path / "a.png").write_bytes(b"in")
+    (tmp_path / "d").mkdir()
+    fail(monkeypatch, tmp_path / "a.png", 2)
+    assert read_attachment(shard, "a.png") == b"in"
+    assert slept == [0.5, 2.0]
+    assert [read_attachment(shard, name) for name in ("b.png", "a.png/b", "d")] == [None] * 3
+    fail(monkeypatch, tmp_path / "a.png", 99)
+    with pytest.raises(DataUnreachable):
+        read_attachment(shard, "a.png")
+    assert len(slept) == 6
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "loop.png", "locked.png"])
+def test_a_record_s_name_alone_ends_no_run(tmp_path, monkeypatch, slept, name):
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "locked.png").write_bytes(b"x")
+    fail(monkeypatch, tmp_path / "locked.png", 99, PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(BadSample) as error:
+        read_attachment(str(tmp_path / "x.jsonl"), name)
+    assert error.value.reason == "attachment_refused"
+    assert not slept
+
+
+class Broken(io.BytesIO):
+    """A file that fails to be read, a given number of times over all that are opened."""
+
+    left = 0
+
+    def read(self, size=-1):
+        if Broken.left:
+            Broken.left -= 1
+            raise OSError("no errno")
+        return super().read(size)
+
+
+def test_arrow_s_errors_are_told_from_the_file_s(tmp_path, monkeypatch, slept):
+    path = write(tmp_path, "parquet")
+    records = Parquet([str(path)], ["txt"])
+    monkeypatch.setattr(parquet, "open_binary", lambda name: Broken(path.read_bytes()))
+    Broken.left = 2
+    assert records.read(0, ["txt"]) == {"txt": b"one"}
+    assert len(slept) == 2
+    records = Parquet([str(path)], ["txt"])
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(len(data) // 3) + data[4 + len(data) // 3 :])
+    with pytest.raises(BadSample) as error:
+        records.read(0, ["txt"])
+    assert error.value.reason == "read_error"
+    assert len(slept) == 2
+
+
+def test_the_errors_of_a_store_s_client_are_trouble_of_the_storage_whatever_their_kind(tmp_path, monkeypatch, slept):
+    store = fsspec.filesystem("memory")
+    store.pipe("/away/x.tar", write(tmp_path, "tar").read_bytes())
+    store.pipe("/away/x.jsonl", write(tmp_path, "jsonl").read_bytes())
+    opened = [open_records(SourceConfig(shards=f"memory://away/x.{form}"), ["txt"]) for form in ("tar", "jsonl")]
+    plain, left = type(store)._open, [0]
+
+    def flaky(self, *arguments, **options):
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("the client has lost its connection")
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(type(store), "_open", flaky)
+    for records in opened:
+        left[0] = 1
+        assert records.read(1, ["txt"]) == {"txt": b"two"}
+    left[0] = 1
+    assert read_attachment("memory://away/x.jsonl", "x.tar")
+    assert len(slept) == 3
+    left[0] = 99
+    with pytest.raises(DataUnreachable):
+        opened[0].read(0, ["txt"])
+
+
+def test_a_run_ends_with_the_reason_and_counts_no_sample(tmp_path, monkeypatch, slept):
+    path = write(tmp_path, "jsonl")
+    source = SourceConfig(shards=str(path), task="text", fields={"text": ("txt",)}, name="s")
+    with Loader(run_config([source], lanes=1, look_ahead=1, cache_bytes=0), 0, 1, LAYOUT, Characters(), FORM) as loader:
+        loader.next()
+        fail(monkeypatch, path, 99)
+        with pytest.raises(DataUnreachable):
+            loader.next()
+        assert not loader.skipped
+
+
+def test_a_worker_tells_its_rank_that_the_storage_is_away(monkeypatch):
+    class Work:
+        def unpack(self):
+            raise DataUnreachable("x is away")
+
+    monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(worker, "_end_with_parent", lambda lifeline: None)
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    worker.run_worker(Work(), sending, receiving, [0.0] * 4)
+    pool = WorkerPool.__new__(WorkerPool)
+    with pytest.raises(DataUnreachable, match="x is away"):
+        pool._receive(SimpleNamespace(rows=receiving))
+
+
+def test_a_worker_s_clock_stands_still_while_storage_is_waited_for(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(storage, "waiting", told.append)
+    monkeypatch.setattr(storage, "sleep", lambda seconds: told.append(seconds))
+    path = write(tmp_path, "jsonl")
+    fail(monkeypatch, path, 1)
+    assert storage.patiently(lambda: open_binary(str(path)).read(1), str(path)) == b"{"
+    assert told == [True, 0.5, False]
+
+
+def test_what_is_no_trouble_of_storage_passes_at_once(tmp_path, slept, caplog):
+    def bad():
+        raise json.JSONDecodeError("x", "y", 0)
+
+    with caplog.at_level(logging.WARNING), pytest.raises(json.JSONDecodeError):
+        storage.patiently(bad, str(tmp_path))
+    assert not slept and not caplog.text
