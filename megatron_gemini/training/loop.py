@@ -205,7 +205,7 @@ class Loop(Generic[Step, Output]):
             return
         self.stop.ignore()  # a launcher ends all ranks once one has ended, and this one is not done yet
         assert self.saved_to is not None, "the first save is never left out"
-        here = directory.step_of(self.saved_to) == self.state.step
+        here = self.saved_to.name == directory.step_directory(self.objective.run_dir, self.state.step).name
         saved = f"saved {self.saved_to}" if here else f"nothing was learned since {self.saved_to}"
         progress.note(
             f"stopped by {reason(number)} after step {self.state.step}; {saved}; the same command goes on from there"

@@ -103,7 +103,7 @@ def test_a_plugins_own_settings_are_fixed_unless_they_say_otherwise() -> None:
         ("model.qk_norm", False),
         ("train.seed", 1),
         ("data.row_tokens", 512),
-        ("data.lanes", 8),
+        ("data.lanes", 12),
         ("data.sources.1.task", "text"),
         ("encoders.audio.max_seconds", 10.0),
         ("encoders.vision.max_side", 32),
