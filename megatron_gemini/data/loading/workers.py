@@ -81,9 +81,9 @@ class WorkerPool:
 
     The processes are forked from a server that has imported what they need and nothing else. So none inherits the
     rank's threads, GPU or network connections, and a new one starts in milliseconds. A process that dies or needs more
-    than data.sample_seconds for a sample is replaced, and what it was decoding is given up (killed from outside, as for
-    lack of memory, when that happens twice at one sample). The lane counts and skips
-    it, in this process and, through the lane's state, in every later one.
+    than data.sample_seconds for a sample is replaced, and what it was decoding is given up. The lane counts and skips
+    it, in this process and, through the lane's state, in every later one. A process that is killed from outside, as for
+    lack of memory, blames its sample only when that happens twice at the same one.
     """
 
     def __init__(
