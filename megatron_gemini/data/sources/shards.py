@@ -54,7 +54,9 @@ class Shards(NumberedFiles):
 
     def _list(self, number: int, path: str) -> Summary:
         try:
-            summary = read_summary(path, self.cache) or patiently(partial(self._index, number, path), path, MISTAKES)
+            summary = patiently(
+                lambda: read_summary(path, self.cache) or self._index(number, path), path, mistakes=MISTAKES
+            )
         except OSError as error:
             raise ValueError(f"cannot read the shard {path!r}: {error.strerror}") from None
         if not summary.samples:
