@@ -30,7 +30,7 @@ from megatron_gemini.data.sources.table import Table
 from megatron_gemini.modalities.bad_sample import BadSample, guarded
 from megatron_gemini.registry import MODALITIES, TASKS
 
-CHECKED_RECORDS = 64  # of a source, whose fields are compared with what is read
+CHECKED_RECORDS = 16  # of a source, whose fields are compared with what is read
 CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
 
 
