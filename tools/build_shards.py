@@ -106,7 +106,8 @@ def _build(options: argparse.Namespace) -> None:
     from megatron_gemini.building.examine import Examiner
     from megatron_gemini.building.fetch import Fetcher
     from megatron_gemini.building.finish import finish
-    from megatron_gemini.building.records import Columns, fingerprint, folder_records, row_count, table_records
+    from megatron_gemini.building.folders import folder_records
+    from megatron_gemini.building.records import Columns, fingerprint, row_count, table_records
 
     for option, most in (("workers", 1024), ("max_bytes", 2**40), ("seconds", 86_400)):
         value = getattr(options, option)
