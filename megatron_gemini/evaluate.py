@@ -127,8 +127,11 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     # A checkpoint that was copied out of its run has no curves.
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
-        plot_losses(metrics, out.with_name("loss.png"))
-        written.append(out.with_name("loss.png"))
+        try:
+            plot_losses(metrics, out.with_name("loss.png"))
+            written.append(out.with_name("loss.png"))
+        except ValueError as error:  # a run of one step that was skipped has figures to report and none to draw
+            print(f"warning: {error}", file=sys.stderr)
     for name, score in results.scores.items():
         aim = "" if score.better == "neither" else f"  {score.better} is better"
         print(f"{name:<32} {score!s:>12}{aim}")

@@ -27,6 +27,7 @@ from megatron_gemini.training.schedule import learning_rate
 from megatron_gemini.training.skipped import NO_WEIGHT, NOT_FINITE, SkippedSteps
 from megatron_gemini.training.stop import StopRequest, reason
 from megatron_gemini.training.throughput import peak_memory_bytes
+from megatron_gemini.training.trackers import warn_of
 
 WATCHED_STEPS, DATA_SHARE = 20, 0.1  # a longer wait than this share of so many steps is worth a word
 
@@ -236,4 +237,7 @@ class Loop(Generic[Step, Output]):
             "peak_memory_bytes": peak_memory_bytes(),
         }
         write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
-        plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")
+        try:
+            plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")
+        except Exception as error:  # the run is done and saved; it does not fail for its figure
+            warn_of("the figure of the losses", error)

@@ -13,14 +13,15 @@ A record is a flat mapping of names to numbers. The names that the progress bar 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_gemini.config.run import RunConfig
-from megatron_gemini.training.trackers import Tracker, open_trackers
+from megatron_gemini.training.trackers import Tracker, open_trackers, warn_of
 
 FILE_NAME = "metrics.jsonl"
 
@@ -46,7 +47,7 @@ class MetricsWriter:
         path = directory / FILE_NAME
         _keep_before(path, start_step)
         self.trackers = open_trackers(config, directory, start_step)
-        self.file = path.open("a", encoding="utf-8")
+        self.path, self.file = path, path.open("a", encoding="utf-8")
 
     def due(self, step: int) -> bool:
         """Whether a record of this step is wanted: the first, the last, every n-th, and those with validation
@@ -61,18 +62,29 @@ class MetricsWriter:
             return
         values = {"step": step, **{name: _finite(value) for name, value in record.items()}}
         # Python would write NaN, which is not JSON: other readers refuse the whole line.
-        self.file.write(json.dumps(values, allow_nan=False) + "\n")
-        self.file.flush()
-        for tracker in self.trackers:
-            tracker.write(step, record)
+        try:
+            self.file.write(json.dumps(values, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:  # which does not know the file's name
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._tell(lambda tracker: tracker.write(step, record))
 
     def close(self) -> None:
         """Close the file and the trackers. Closing twice is allowed."""
         if self.active:
-            self.file.close()
-        for tracker in self.trackers:
-            tracker.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take was told by `write`
+                self.file.close()
+        self._tell(lambda tracker: tracker.close())
         self.trackers = []
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        """Call every tracker. One that fails is told of and left out from then on: it is no reason to end a run."""
+        for tracker in list(self.trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                warn_of(tracker.name, error)
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, float]]:

@@ -145,3 +145,12 @@ def test_drawings_that_a_model_cannot_make_are_counted_and_told(run, tmp_path, c
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["images_not_asked"] == {"generate": 5} and "caption_cer" in report
     assert "warning: generate: 5 drawings were not asked for; this model cannot draw\n" in capsys.readouterr().err
+
+
+def test_a_run_without_losses_to_draw_is_evaluated_all_the_same(run, tmp_path, capsys) -> None:
+    write_checkpoint(tmp_path, 1, seed=1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "learning_rate": 0.1}\n')
+    sources = ["--validation", f"caption={run}/validation/digits.tar"]
+    assert run_command(main, ["--checkpoint", str(tmp_path), "--samples", "2", "--metrics", "cer", *sources]) == 0
+    said = capsys.readouterr()
+    assert "holds no record of a loss" in said.err and "loss.png" not in said.out

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.training import LoggingConfig, TrainConfig
+from megatron_gemini.training import metrics
 from megatron_gemini.training.metrics import (
     MetricsWriter,
     read_metrics,
@@ -143,3 +144,58 @@ def test_wandb_goes_on_with_its_run_after_a_resume_and_never_sees_the_environmen
     assert calls[0]["project"] == "p"
     assert calls[0]["config"] == dataclasses.asdict(config)
     assert "s3cr3t" not in str(calls)
+
+
+class Failing:
+    """A tracker that fails in one of its calls."""
+
+    name = "the tracker"
+
+    def __init__(self, call: str) -> None:
+        self.call, self.calls = call, []
+
+    def write(self, step: int, record: object) -> None:
+        self.calls.append(step)
+        if self.call == "write":
+            raise ConnectionError("no route\nto host")
+
+    def close(self) -> None:
+        self.calls.append("close")
+        if self.call == "close":
+            raise RuntimeError("still uploading")
+
+
+@pytest.mark.parametrize(
+    ("call", "calls", "told"),
+    [
+        ("write", [0], "ConnectionError: no route to host"),
+        ("close", [0, 1, "close"], "RuntimeError: still uploading"),
+    ],
+)
+def test_a_tracker_that_fails_is_a_warning_and_the_others_go_on(tmp_path, monkeypatch, caplog, call, calls, told):
+    failing, sound = Failing(call), Failing("")
+    monkeypatch.setattr(metrics, "open_trackers", lambda *_: [failing, sound])
+    assert write_steps(tmp_path, range(2)) == [(0, 0), (1, 1)]
+    assert failing.calls == calls and sound.calls == [0, 1, "close"]
+    assert caplog.messages == [f"the tracker failed and is left out from here on; the run goes on: {told}"]
+
+
+def test_a_tracker_that_cannot_begin_is_a_warning(tmp_path, monkeypatch, caplog):
+    def init(**_):
+        raise ValueError("no key: run wandb login")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = dataclasses.replace(QUIET, logging=LoggingConfig(tensorboard=False, wandb_project="p"))
+    assert write_steps(tmp_path, range(2), config=config) == [(0, 0), (1, 1)]
+    (message,) = caplog.messages
+    assert message.startswith("Weights & Biases failed") and message.endswith("ValueError: no key: run wandb login")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    writer = MetricsWriter(QUIET, tmp_path, rank=0)
+    with open("/dev/full", "w") as full:
+        writer.file.close()
+        writer.file = full
+        with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
+            writer.write(0, {"loss": 1.0})
+        writer.close()
