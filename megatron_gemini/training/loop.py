@@ -83,8 +83,8 @@ class Loop(Generic[Step, Output]):
                 record |= self.measure(record, time.perf_counter() - started, waited)
                 if self._due(train.validation_every):
                     record |= objective.validation()
-                writer.write(self.state.step - 1, record)
-                progress.update(self.state.step - 1, record)
+                writer.write(self.state.step, record)
+                progress.update(self.state.step, record)
                 self.watch_data(progress)
                 if self._due(train.save_every):
                     self.save(progress)
