@@ -22,6 +22,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megatron_gemini.checkpoint.index import telling
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.training.trackers import Tracker, open_trackers
 
@@ -46,19 +47,12 @@ class MetricsWriter:
             return
         directory = Path(run_dir)
         self.path = directory / FILE_NAME
-        with self._telling():
+        with telling(self.path):
             directory.mkdir(parents=True, exist_ok=True)
             _keep_until(self.path, start_step)
         self.trackers = open_trackers(config, directory, start_step)
-        with self._telling():
+        with telling(self.path):
             self.file = self.path.open("a", encoding="utf-8")
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # a full disk, or a folder that is read-only by now
-            raise ValueError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def due(self, step: int) -> bool:
         """Whether a record of this step is wanted: the first, the last, every n-th, and those with validation
@@ -72,7 +66,7 @@ class MetricsWriter:
             return
         values = {"step": step, **{name: _finite(value) for name, value in record.items()}}
         # Python would write NaN, which is not JSON: other readers refuse the whole line.
-        with self._telling():
+        with telling(self.path):
             self.file.write(json.dumps(values, allow_nan=False) + "\n")
             self.file.flush()
         for tracker in self.trackers:
