@@ -14,6 +14,7 @@ from megatron_gemini.checkpoint import directory, training_state
 from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.config.load import dump_config
+from megatron_gemini.data.sources.identity import shared_with_validation
 from megatron_gemini.engine.engine import StepResult
 from megatron_gemini.engine.synchronize import StepFingerprint, synchronize_step
 from megatron_gemini.objectives.base import Objective, Output, Step
@@ -91,8 +92,8 @@ class Loop(Generic[Step, Output]):
                 record |= self.measure(record, time.perf_counter() - started, waited)
                 if self._due(train.validation_every):
                     record |= objective.validation()
-                writer.write(self.state.step - 1, record)
-                progress.update(self.state.step - 1, record)
+                writer.write(self.state.step, record)
+                progress.update(self.state.step, record)
                 self.watch_data(progress)
                 self.save_due |= self._due(train.save_every)
                 # While steps are skipped the weights may be what is wrong, and a save rotates older ones away.
@@ -118,7 +119,8 @@ class Loop(Generic[Step, Output]):
         rank, start = self.objective.topology.rank, self.state.step
         writer = MetricsWriter(self.config, self.objective.run_dir, rank, start)
         progress = Progress(self.config.train.steps, start, rank)
-        for line in (*self.objective.backends(), *self.began):
+        shared = shared_with_validation(self.config.data) if self.main else ""
+        for line in filter(None, (*self.objective.backends(), shared, *self.began)):
             progress.note(line)
         return writer, progress
 

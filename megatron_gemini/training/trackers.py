@@ -64,7 +64,7 @@ class _TensorBoard:
                 "pip install tensorboard, or set logging.tensorboard to false"
             ) from error
         # The events after the checkpoint that a run resumes from stay in the files; TensorBoard hides them.
-        self.writer = SummaryWriter(str(directory), purge_step=start_step or None)
+        self.writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         for name, value in record.items():
