@@ -6,6 +6,8 @@
     python tools/build_shards.py --table laion.parquet --url-column URL --min similarity=0.3 --only NSFW=UNLIKELY \\
         --workers 32 --out shards/                                               downloads, see docs/building.md
 
+    python tools/build_shards.py --images photos/ --validation 0.05 --out shards/     one in 20 in shards/validation/
+
 Writes shard-00000.tar, ... (KEY.jpg, png or webp as it was; KEY.txt; KEY.json with the table's columns, size and
 SHA-256), report.json, sizes.png and samples.png. A build that was stopped, in whatever way, goes on when the same
 command is given again, and ends with the same shards.
@@ -58,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}-column", default="", metavar="NAME", help=f"the table's column of {what}")
     parser.add_argument("--root", default="", metavar="DIR", help="folder of the table's paths (default: the table's)")
     parser.add_argument("--name", default="shard", help="of the shards (default: %(default)s)")
+    parser.add_argument(
+        "--validation",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the samples that is held out, by their content, in the folder DIR/validation (default: none)",
+    )
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
@@ -97,7 +106,8 @@ def _build(options: argparse.Namespace) -> None:
     from megatron_gemini.building.examine import Examiner
     from megatron_gemini.building.fetch import Fetcher
     from megatron_gemini.building.finish import finish
-    from megatron_gemini.building.records import Columns, fingerprint, folder_records, row_count, table_records
+    from megatron_gemini.building.folders import folder_records
+    from megatron_gemini.building.records import Columns, fingerprint, row_count, table_records
 
     for option, most in (("workers", 1024), ("max_bytes", 2**40), ("seconds", 86_400)):
         value = getattr(options, option)
@@ -111,6 +121,7 @@ def _build(options: argparse.Namespace) -> None:
         options.dedup_bits,
         options.samples_per_shard,
         options.name,
+        options.validation,
     )
     records: Iterable[Record]
     total: int | None

@@ -33,11 +33,16 @@ def _inspect(options: argparse.Namespace) -> int:
     from megatron_gemini.building.contact_sheet import contact_sheet  # here, so that --help answers at once
     from megatron_gemini.building.inspect import inspect, lines, plain
     from megatron_gemini.data.sources.paths import expand_shards
+    from megatron_gemini.data.sources.recognize import JSON_LINES, PARQUET, recognize
     from megatron_gemini.data.sources.shards import Shards
 
     if options.at_most < 0:
         raise ValueError(f"--at-most is {options.at_most}; it is a number of samples, 0 for all")
     paths = [path for pattern in options.shards for path in expand_shards(pattern)]
+    for path in paths:
+        if what := recognize(path):
+            reads = "; a run reads it as it is, and this tool reads tars" if what in (JSON_LINES, PARQUET) else ""
+            raise ValueError(f"{path!r} is {what}{reads}")
     found = inspect(paths, options.at_most)
     print(json.dumps(plain(found), indent=1) if options.json else "\n".join(lines(found)))
     usable = [path for path in paths if path not in found.damage]

@@ -35,7 +35,8 @@ from megatron_gemini.modalities.text.preprocess import check_text
 from megatron_gemini.registry import TASKS
 
 BYTES = 256  # pieces that byte fallback takes, beside the one for unknown
-SMALL = 512  # default size: enough for a few hundred words, the least that a toy needs
+SMALL, LARGE = 512, 131_072  # least and most pieces of the default size: the first is what a toy needs
+WORDS_A_PIECE = 4  # different words of the text for each piece of the default size
 LONGEST_LINE = 4000  # bytes; SentencePiece ignores longer ones
 
 
@@ -143,6 +144,18 @@ def train(texts: Iterator[str], size: int, exact: bool, coverage: float) -> byte
     return model.getvalue()
 
 
+def usual_size(texts: Sequence[str]) -> int:
+    """Pieces for so much text: a quarter of its different words, as a power of two, and room for its characters.
+
+    The number of words grows as the root of the text does: a megabyte of English gives 2,048, and 100 give 32,768.
+    """
+    words, characters = {word for text in texts for word in text.split()}, len(set().union(*texts))
+    size = 1 << max(len(words) // WORDS_A_PIECE, 1).bit_length() - 1
+    # Every character has a piece of its own, beside the bytes; without as many again no words would be learned.
+    least = 1 << (BYTES + 2 * characters).bit_length()
+    return max(SMALL, least, min(size, LARGE))
+
+
 def explain(error: str, size: int) -> str:
     """SentencePiece's words, as what a user can do."""
     largest = re.search(r"too high.*?<= *(\d+)", error)
@@ -172,14 +185,16 @@ def run(given: argparse.Namespace) -> None:
         raise ValueError(
             f"there is no text in {', '.join(source.shards for source in corpus.sources)}: {dict(skipped)}"
         )
-    model = train(iter(texts), given.vocab_size or SMALL, given.vocab_size is not None, given.character_coverage)
+    size = given.vocab_size or usual_size(texts)
+    model = train(iter(texts), size, given.vocab_size is not None, given.character_coverage)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     partial.write_bytes(model)
     os.replace(partial, out)
-    size = sentencepiece.SentencePieceProcessor(model_proto=model).GetPieceSize()
+    made = sentencepiece.SentencePieceProcessor(model_proto=model).GetPieceSize()
+    usual = "" if given.vocab_size else f" (at most {size} for so much text; --vocab-size N gives another number)"
     skipped_note = f"; skipped {dict(skipped)}" if skipped else ""
-    print(f"{out}: {size} pieces from {len(texts)} lines of {len(corpus.sources)} sets of shards{skipped_note}")
+    print(f"{out}: {made} pieces{usual} from {len(texts)} lines of {len(corpus.sources)} sets of shards{skipped_note}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--vocab-size",
         type=int,
         metavar="N",
-        help=f"exact number of pieces, {BYTES} of them bytes (default: what the text gives, at most {SMALL})",
+        help=f"exact number of pieces, {BYTES} of them bytes (default: by the number of different words, {SMALL} to "
+        f"{LARGE}, or fewer where the text gives no more)",
     )
     parser.add_argument(
         "--samples", type=int, default=1_000_000, metavar="N", help="most samples to read (default: %(default)s)"

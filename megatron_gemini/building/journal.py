@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from megatron_gemini.config.schema import Plain
     from megatron_gemini.data.samples.decode_json import Json
 
+VALIDATION = "validation"
+"""The folder, beside the shards, of those that are held out: no pattern for the former finds the latter."""
+
 
 @dataclass
 class Dropped:
@@ -65,19 +68,27 @@ class _Saved(TypedDict):
 
     shard: str
     shard_bytes: int
+    held_out_bytes: int
     next_record: int
     samples: list[_SavedSample]
+    held_out: list[_SavedSample]
     dropped: _SavedDropped
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A shard that is whole. shard: its name, '' for the records after the last one. next_record: where to go on."""
+    """A shard that is whole, with the shard of what was held out of its records.
+
+    shard: the name of both, '' for the records after the last one. Of a side without samples there is no file, of 0
+    bytes. next_record: where to go on.
+    """
 
     shard: str
     shard_bytes: int
+    held_out_bytes: int
     next_record: int
     samples: tuple[KeptSample, ...]
+    held_out: tuple[KeptSample, ...]
     dropped: Dropped
 
 
@@ -129,16 +140,22 @@ class Journal:
                 shard = entry.get("shard") if isinstance(entry, dict) else None
                 # A name only: what is written there is not believed to be a file of this folder's.
                 if isinstance(shard, str) and shard.endswith(".tar") and os.path.basename(shard) == shard:
-                    (self.folder / shard).unlink(missing_ok=True)
+                    for place in (self.folder, self.folder / VALIDATION):
+                        (place / shard).unlink(missing_ok=True)
                 path.unlink()
 
     def _entry(self, number: int) -> JournalEntry | None:
         value = cast("_Saved", _read(self._own / f"{number:06d}.json"))
         try:  # as it was written, or whatever a full disk has left of it
             dropped = Dropped(**value["dropped"])
-            samples = tuple(KeptSample(**sample) for sample in value["samples"])
-            entry = JournalEntry(value["shard"], value["shard_bytes"], value["next_record"], samples, dropped)
-            whole = not entry.shard or (self.folder / entry.shard).stat().st_size == entry.shard_bytes
+            samples, held_out = (
+                tuple(KeptSample(**sample) for sample in value[side]) for side in ("samples", "held_out")
+            )
+            sizes = value["shard_bytes"], value["held_out_bytes"]
+            entry = JournalEntry(value["shard"], *sizes, value["next_record"], samples, held_out, dropped)
+            files = (self.folder / entry.shard, self.folder / VALIDATION / entry.shard)
+            sides = zip(files, sizes, strict=True)
+            whole = not entry.shard or all(not size or file.stat().st_size == size for file, size in sides)
         except (KeyError, TypeError, AttributeError, OSError):
             return None
         return entry if whole else None

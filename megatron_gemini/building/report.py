@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from megatron_gemini.building.journal import Dropped, JournalEntry, KeptSample
+from megatron_gemini.building.journal import VALIDATION, Dropped, JournalEntry, KeptSample
 
 _QUANTILES = {"least": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "most": 1.0}
 
@@ -22,11 +22,13 @@ class Reason(TypedDict):
 
 
 class Report(TypedDict):
-    """Plain JSON: records read, samples kept, by shard, what was left out by reason, quantiles of sizes,
+    """Plain JSON: records read, samples kept (those that are held out among
+    them), by shard, what was left out by reason, quantiles of sizes,
     and the files that are no records."""
 
     records: int
     kept: int
+    held_out: int
     shards: dict[str, int]
     bytes: int
     dropped: dict[str, Reason]
@@ -39,7 +41,9 @@ def summary(entries: Sequence[JournalEntry], passed_over: Mapping[str, int]) -> 
     dropped = Dropped()
     for entry in entries:
         dropped.merge(entry.dropped)
-    samples = [sample for entry in entries for sample in entry.samples]
+    samples = all_samples(entries)
+    shards = {entry.shard: len(entry.samples) for entry in entries if entry.samples}
+    held_out = {f"{VALIDATION}/{entry.shard}": len(entry.held_out) for entry in entries if entry.held_out}
     most_common = Counter(dropped.counts).most_common()
     sizes = {
         name: {each: int(np.quantile(values, share, method="nearest")) for each, share in _QUANTILES.items()}
@@ -48,12 +52,18 @@ def summary(entries: Sequence[JournalEntry], passed_over: Mapping[str, int]) -> 
     return Report(
         records=entries[-1].next_record,
         kept=len(samples),
-        shards={entry.shard: len(entry.samples) for entry in entries if entry.shard},
+        held_out=sum(held_out.values()),
+        shards=shards | held_out,
         bytes=sum(sample.bytes for sample in samples),
         dropped={reason: Reason(count=count, first=dropped.first[reason]) for reason, count in most_common},
         sizes=sizes,
         passed_over=dict(passed_over),
     )
+
+
+def all_samples(entries: Sequence[JournalEntry]) -> list[KeptSample]:
+    """Those that are kept, held out or not."""
+    return [sample for entry in entries for sample in (*entry.samples, *entry.held_out)]
 
 
 def columns(samples: Sequence[KeptSample]) -> dict[str, np.ndarray]:
@@ -66,6 +76,10 @@ def table(report: Report) -> str:
     """The report for a reader: lines of counts with their share, then the sizes."""
     records = report["records"]
     lines = [f"{'records':<24}{records:>12,}", f"{'kept':<24}{report['kept']:>12,}  {_share(report['kept'], records)}"]
+    if report["held_out"]:
+        lines.append(
+            f"{'  held out':<24}{report['held_out']:>12,}  {_share(report['held_out'], report['kept'])} of them"
+        )
     for reason, found in report["dropped"].items():
         lines.append(f"  {reason:<22}{found['count']:>12,}  {_share(found['count'], records)}  {found['first'][:100]}")
     if report["passed_over"]:

@@ -5,11 +5,12 @@ It is written last. It has a hash of itself, so that no bit of it can change uns
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
@@ -53,6 +54,15 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """A full disk, or a folder that is read-only, as a ValueError: a traceback explains neither."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -69,7 +69,7 @@ def _load(directory: Path) -> Loaded:
     # A run that was not given the tokenizer of its codes, such as one on texts alone, has none in its checkpoints. One
     # that was lost is in the index, and was missed above.
     carried = directory / "image_tokenizer"
-    tokenizer = load_image_tokenizer(carried) if config.image_tokenizer.codes and carried.is_dir() else None
+    tokenizer = _fill_image_tokenizer(carried) if config.image_tokenizer.codes and carried.is_dir() else None
     tokenizer_config = read_checkpoint_config(carried) if carried.is_dir() else None
     # Two files say how many codes there are. Only a tokenizer that was put in later makes them differ.
     if tokenizer is not None and tokenizer.config.codes != config.image_tokenizer.codes:
@@ -92,8 +92,10 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
 def _load_image_tokenizer(directory: Path) -> ImageTokenizer:
     verify_weights(directory)
     carried = directory / "image_tokenizer"
-    if carried.is_dir():
-        directory = carried
+    return _fill_image_tokenizer(carried if carried.is_dir() else directory)
+
+
+def _fill_image_tokenizer(directory: Path) -> ImageTokenizer:
     tokenizer = ImageTokenizer(read_checkpoint_config(directory).image_tokenizer)
     fill(tokenizer, open_weights(directory), directory)
     return tokenizer.eval()

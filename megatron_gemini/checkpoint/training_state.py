@@ -198,7 +198,10 @@ def _check_origins(engine: Engine, directory: Path) -> None:
     """Raise `ValueError` if a role that the checkpoint does not hold began as something else there than here."""
     recorded: dict[str, str] = {}
     if (directory / ROLES).is_file():
-        recorded = json.loads((directory / ROLES).read_text())
+        try:
+            recorded = {name: str(origin) for name, origin in json.loads((directory / ROLES).read_text()).items()}
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{directory / ROLES} is not readable: {error}; the checkpoint is damaged") from error
     for name, role in engine.roles.items():
         there = recorded.get(name, role.origin)
         if not role.in_checkpoints and there != role.origin:

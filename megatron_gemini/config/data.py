@@ -107,7 +107,7 @@ class DataConfig:
     workers: int = 0
     """Processes of a rank that read and decode; 0 does it in the rank's own process."""
     sample_seconds: float = 60.0
-    """A sample that takes a worker process longer is given up, counted and never tried again."""
+    """A sample that takes a worker process longer, its reading aside, is given up, counted and never tried again."""
     cache_bytes: int = 256 * 1024 * 1024
     """Memory of a rank for decoded samples, so that small data sets are decoded once, not once an epoch; 0 for none."""
 

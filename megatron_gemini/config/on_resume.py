@@ -40,8 +40,8 @@ _TABLE: dict[str, dict[str, str]] = {
     },
     # Positions of every source go on where they were, whatever its share is from now on.
     "data.sources.*": {
-        FIXED: "task format fields",
-        FREE: "weight prompts filters operations epochs tokens",
+        FIXED: "task",
+        FREE: "weight format fields prompts filters operations epochs tokens",
         OWN: "shards name",  # the loader compares labels, and what the files hold
     },
     "data.validation.*": {

@@ -57,7 +57,7 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end (and when stopped)."""
     keep: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints of this run that are kept; older ones are deleted, those of another run in the folder are not."""
     validation_every: int = 0
     """Steps between validation losses; 0 never."""
     validation_rows: int = 8
@@ -67,7 +67,7 @@ class TrainConfig:
     rank_timeout: float = 600.0
     """Seconds after which a rank that gives no sign of life is named and the run ends, with exit status 4; 0 never."""
     resume: bool = True
-    """Go on from the newest checkpoint in output_dir, if there is one."""
+    """Go on from the checkpoint in output_dir that was saved last, if there is one."""
     image_tokenizer: str = ""
     """Checkpoint of the image tokenizer whose codes the shards hold; copied into every checkpoint."""
 

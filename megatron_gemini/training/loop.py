@@ -14,6 +14,7 @@ from megatron_gemini.checkpoint import directory, training_state
 from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.config.load import dump_config
+from megatron_gemini.data.sources.identity import shared_with_validation
 from megatron_gemini.engine.engine import StepResult
 from megatron_gemini.engine.synchronize import StepFingerprint, synchronize_step
 from megatron_gemini.objectives.base import Objective, Output, Step
@@ -27,6 +28,7 @@ from megatron_gemini.training.schedule import learning_rate
 from megatron_gemini.training.skipped import NO_WEIGHT, NOT_FINITE, SkippedSteps
 from megatron_gemini.training.stop import StopRequest, reason
 from megatron_gemini.training.throughput import peak_memory_bytes
+from megatron_gemini.training.trackers import warn_of
 
 WATCHED_STEPS, DATA_SHARE = 20, 0.1  # a longer wait than this share of so many steps is worth a word
 
@@ -90,8 +92,8 @@ class Loop(Generic[Step, Output]):
                 record |= self.measure(record, time.perf_counter() - started, waited)
                 if self._due(train.validation_every):
                     record |= objective.validation()
-                writer.write(self.state.step - 1, record)
-                progress.update(self.state.step - 1, record)
+                writer.write(self.state.step, record)
+                progress.update(self.state.step, record)
                 self.watch_data(progress)
                 self.save_due |= self._due(train.save_every)
                 # While steps are skipped the weights may be what is wrong, and a save rotates older ones away.
@@ -117,7 +119,8 @@ class Loop(Generic[Step, Output]):
         rank, start = self.objective.topology.rank, self.state.step
         writer = MetricsWriter(self.config, self.objective.run_dir, rank, start)
         progress = Progress(self.config.train.steps, start, rank)
-        for line in (*self.objective.backends(), *self.began):
+        shared = shared_with_validation(self.config.data) if self.main else ""
+        for line in filter(None, (*self.objective.backends(), shared, *self.began)):
             progress.note(line)
         return writer, progress
 
@@ -236,4 +239,7 @@ class Loop(Generic[Step, Output]):
             "peak_memory_bytes": peak_memory_bytes(),
         }
         write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
-        plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")
+        try:
+            plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")
+        except Exception as error:  # the run is done and saved; it does not fail for its figure
+            warn_of("the figure of the losses", error)

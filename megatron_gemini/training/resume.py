@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.extensions import check_resumable, read_checkpoint_config
-from megatron_gemini.checkpoint.index import RunId, file_hash, read_index, replace_text, verify_files
+from megatron_gemini.checkpoint.index import RunId, file_hash, read_index, replace_text, telling, verify_files
 from megatron_gemini.checkpoint.training_state import Asset, read_progress
 from megatron_gemini.config.on_resume import refuse_changes
 from megatron_gemini.config.run import RunConfig
@@ -69,8 +69,9 @@ def _choose(run: Path) -> tuple[Path | None, list[str]]:
 
 def record_start(run: Path, start: RunId) -> None:
     """Leave a trace of a start, so that the next one knows whether what it finds was saved by this one."""
-    run.mkdir(parents=True, exist_ok=True)
-    replace_text(run / STARTED, json.dumps({"run": start.id, "parent": start.parent}))
+    with telling(run / STARTED):
+        run.mkdir(parents=True, exist_ok=True)
+        replace_text(run / STARTED, json.dumps({"run": start.id, "parent": start.parent}))
 
 
 def _read_started(run: Path) -> RunId | None:

@@ -128,9 +128,15 @@ def test_every_engine_has_the_same_losses(name: str, runs: dict[str, Ended], fol
 def test_intervals_are_kept(runs: dict[str, Ended], folder: Path) -> None:
     assert runs["often"].status == 0, runs["often"].output
     found = records(folder / "often")
-    assert [record["step"] for record in found] == [0, 1, 3, 5]  # every third, the last, those with validation losses
+    assert [record["step"] for record in found] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+    ]  # the first, every third, those with validation losses
     validation = [record["step"] for record in found if math.isfinite(record.get("validation_loss", math.nan))]
-    assert validation == [1, 3, 5]
+    assert validation == [2, 4, 6]
     assert checkpoints(folder / "often") == ["latest", "step-00000004", "step-00000006"]
     assert json.loads((folder / "often" / "summary.json").read_text())["steps"] == 6
 

@@ -14,7 +14,7 @@ from megatron_gemini.data.loading.lane import Lane, LaneState
 from megatron_gemini.data.loading.source import Cache, DocumentSource, source_labels
 from megatron_gemini.data.packing.columns import check_columns
 from megatron_gemini.data.samples.document import Document, Encodes
-from megatron_gemini.modalities.bad_sample import FILTERED, BadSample, FilteredSample
+from megatron_gemini.modalities.bad_sample import FILTERED, BadSample, FilteredSample, guarded
 
 logger = logging.getLogger(__name__)
 FIRST_SAMPLES = 200  # before the share of bad ones is judged
@@ -81,7 +81,8 @@ class LaneReader:
         self._watch(lane.number, number, position)
         try:
             document = source.document(position)
-            check_columns(document, self._form.columns)  # when the row is packed, it would be too late to skip it
+            with guarded("columns", document.key):  # when the row is packed, it would be too late to skip it
+                check_columns(document, self._form.columns)
             return document
         except BadSample as error:
             if (source.label, error.reason) not in self._told:

@@ -25,11 +25,12 @@ from megatron_gemini.data.sources.attachments import read_named
 from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
+from megatron_gemini.data.sources.storage import patiently
 from megatron_gemini.data.sources.table import Table
 from megatron_gemini.modalities.bad_sample import BadSample, guarded
 from megatron_gemini.registry import MODALITIES, TASKS
 
-CHECKED_RECORDS = 64  # of a source, whose fields are compared with what is read
+CHECKED_RECORDS = 16  # of a source, whose fields are compared with what is read
 CHECKED_SHARDS = 64  # at the start of a run; what is wrong with others is found when they are read
 
 
@@ -115,7 +116,9 @@ class DocumentSource:
         if sample is None:
             key = f"{self.label}/{self.shards.key(number)}"
             with guarded("read", key):
-                members = self.shards.read(number, self.names)
+                # The built-in formats are patient themselves; a plugin's may read in any way.
+                read = partial(self.shards.read, number, self.names)
+                members = patiently(read, self.shards.path(number), trouble=OSError)
                 self.schema.check(members)
             try:
                 sample = self.pipeline.fixed(Sample(key, members, partial(read_named, self.shards, number)))

@@ -29,7 +29,8 @@ from megatron_gemini.data.samples.document import Encodes
 from megatron_gemini.data.sources import storage
 from megatron_gemini.modalities.bad_sample import DataUnreachable
 
-LANE, SOURCE, POSITION, STARTED = range(4)  # of what a worker says that it is decoding; STARTED 0: nothing
+# Of what a worker says that it is decoding. STARTED: by the clock, 0 for nothing. READING: 1 while it reads storage.
+LANE, SOURCE, POSITION, STARTED, READING = range(5)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Packed:
 def run_worker(
     packed: Packed, rows: Connection, lifeline: Connection, now_decoding: ctypes.Array[ctypes.c_double]
 ) -> None:
-    """The whole life of a worker process. now_decoding: four numbers, see `LANE` and the following."""
+    """The whole life of a worker process. now_decoding: five numbers, see `LANE` and the following."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are the rank's business; its end is the end of this process too
     _end_with_parent(lifeline)
@@ -100,11 +101,13 @@ def _send_rows(work: WorkerTask, rows: Connection, now_decoding: ctypes.Array[ct
     def done() -> None:
         now_decoding[STARTED] = 0.0
 
-    def waiting(now: bool) -> None:
-        # Storage that does not answer is no fault of the sample that is waited for.
-        now_decoding[STARTED] = 0.0 if now else time.monotonic()
+    def reading(reads: bool) -> None:
+        # Storage that is slow is no fault of the sample, which has all its time for what is done with it.
+        now_decoding[READING] = float(reads)
+        if now_decoding[STARTED] > 0:
+            now_decoding[STARTED] = time.monotonic()
 
-    storage.waiting = waiting
+    storage.reading = reading
     sources = make_sources(work.config, work.layout, work.tokenizer, work.cache_bytes)
     reader = LaneReader(work.config, sources, work.lanes, work.form, watch, done)
     if work.states is not None:

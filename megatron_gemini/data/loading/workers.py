@@ -23,13 +23,14 @@ from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
 from megatron_gemini.data.loading.lane import LaneState, Quarantined, with_quarantined
 from megatron_gemini.data.loading.source import source_labels
-from megatron_gemini.data.loading.worker import LANE, POSITION, SOURCE, STARTED, WorkerTask, run_worker
+from megatron_gemini.data.loading.worker import LANE, POSITION, READING, SOURCE, STARTED, WorkerTask, run_worker
 from megatron_gemini.data.packing.wire import from_bytes, parse_header
 from megatron_gemini.data.samples.document import Encodes
 from megatron_gemini.modalities.bad_sample import DataUnreachable
 
 logger = logging.getLogger(__name__)
 _LOOK = 0.1  # seconds between two looks at a worker that is waited for
+_STORAGE_SECONDS = 600.0  # that one read may take; a network file system may wait for its server for ever
 _DEATHS = 3  # of a worker outside any sample, one after the other, before the run stops
 
 
@@ -81,9 +82,9 @@ class WorkerPool:
 
     The processes are forked from a server that has imported what they need and nothing else. So none inherits the
     rank's threads, GPU or network connections, and a new one starts in milliseconds. A process that dies or needs more
-    than data.sample_seconds for a sample is replaced, and what it was decoding is given up (killed from outside, as for
-    lack of memory, when that happens twice at one sample). The lane counts and skips
-    it, in this process and, through the lane's state, in every later one.
+    than data.sample_seconds for a sample is replaced, and what it was decoding is given up. The lane counts and skips
+    it, in this process and, through the lane's state, in every later one. A process that is killed from outside, as for
+    lack of memory, blames its sample only when that happens twice at the same one.
     """
 
     def __init__(
@@ -160,8 +161,16 @@ class WorkerPool:
         return cast("int", number), cast("LaneState", state), from_bytes(header, body)
 
     def _late(self, running: _Running) -> bool:
+        """Whether its sample takes too long. Raises DataUnreachable for storage that does not answer at all."""
         started = running.now_decoding[STARTED]
-        return started > 0 and time.monotonic() - started > self._config.data.sample_seconds
+        seconds = time.monotonic() - started if started > 0 else 0.0
+        if not running.now_decoding[READING]:
+            return seconds > self._config.data.sample_seconds
+        if seconds > _STORAGE_SECONDS:
+            raise DataUnreachable(
+                f"a data worker has waited for the storage for {seconds:.0f} seconds, without an error"
+            )
+        return False
 
     def _replace(self, worker: _Worker, slow: bool) -> None:
         """End what is left of a worker, give up what it was decoding, and start another one in its place."""
@@ -201,7 +210,7 @@ class WorkerPool:
         receiving, sending = self._context.Pipe(duplex=False)
         watching, lifeline = self._context.Pipe(duplex=False)
         # Memory that both see, without a lock: one that a killed process holds would stay locked for ever.
-        now_decoding = self._context.RawArray(ctypes.c_double, 4)
+        now_decoding = self._context.RawArray(ctypes.c_double, 5)
         process = self._context.Process(
             target=run_worker,
             args=(worker.work.packed(), sending, watching, now_decoding),

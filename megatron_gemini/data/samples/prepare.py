@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -37,6 +38,10 @@ def check_enabled(spec: ModalitySpec, section: EncoderConfig) -> None:
 
 def encoder_input(spec: ModalitySpec, prepared: Prepared, section: EncoderConfig) -> EncoderInput:
     """A prepared item with its placeholders: as many as its encoder and connector make embeddings of it."""
+    # Told of the one sample here; a row in which items do not fit together would end the run.
+    width = ENCODERS.get(spec.encoder).input_width(section)
+    expected, found = (math.prod(prepared.grid), width), tuple(prepared.values_PC.shape)
+    assert found == expected, f"{spec.name} is prepared as {found}; its grid and encoder want {expected}"
     # A run of the encoder's embeddings stays one span in the stream, whose tokens see each other as they did there.
     connector = CONNECTORS.get(section.connector.kind)
     spans_I, length_I = ENCODERS.get(spec.encoder).spans(np.array([prepared.grid], np.int64))

@@ -11,6 +11,7 @@ import numpy as np
 from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.sources.columns import RECORD, column_bytes
 from megatron_gemini.data.sources.paths import open_binary
+from megatron_gemini.data.sources.recognize import JSON_LINES, recognize
 from megatron_gemini.data.sources.spec import FormatSpec
 from megatron_gemini.data.sources.storage import MISTAKES, patiently
 from megatron_gemini.data.sources.table import Table
@@ -32,6 +33,9 @@ class JsonLines(Table):
         counts = []
         for path in paths:
             try:
+                what = patiently(partial(recognize, path), path, MISTAKES)
+                if what not in ("", JSON_LINES):
+                    raise ValueError(f"{path!r} is {what}")
                 marks, count = patiently(partial(_lines_of, path), path, MISTAKES)
             except OSError as error:
                 raise ValueError(f"cannot read {path!r}: {error.strerror or error}") from None

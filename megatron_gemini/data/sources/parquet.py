@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from megatron_gemini.data.sources.columns import RECORD, column_bytes, named_cell, named_column, record_bytes
 from megatron_gemini.data.sources.paths import open_binary
+from megatron_gemini.data.sources.recognize import PARQUET as PARQUET_FILE
+from megatron_gemini.data.sources.recognize import recognize
 from megatron_gemini.data.sources.spec import FormatSpec
 from megatron_gemini.data.sources.storage import MISTAKES, patiently
 from megatron_gemini.data.sources.table import Table
@@ -100,7 +102,9 @@ class Parquet(Table):
         try:
             groups, columns = patiently(partial(_reading, path, read), path, MISTAKES)
         except (OSError, BadSample) as error:
-            raise ValueError(f"cannot read {path!r}: {one_line(error)}") from None
+            what = recognize(path) if isinstance(error, BadSample) else ""
+            other = f"; it is {what}" if what not in ("", PARQUET_FILE) else ""
+            raise ValueError(f"cannot read {path!r}: {one_line(error)}{other}") from None
         # Columns that nobody asked for may be images of megabytes, and are not read.
         wanted = columns if RECORD in names else [name for name in columns if name in names]
         if not wanted:

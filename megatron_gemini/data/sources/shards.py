@@ -20,6 +20,7 @@ from megatron_gemini.data.sources.index_cache import (
     sample_key,
     write_index,
 )
+from megatron_gemini.data.sources.recognize import recognize
 from megatron_gemini.data.sources.storage import MISTAKES, patiently
 from megatron_gemini.data.sources.tar_index import Member, index_tar
 from megatron_gemini.modalities.bad_sample import BadSample
@@ -53,12 +54,16 @@ class Shards(NumberedFiles):
 
     def _list(self, number: int, path: str) -> Summary:
         try:
-            summary = read_summary(path, self.cache) or patiently(partial(self._index, number, path), path, MISTAKES)
+            summary = patiently(
+                lambda: read_summary(path, self.cache) or self._index(number, path), path, mistakes=MISTAKES
+            )
         except OSError as error:
             raise ValueError(f"cannot read the shard {path!r}: {error.strerror}") from None
         if not summary.samples:
             found = ", ".join(f"{reason}: {count}" for reason, count in sorted(summary.rejected.items()))
-            raise ValueError(f"the shard {path!r} holds no usable sample ({found or 'it is empty'})")
+            other = recognize(path)
+            what = f"; it is {other}" if other else ""
+            raise ValueError(f"the shard {path!r} holds no usable sample ({found or 'it is empty'}){what}")
         return summary
 
     def _index(self, number: int, path: str) -> Summary:

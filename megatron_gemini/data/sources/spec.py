@@ -43,7 +43,10 @@ class Records(Protocol):
         """The file that holds the sample."""
 
     def read(self, sample: int, names: Sequence[str]) -> dict[str, bytes]:
-        """Those of the named members or columns that the sample has. Raises BadSample."""
+        """Those of the named members or columns that the sample has; columns as `columns.column_bytes` gives them.
+
+        Raises BadSample for content that is bad, DataUnreachable for storage that is away (see `storage.patiently`).
+        """
 
 
 @dataclass(frozen=True)

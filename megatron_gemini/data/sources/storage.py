@@ -7,6 +7,7 @@ samples out, and the run could not be repeated.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,36 +24,42 @@ sleep: Callable[[float], None] = time.sleep
 """Tests put another in its place."""
 
 
-def _nobody(now: bool) -> None:
+def _nobody(reads: bool) -> None:
     pass
 
 
-waiting: Callable[[bool], None] = _nobody
-"""Told when the waiting begins (True) and when it is over: a worker's clock stands still meanwhile."""
+reading: Callable[[bool], None] = _nobody
+"""Told when storage is about to be read (True), and when that is over: a worker's clock stands still meanwhile."""
 
 
-def patiently(read: Callable[[], Read], path: str, mistakes: tuple[type[OSError], ...] = ()) -> Read:
+def patiently(
+    read: Callable[[], Read],
+    path: str,
+    mistakes: tuple[type[OSError], ...] = (),
+    trouble: type[Exception] | None = None,
+) -> Read:
     """What `read` gives of the file at `path`, asked again after each of `DELAYS` where it cannot be reached.
 
-    mistakes: errors that are raised at once. Raises DataUnreachable after the last try, BadSample as `read` does.
+    mistakes: errors that are raised at once. trouble: those that count as such; any for a store, OSError for a local
+    file. Raises DataUnreachable after the last try, BadSample as `read` does.
     """
     # The clients of object stores have errors of their own, which are no OSError.
-    trouble: type[Exception] = Exception if is_url(path) else OSError
-    for delay in (*DELAYS, None):
-        try:
-            return read()
-        except (BadSample, DataUnreachable):
-            raise
-        except trouble as error:
-            if isinstance(error, mistakes):
-                raise
-            if delay is None:
-                raise DataUnreachable(
-                    f"{path!r} cannot be read ({one_line(error)}), also not {sum(DELAYS):g} seconds later; no sample "
-                    "was left out for it, so go on with the run once the storage is back"
-                ) from error
-            logger.warning("%r cannot be read (%s); trying again in %g s", path, one_line(error), delay)
-            waiting(True)
+    trouble = trouble or (Exception if is_url(path) else OSError)
+    reading(True)
+    try:
+        for delay in (*DELAYS, math.inf):
+            try:
+                return read()
+            except trouble as error:
+                if isinstance(error, (BadSample, DataUnreachable, *mistakes)):
+                    raise
+                if delay == math.inf:
+                    raise DataUnreachable(
+                        f"{path!r} cannot be read ({one_line(error)}), also not {sum(DELAYS):g} seconds later; no "
+                        "sample was left out for it, so go on with the run once the storage is back"
+                    ) from error
+                logger.warning("%r cannot be read (%s); trying again in %g s", path, one_line(error), delay)
             sleep(delay)
-            waiting(False)
-    raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last try returns or raises")
+    finally:
+        reading(False)

@@ -6,10 +6,10 @@ Shape suffixes: B images of this rank, S pixels of a side.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ import torch
 from megatron_gemini.config.check import divides
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Plain
+from megatron_gemini.data.loading.lane import RESTORE
 from megatron_gemini.data.random_stream import random_stream
+from megatron_gemini.data.sources.identity import files_identity
 from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.bad_sample import BadSample, guarded
@@ -78,11 +81,25 @@ class ImageLoader:
         pairs = zip(labels, self.shards, strict=True)
         return [(label.rsplit("/", 1)[-1], len(shards), list(shards.paths)) for label, shards in pairs]
 
-    def state(self) -> dict[str, Any]:
-        return {"images": {"step": self.step}}
+    def state(self) -> dict[str, Plain]:
+        """By names, as of lanes; one rank says which files there are."""
+        files: dict[str, Plain] = {"files": {"identity": self._identity}} if self.rank == 0 else {}
+        return {"images": {"step": self.step}, **files}
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.step = int(state["images"]["step"])
+    @functools.cached_property
+    def _identity(self) -> str:
+        return files_identity([path for shards in self.shards for path in shards.paths])
+
+    def load_state(self, state: Mapping[str, Plain]) -> None:
+        """Raises ValueError for a state that is damaged, or of other files."""
+        images, files = state.get("images"), state.get("files")
+        step = images.get("step") if isinstance(images, dict) else None
+        if type(step) is not int or step < 0 or not isinstance(files, dict):
+            raise ValueError("the state of the images is not what this version writes; the checkpoint is damaged")
+        # With other images every position of the order would be another one.
+        if self.rank == 0 and files.get("identity") != self._identity:
+            raise ValueError(f"the images of data.sources have changed (names, sizes or content); {RESTORE}")
+        self.step = step
 
     def _readable(self, place: int) -> np.ndarray:
         """uint8[S, S, 3]: the image at a place of the endless sequence of epochs, or the next that can be read."""

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_gemini.building.captions import CaptionOrigin
-from megatron_gemini.building.records import IMAGE_FILES, Columns, folder_records, row_count, table_records
+from megatron_gemini.building.folders import IMAGE_FILES, folder_records
+from megatron_gemini.building.records import Columns, row_count, table_records
 
 
 def rows(path, **columns):

@@ -29,6 +29,13 @@ def full_in_rust(*_: object) -> None:
     raise SafetensorError('Error while serializing: I/O error: Os { code: 28, message: "No space left on device" }')
 
 
+def test_roles_that_are_not_readable_are_one_line(engine: StillEngine, tmp_path: Path) -> None:
+    for content in ("[1]", "{", "3"):
+        (tmp_path / training_state.ROLES).write_text(content)
+        with pytest.raises(ValueError, match=r"roles\.json is not readable: .*; the checkpoint is damaged$"):
+            training_state._check_origins(engine, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("module", "name", "stub"),
     [

@@ -36,11 +36,19 @@ JSON = st.recursive(
 )
 
 
+def beside(number):
+    """A conversation of parts, with a further picture beside it."""
+    members = chat(number)
+    record = json.loads(members["json"])
+    record["messages"][2]["content"].append({"type": "text", "text": "<image> and this?"})
+    return {**members, "json": json.dumps({**record, "images": ["0.png"]}).encode()}
+
+
 class Prepared:
     """A source of one task, whose members are given in place of what its shard holds."""
 
     def __init__(self, folder, task, tokenizer):
-        self.members = {"interleave": document, "chat": chat}.get(task, sample)(1)
+        self.members = {"interleave": document, "chat": beside}.get(task, sample)(1)
         self.layout = TokenLayout(tokenizer.size, (("image", 16),))
         shard = write_tar(folder / f"{task}.tar", [("s", self.members)])
         self.source = DocumentSource(

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_gemini.config.data import PhaseConfig, SourceConfig
+from megatron_gemini.data.loading.lane import checked
 from megatron_gemini.data.loading.loader import Loader, lanes_of
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import skipped_table
@@ -241,6 +242,51 @@ def test_a_state_of_other_data_or_sizes_is_refused(mixture, tmp_path):
     other = dataclasses.replace(mixture, train=dataclasses.replace(mixture.train, rows_per_step=4))
     with pytest.raises(ValueError, match=r"after 2 rows, which train\.rows_per_step \(4\) does not divide"):
         load(other).load_state(loader.state())
+
+
+@pytest.mark.parametrize("ending", ["tar", "jsonl"])
+def test_as_many_other_samples_in_the_place_of_those_of_a_checkpoint_are_refused(tmp_path, ending):
+    path = tmp_path / f"t.{ending}"
+
+    def write(word):
+        if ending == "jsonl":
+            path.write_text("".join(json.dumps({"text": word}) + "\n" for _ in range(9)))
+        else:
+            write_tar(path, ((f"k{n}", {"txt": word.encode()}) for n in range(9)))
+
+    write("seven")
+    config = run_config([SourceConfig(shards=str(path), task="text", name="words")])
+    state = json.loads(json.dumps(load(config).state()))
+    load(config).load_state(state)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (moved / path.name).write_bytes(path.read_bytes())
+    load(run_config([SourceConfig(shards=str(moved / path.name), task="text", name="words")])).load_state(state)
+    write("eight")
+    with pytest.raises(ValueError, match=r"the files of words are as many samples, and others by .*--train\.no_resume"):
+        load(config).load_state(state)
+    load(config, 1, 2).load_state(state)  # one rank looks at the files
+    del state["0"]["identity"]
+    with pytest.raises(ValueError, match="does not say which files"):
+        load(config).load_state(state)
+
+
+BAD = st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=2) | st.lists(st.integers(0, 1), max_size=2)
+
+
+@given(
+    st.sampled_from(["rows", "read", "skipped", "samples", "drawn", "credit", "tokens", "waiting", "quarantined"]), BAD
+)
+def test_a_crafted_state_of_a_lane_is_refused_in_one_line_or_is_one(mixture, name, value):
+    state = load(mixture).state()["0"]
+    try:
+        checked({**state, name: value})
+    except ValueError as error:
+        assert str(error).endswith("the checkpoint is damaged")
+    else:
+        assert value in ([], {}) or (name in ("rows", "read") and type(value) is int and value >= 0)
+    with pytest.raises(ValueError, match="is damaged"):
+        checked({key: item for key, item in state.items() if key != name})
 
 
 def test_settings_that_a_source_cannot_use_are_told_at_once(mixture):

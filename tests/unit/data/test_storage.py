@@ -21,7 +21,10 @@ from megatron_gemini.data.sources.attachments import read_attachment
 from megatron_gemini.data.sources.parquet import Parquet
 from megatron_gemini.data.sources.paths import open_binary
 from megatron_gemini.data.sources.records import open_records
+from megatron_gemini.data.sources.spec import FormatSpec
+from megatron_gemini.data.sources.table import Table
 from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable
+from megatron_gemini.registry import FORMATS
 from tests.tiny_shards import FORM, LAYOUT, Characters, run_config, write_tar
 
 
@@ -193,20 +196,54 @@ def test_a_worker_tells_its_rank_that_the_storage_is_away(monkeypatch):
     monkeypatch.setattr(worker.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(worker, "_end_with_parent", lambda lifeline: None)
     receiving, sending = multiprocessing.Pipe(duplex=False)
-    worker.run_worker(Work(), sending, receiving, [0.0] * 4)
+    worker.run_worker(Work(), sending, receiving, [0.0] * 5)
     pool = WorkerPool.__new__(WorkerPool)
     with pytest.raises(DataUnreachable, match="x is away"):
         pool._receive(SimpleNamespace(rows=receiving))
 
 
-def test_a_worker_s_clock_stands_still_while_storage_is_waited_for(tmp_path, monkeypatch):
+def test_storage_says_when_it_is_read(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(storage, "waiting", told.append)
-    monkeypatch.setattr(storage, "sleep", lambda seconds: told.append(seconds))
+    monkeypatch.setattr(storage, "reading", told.append)
+    monkeypatch.setattr(storage, "sleep", told.append)
     path = write(tmp_path, "jsonl")
     fail(monkeypatch, path, 1)
     assert storage.patiently(lambda: open_binary(str(path)).read(1), str(path)) == b"{"
     assert told == [True, 0.5, False]
+
+
+def test_slow_storage_is_no_slow_sample_and_silent_storage_ends_the_run(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    pool = WorkerPool.__new__(WorkerPool)
+    pool._config = run_config([], sample_seconds=5.0)
+    running = SimpleNamespace(now_decoding=[0.0, 0.0, 0.0, 0.0, 0.0])
+    assert not pool._late(running)
+    running.now_decoding[worker.STARTED :] = [94.0, 0.0]
+    assert pool._late(running)
+    running.now_decoding[worker.READING] = 1.0
+    assert not pool._late(running)
+    now[0] = 695.0
+    with pytest.raises(DataUnreachable, match="has waited for the storage for 601 seconds"):
+        pool._late(running)
+
+
+def test_a_worker_s_sample_has_all_its_time_once_it_is_read(tmp_path, monkeypatch):
+    config = run_config([SourceConfig(shards=str(write(tmp_path, "tar")), task="text")], lanes=1, look_ahead=1)
+    numbers, seen = [0.0] * 5, []
+
+    class Slow(Characters):
+        def encode(self, text):
+            seen.append(numbers[worker.STARTED])
+            raise SystemExit
+
+    monkeypatch.setattr(storage, "reading", storage.reading)  # put back when the test ends
+    monkeypatch.setattr(worker.time, "monotonic", iter(range(1000, 9000)).__next__)
+    work = worker.WorkerTask(config, LAYOUT, Slow(), FORM, [0], 0, 1, None, 0)
+    with pytest.raises(SystemExit):
+        worker._send_rows(work, None, numbers)
+    assert numbers[worker.READING] == 0
+    assert seen[0] > 1000  # later than the watch began: the reading began it anew
 
 
 def test_what_is_no_trouble_of_storage_passes_at_once(tmp_path, slept, caplog):
@@ -216,3 +253,29 @@ def test_what_is_no_trouble_of_storage_passes_at_once(tmp_path, slept, caplog):
     with caplog.at_level(logging.WARNING), pytest.raises(json.JSONDecodeError):
         storage.patiently(bad, str(tmp_path))
     assert not slept and not caplog.text
+
+
+def test_a_format_of_a_plugin_needs_no_patience_of_its_own(tmp_path, slept):
+    class Careless(Table):
+        """One record of a table, which cannot be read at first."""
+
+        def __init__(self, paths):
+            super().__init__(paths, [1])
+            self.failures = 2
+
+        def read(self, sample, names):
+            self.failures -= 1
+            if self.failures >= 0:
+                raise ConnectionResetError("away")
+            return {"text": b"a"}
+
+    FORMATS.register("careless", FormatSpec("careless", (".careless",), lambda paths, names, cache: Careless(paths)))
+    try:
+        (tmp_path / "x.careless").write_text("")
+        source = SourceConfig(shards=f"{tmp_path}/x.careless", task="text", name="s")
+        config = run_config([source], lanes=1, look_ahead=1)
+        with Loader(config, 0, 1, LAYOUT, Characters(), FORM) as loader:
+            loader.next()
+            assert slept == [0.5, 2.0] and not loader.skipped
+    finally:
+        FORMATS.unregister("careless")

@@ -12,7 +12,7 @@ from megatron_gemini.contracts import Media
 from megatron_gemini.kernels.attention.api import plan_attention
 from megatron_gemini.modalities.image.encoder import VisionEncoder
 from megatron_gemini.modalities.image.preprocess import patchify
-from megatron_gemini.modalities.transformer import Block, grid_positions
+from megatron_gemini.modalities.transformer import Block, grid_positions, sinusoids
 from megatron_gemini.models.encoders import dummy_media
 from megatron_gemini.parallel.parameters import initialize
 from tests.foreign_positions import foreign_sinusoids
@@ -193,3 +193,12 @@ def test_every_parameter_says_how_it_begins(encoder):
 
 def test_bfloat16_runs(encoder):
     assert encoder.to(torch.bfloat16)(_media()).dtype == torch.bfloat16
+
+
+def test_positions_are_exact_however_late_they_are():
+    place = torch.tensor([0, 7, 1_500, 100_000, 1_000_000])
+    frequency = np.exp(np.arange(6, dtype=np.longdouble) * (-np.log(np.longdouble(10_000)) / 6))
+    angle = place.numpy().astype(np.longdouble)[:, None] * frequency
+    found = sinusoids(place, 13)
+    assert found.dtype == torch.float32
+    assert np.abs(found.numpy() - np.concatenate([np.sin(angle), np.cos(angle), np.zeros((5, 1))], 1)).max() < 6.1e-8

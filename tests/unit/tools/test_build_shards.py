@@ -263,6 +263,40 @@ def test_a_finished_build_is_left_alone_and_another_is_not_mixed_in(tmp_path, ca
     assert "holds a build with other input" in capsys.readouterr().err
 
 
+def contents(paths):
+    return [
+        [shards.read(i, ["png", "txt"]) for i in range(len(shards))]
+        for shards in map(Shards, [[str(p)] for p in paths])
+    ]
+
+
+def test_validation_is_held_out_by_content_beside_the_shards(tmp_path, capsys):
+    pictures = folder(tmp_path / "in", 40)
+    for i in range(20):  # each again, under a name that comes much later
+        (pictures / f"{i + 100}.png").write_bytes((pictures / f"{i:03d}.png").read_bytes())
+        (pictures / f"{i + 100}.txt").write_text("again")
+    command = ("--images", pictures, "--samples-per-shard", "7", "--validation", "0.3", "--dedup", "none")
+    assert run(*command, "--out", tmp_path / "out") == 0
+    assert "held out" in capsys.readouterr().out
+    value, _ = report(tmp_path / "out")
+    train, held_out = (sorted((tmp_path / "out" / inner).glob("shard-*.tar")) for inner in ("", "validation"))
+    sides = [[sample["png"] for shard in contents(side) for sample in shard] for side in (train, held_out)]
+    assert not set(sides[0]) & set(sides[1])
+    assert sorted(map(len, sides)) == sorted((value["held_out"], 60 - value["held_out"]))
+    assert sum(value["shards"].values()) == value["kept"] == 60
+    assert 6 <= len(set(sides[1])) <= 18  # 12 of 40 are expected
+    # Alone, each is on the same side: no other sample decides.
+    assert run("--images", pictures, "--validation", "0.3", "--out", tmp_path / "other", "--dedup", "exact") == 0
+    alone = contents(sorted((tmp_path / "other" / "validation").glob("*.tar")))
+    assert {sample["png"] for shard in alone for sample in shard} == set(sides[1])
+    # One whose shard of validation is lost is built again from there, the same.
+    before = shard_bytes(tmp_path / "out"), shard_bytes(tmp_path / "out" / "validation")
+    held_out[1].unlink()
+    assert run(*command, "--out", tmp_path / "out") == 0
+    assert (shard_bytes(tmp_path / "out"), shard_bytes(tmp_path / "out" / "validation")) == before
+    assert len(expand_shards(str(tmp_path / "out" / "*.tar"))) == len(train)
+
+
 def test_workers_do_not_change_the_shards(tmp_path):
     pictures = folder(tmp_path / "in", 9)
     for workers in ("1", "3"):
@@ -284,6 +318,7 @@ def test_workers_do_not_change_the_shards(tmp_path):
         (["--table", "t.csv", "--max-bytes", str(10**30)], "--max-bytes is 1000"),
         (["--table", "t.csv", "--seconds", "1e30"], "--seconds is 1e+30"),
         (["--table", "t.csv", "--seconds", "nan"], "--seconds is nan"),
+        (["--table", "t.csv", "--validation", "1"], "--validation is 1.0"),
         (["--table", "t.csv", "--samples-per-shard", "0"], "--samples-per-shard is 0"),
         (["--table", "t.csv", "--dedup-bits", "40"], "--dedup-bits is 40"),
     ],

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 from megatron_gemini.config.data import SourceConfig
 from tests.tiny_shards import chat, document, write_tar
-from tools.train_sentencepiece import Corpus, corpus_of, lines
+from tools.train_sentencepiece import Corpus, corpus_of, lines, main, usual_size
 
 
 def texts(*sources, limit=100):
@@ -54,3 +54,27 @@ def test_half_a_character_and_a_record_of_no_kind_are_skipped_and_counted(tmp_pa
     )
     assert found == ["good", "p good"]
     assert skipped == {"bad_text": 2, "bad_json": 1}
+
+
+def test_the_default_size_follows_the_words_of_the_text_and_has_room_for_its_characters():
+    def words(count):
+        return [" ".join(f"w{number}" for number in range(begin, begin + 50)) for begin in range(0, count, 50)]
+
+    assert [usual_size(words(count)) for count in (50, 2000, 9000, 40_000)] == [512, 512, 2048, 8192]
+    assert usual_size(words(2000) * 20) == 512  # what is said again is nothing new
+    chinese = ["".join(map(chr, range(0x4E00, 0x4E00 + 3000)))]
+    assert usual_size(chinese) == 8192
+    assert usual_size([]) == 512
+
+
+def test_no_option_is_needed_for_many_characters_and_none_is_named_that_was_not_given(tmp_path, capsys):
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 600)))
+    lines_of = [json.dumps({"text": text[begin : begin + 20]}) for begin in range(0, 600, 5)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines_of) + "\n")
+    config = f"data: {{text_model: {tmp_path}/m.model, sources: [{{shards: {tmp_path}/x.jsonl, task: text}}]}}"
+    (tmp_path / "run.yaml").write_text(config)
+    assert main(["--config", str(tmp_path / "run.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert "pieces (at most 2048 for so much text; --vocab-size N gives another number)" in printed
+    assert main(["--config", str(tmp_path / "run.yaml"), "--vocab-size", "512"]) == 2
+    assert "--vocab-size is 512, and the text's characters alone take" in capsys.readouterr().err

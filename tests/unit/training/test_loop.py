@@ -11,6 +11,7 @@ import pytest
 
 from megatron_gemini.checkpoint.directory import complete_steps, newest
 from megatron_gemini.exit_status import NotLearningError
+from megatron_gemini.training import loop
 from megatron_gemini.training.loop import Loop
 from tests.unit.training.plain_objective import Planned, objective
 
@@ -103,3 +104,15 @@ def test_a_run_that_goes_on_counts_anew(tmp_path: Path) -> None:
     with pytest.raises(NotLearningError, match="steps 3 to 4 changed no weight"):
         Loop(objective(tmp_path, [GOOD, GOOD, BAD, BAD])).run()
     assert newest(tmp_path).path == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_warning_at_the_end_of_a_good_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(loop, "plot_losses", fails)
+    assert Loop(objective(tmp_path, [GOOD])).run() == 0
+    assert saved(tmp_path) == [1] and (tmp_path / "summary.json").exists()
+    assert [m for m in caplog.messages if "no font" in m and m.startswith("the figure of the losses failed")]
