@@ -77,7 +77,9 @@ def test_a_stop_after_skipped_steps_names_the_checkpoint_that_there_is(
     again = objective(tmp_path, [GOOD, GOOD, BAD, GOOD, GOOD], save_every=2)
     assert Loop(again).run() == 0
     assert again.engine.updates == 2
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [*range(5)]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 6)
+    ]
 
 
 def test_a_step_without_a_weighted_token_is_told_and_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
