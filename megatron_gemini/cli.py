@@ -1,7 +1,8 @@
 """The console script, and how every entry point ends: with a status, and a mistake of the user's in one line.
 
-Exit status: 0 done; 2 a mistake in settings, files or data (`ValueError`, or a file that cannot be used), told in one
-line, with its traceback only after `--debug`; 1 anything else, with its traceback; 130 interrupted.
+Exit status: 0 done; 2 a mistake in settings, files or data (`ValueError`, or a file that cannot be read or written),
+told in one line, with its traceback only after `--debug`; 3 a training run whose steps change no weight; 4 a rank that
+gave no sign of life; 1 anything else, with its traceback; 130 interrupted.
 
 In a job of several ranks all of them usually meet the same mistake. Rank 0 tells it at once; another rank first waits
 `PATIENCE` seconds, in which the launcher ends it if rank 0 failed too. So a shared mistake is told once, and one of a
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_gemini import __version__, plugins
+from megatron_gemini.exit_status import FAILED, INTERRUPTED, MISTAKE, NOT_LEARNING, NotLearningError
 
 COMMANDS = {
     "plan": "find a layout of ranks for machines that are not there yet",
@@ -30,7 +32,6 @@ COMMANDS = {
     "evaluate": "score a trained model on validation data",
 }
 PATIENCE = 5.0  # DeepSpeed's launcher looks at its ranks once a second, torchrun more often
-_FILE_MISTAKES = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
@@ -91,21 +92,36 @@ def run_command(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """
     debug = "--debug" in argv
     try:
+        _check_text(argv)
         return main(plugins.start([argument for argument in argv if argument != "--debug"]))
     except KeyboardInterrupt:
         print("megatron-gemini: interrupted", file=sys.stderr)
-        return 130
-    # Not every OSError: a full disk or a broken network is no mistake of the user's, and wants its traceback.
-    except (ValueError, *_FILE_MISTAKES) as error:
-        _report(_one_line(error), debug)
-        return 2
+        return INTERRUPTED
     except Exception as error:
+        status = _status(error)
         # The rank that failed first tells why. What the others tell is only that they noticed.
-        if any(sign in str(error) for sign in _PEER_LOST) and _rank() is not None:
+        if status == FAILED and any(sign in str(error) for sign in _PEER_LOST) and _rank() is not None:
             _report("lost the connection to another rank; what that rank printed says why", debug)
-        else:
+        elif status == FAILED:
             traceback.print_exc()
-        return 1
+        else:
+            _report(_one_line(error), debug)
+        return status
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, NotLearningError):
+        return NOT_LEARNING
+    # A full disk and a folder that is read-only are the user's to mend as much as a mistyped name. A connection is not.
+    mistake = isinstance(error, (ValueError, OSError)) and not isinstance(error, ConnectionError)
+    return MISTAKE if mistake else FAILED
+
+
+def _check_text(argv: list[str]) -> None:
+    """Raise `ValueError` for an argument that is not UTF-8: no YAML, JSON or tokenizer could take it."""
+    for argument in argv:
+        if not argument.isascii() and any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ValueError(f"the argument {argument!a} is not UTF-8; give texts and names of files in UTF-8")
 
 
 def _report(line: str, debug: bool) -> None:
@@ -130,6 +146,8 @@ def _rank() -> int | None:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:  # what is written to an open file does not know its name
+        return error.strerror
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_gemini.checkpoint.directory import is_complete
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.generation.options import OptionParser
@@ -53,10 +54,12 @@ def main(argv: list[str]) -> int:
 def evaluate_command(argv: list[str]) -> Evaluation:
     """All that `megatron-gemini evaluate` finds out with these options, for programs that add figures of their own."""
     options = _parser().parse(argv)
-    out = Path(options.out) if options.out else Path(options.checkpoint) / "report.json"
+    out = Path(options.out) if options.out else default_out(Path(options.checkpoint))
     # Now, and not once an evaluation of minutes has nowhere to write.
     if options.out and not out.parent.is_dir():
         raise ValueError(f"--out {out}: the folder {out.parent} does not exist")
+    if is_complete(out.parent):
+        raise ValueError(f"--out {out}: {out.parent} is a checkpoint, which another file would damage; name a folder")
     if min(options.samples, options.images) < 1:
         raise ValueError(f"--samples is {options.samples} and --images {options.images}; both must be 1 or more")
     drawing = SampleSettings(**{name: getattr(options, name) for name in SAMPLING})
@@ -83,6 +86,13 @@ def evaluate_command(argv: list[str]) -> Evaluation:
     return Evaluation(loaded, results, complete(results, loaded, settings, options.runs), out)
 
 
+def default_out(checkpoint: Path) -> Path:
+    """report.json in a run's folder; beside a single checkpoint, in a folder of its own."""
+    # A checkpoint lists its files: one that is added is taken for damage.
+    folder = checkpoint.with_name(f"{checkpoint.name}.evaluation") if is_complete(checkpoint) else checkpoint
+    return folder / "report.json"
+
+
 def complete(results: Results, loaded: Loaded, settings: EvaluationSettings, runs: Sequence[str]) -> dict[str, Json]:
     """The report: figures, what training took, and how it all was made."""
     from megatron_gemini.evaluation.json_data import rounded
@@ -107,13 +117,9 @@ def run_of(loaded: Loaded) -> Path:
 
 def training_sources(loaded: Loaded) -> list[SourceConfig]:
     """What the model and its image tokenizer were trained on."""
-    from megatron_gemini.checkpoint.extensions import read_checkpoint_config
-
     # What the tokenizer saw was seen as well: a drawing may be a copy of an image that only it was trained on.
-    sources = list(loaded.config.data.sources)
     # Its configuration travels in the model's checkpoint, while the path that training was given may be gone.
-    tokenizer = loaded.directory / "image_tokenizer"
-    return sources + (list(read_checkpoint_config(tokenizer).data.sources) if tokenizer.is_dir() else [])
+    return [each for config in (loaded.config, loaded.tokenizer_config) if config for each in config.data.sources]
 
 
 def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> None:
@@ -122,6 +128,7 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     from megatron_gemini.training.plots import plot_losses
 
     report, results, out, run = evaluation.report, evaluation.results, evaluation.out, run_of(evaluation.loaded)
+    out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     samples = out.with_name("samples.png")
     title = f"What {run.name} draws, sees and hears"
@@ -131,8 +138,11 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     # A checkpoint that was copied out of its run has no curves.
     metrics = run / "metrics.jsonl"
     if metrics.is_file():
-        plot_losses(metrics, out.with_name("loss.png"))
-        written.append(out.with_name("loss.png"))
+        try:
+            plot_losses(metrics, out.with_name("loss.png"))
+            written.append(out.with_name("loss.png"))
+        except ValueError as error:  # a run of one step that was skipped has figures to report and none to draw
+            print(f"warning: {error}", file=sys.stderr)
     for name, score in results.scores.items():
         aim = "" if score.better == "neither" else f"  {score.better} is better"
         print(f"{name:<32} {score!s:>12}{aim}")
@@ -142,6 +152,8 @@ def write(evaluation: Evaluation, phrases: Mapping[str, str] | None = None) -> N
     # To the other stream, so that a program which reads the figures does not meet it.
     if not results.separate:
         print("warning: training and validation shards share content; see validation in the report", file=sys.stderr)
+    for task, count in results.not_asked.items():
+        print(f"warning: {task}: {count} drawings were not asked for; this model cannot draw", file=sys.stderr)
     print(f"written: {', '.join(map(str, written))}")
 
 
@@ -178,7 +190,11 @@ def _parser() -> OptionParser:
     drawing.add_argument("--images", type=int, default=200, metavar="N", help="images to draw a task (default: 200)")
     parser.add_sampling(drawing, SAMPLING)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help="the report (default: report.json in the checkpoint's directory)")
+    output.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the report (default: report.json in the run's directory, or beside a single checkpoint)",
+    )
     output.add_argument(
         "--runs",
         nargs="+",

@@ -48,9 +48,12 @@ def main(argv: list[str]) -> int:
 
     from megatron_gemini.checkpoint.inference import load_for_inference
     from megatron_gemini.generation.api import Generator
+    from megatron_gemini.generation.grammar import CANNOT_DRAW
     from megatron_gemini.generation.prompt_files import read_item
 
     loaded = load_for_inference(options.checkpoint)
+    if options.out and loaded.image_tokenizer is None:
+        raise ValueError(f"--out {out} names an image, but {CANNOT_DRAW}")
     items = [read_item(kind, value, loaded.config) for kind, value in options.items]
     generator = Generator(loaded)
     # A person sees the first words at once; a program gets the whole answer or none of it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.config.layout import check_layout
@@ -26,11 +27,13 @@ def main(argv: list[str]) -> int:
 
     from megatron_gemini.training.job import join_job
     from megatron_gemini.training.loop import Loop
+    from megatron_gemini.training.run_lock import locked
     from megatron_gemini.training.stop import StoppedError
 
     # The signal is raised behind `join_job`, which leaves the process group only where nothing was raised.
-    with join_job(config) as (topology, device):
-        number = Loop(OBJECTIVES.get(config.objective.kind).build(config, topology, device)).run()
+    with join_job(config) as (topology, device), locked(Path(config.train.output_dir), topology, device) as lock:
+        # The lock first: reading the data already writes indices into the run's folder.
+        number = Loop(OBJECTIVES.get(config.objective.kind).build(config, topology, device), lock).run()
     if number:
         raise StoppedError(number)
     return 0

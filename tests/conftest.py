@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -39,3 +40,12 @@ def built_in_registries() -> Iterator[None]:
     for registry, names in zip(registries, before, strict=True):
         for name in set(registry.names) - set(names):
             registry.unregister(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_rank_variables() -> Iterator[None]:
+    """A file that joined a world of one takes its address along: commands of later files would listen on its port."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]

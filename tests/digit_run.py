@@ -87,5 +87,5 @@ def write_run(run: Path) -> Path:
     data = DataConfig(sources=sources(run / "train"), validation=sources(run / "validation"))
     write_checkpoint(run, 1, seed=1, config=dataclasses.replace(CONFIG, data=data))
     (run / "summary.json").write_text(json.dumps({"train_seconds": 65.0, "tokens_per_second": 9.0}))
-    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {5 - i}}}\n' for i in range(3)))
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i + 1}, "loss": {5 - i}}}\n' for i in range(3)))
     return run

@@ -3,8 +3,9 @@
 #
 #     bash tests/run.sh                        # installs into .venv if needed; some minutes
 #     bash tests/run.sh --all                  # and the long tests
-#     bash tests/run.sh tests/unit -k rope     # further arguments go to pytest
+#     bash tests/run.sh tests/unit -k rope     # further arguments go to pytest, which then runs in one process
 #
+# Without further arguments the unit tests run on two processes, and then those that start ranks, one after the other.
 # PYTHON and TORCH_INDEX_URL choose what is installed, see tools/install.sh.
 
 set -euo pipefail
@@ -43,6 +44,13 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy megatron_gemini tools
 # An empty array is an unbound variable to the bash of macOS, hence the +.
-check "pytest" python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+if [ ${#arguments[@]} -gt 0 ]; then
+    check "pytest" python -m pytest ${selection[@]+"${selection[@]}"} "${arguments[@]}"
+else
+    with_ranks=(tests/distributed tests/end_to_end tests/gpu)
+    # By file, since a file's tests share what they have made. What starts ranks has the machine for itself.
+    check "unit tests" python -m pytest -n 2 --dist loadfile ${selection[@]+"${selection[@]}"} "${with_ranks[@]/#/--ignore=}"
+    check "tests with ranks" python -m pytest ${selection[@]+"${selection[@]}"} "${with_ranks[@]}"
+fi
 
 [ -z "$failed" ] || fail "$failed failed; the lines above say where"

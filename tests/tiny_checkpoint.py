@@ -7,8 +7,9 @@ import sentencepiece
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_gemini.checkpoint.directory import seal, step_directory
+from megatron_gemini.checkpoint.directory import step_directory
 from megatron_gemini.checkpoint.extensions import Extensions
+from megatron_gemini.checkpoint.index import seal
 from megatron_gemini.checkpoint.inference import save_weights
 from megatron_gemini.checkpoint.pieces import Piece
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
@@ -56,8 +57,8 @@ def write_pieces(module: nn.Module, directory: Path) -> None:
     (directory / "rank-00000.json").write_text(json.dumps({"pieces": pieces, "data": {}}))
 
 
-def write_checkpoint(run: Path, step: int, seed: int, config: RunConfig = CONFIG) -> Gemini:
-    """A complete checkpoint of a random model; returns the model."""
+def write_checkpoint(run: Path, step: int, seed: int, config: RunConfig = CONFIG, draws: bool = True) -> Gemini:
+    """A complete checkpoint of a random model; returns the model. draws: with its image tokenizer."""
     directory = step_directory(run, step)
     directory.mkdir(parents=True)
     train_text_model(directory / "text.model")
@@ -65,13 +66,14 @@ def write_checkpoint(run: Path, step: int, seed: int, config: RunConfig = CONFIG
     model = Gemini(
         config, TokenLayout(size, (("image", config.image_tokenizer.codes),)), LayerFactory(Topology.serial())
     )
-    tokenizer = ImageTokenizer(config.image_tokenizer)
-    for module in (model, tokenizer):
-        initialize(module, seed)
+    initialize(model, seed)
     write_pieces(model, directory)
-    save_weights(tokenizer, config, directory / "image_tokenizer")
+    if draws:
+        tokenizer = ImageTokenizer(config.image_tokenizer)
+        initialize(tokenizer, seed)
+        save_weights(tokenizer, config, directory / "image_tokenizer")
     (directory / "config.yaml").write_text(dump_config(config))
     Extensions.of(config).write(directory)
-    seal(directory)
+    seal(directory, serial=step)
     (directory.parent / "latest").write_text(directory.name + "\n")
     return model

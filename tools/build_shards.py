@@ -6,6 +6,8 @@
     python tools/build_shards.py --table laion.parquet --url-column URL --min similarity=0.3 --only NSFW=UNLIKELY \\
         --workers 32 --out shards/                                               downloads, see docs/building.md
 
+    python tools/build_shards.py --images photos/ --validation 0.05 --out shards/     one in 20 in shards/validation/
+
 Writes shard-00000.tar, ... (KEY.jpg, png or webp as it was; KEY.txt; KEY.json with the table's columns, size and
 SHA-256), report.json, sizes.png and samples.png. A build that was stopped, in whatever way, goes on when the same
 command is given again, and ends with the same shards.
@@ -14,9 +16,10 @@ command is given again, and ends with the same shards.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}-column", default="", metavar="NAME", help=f"the table's column of {what}")
     parser.add_argument("--root", default="", metavar="DIR", help="folder of the table's paths (default: the table's)")
     parser.add_argument("--name", default="shard", help="of the shards (default: %(default)s)")
+    parser.add_argument(
+        "--validation",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the samples that is held out, by their content, in the folder DIR/validation (default: none)",
+    )
     parser.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)"
@@ -96,10 +106,13 @@ def _build(options: argparse.Namespace) -> None:
     from megatron_gemini.building.examine import Examiner
     from megatron_gemini.building.fetch import Fetcher
     from megatron_gemini.building.finish import finish
-    from megatron_gemini.building.records import Columns, fingerprint, folder_records, row_count, table_records
+    from megatron_gemini.building.folders import folder_records
+    from megatron_gemini.building.records import Columns, fingerprint, row_count, table_records
 
-    if options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}; it must be 1 or more")
+    for option, most in (("workers", 1024), ("max_bytes", 2**40), ("seconds", 86_400)):
+        value = getattr(options, option)
+        if not 0 < value <= most:
+            raise ValueError(f"--{option.replace('_', '-')} is {value}; it must be above 0 and at most {most}")
     filters = _filters(options)
     fetcher = Fetcher(max_bytes=options.max_bytes, seconds=options.seconds)
     plan = BuildPlan(
@@ -108,14 +121,16 @@ def _build(options: argparse.Namespace) -> None:
         options.dedup_bits,
         options.samples_per_shard,
         options.name,
+        options.validation,
     )
     records: Iterable[Record]
     total: int | None
+    passed_over: Mapping[str, int] = {}
     files: list[str | Path]
     if options.images:
-        records = found = folder_records(options.images, CaptionOrigin(options.captions))
+        found, passed_over = folder_records(options.images, CaptionOrigin(options.captions), options.out)
         captions = (record.caption for record in found if isinstance(record.caption, Path))
-        total, files = len(found), [*(record.image for record in found), *captions]
+        records, total, files = found, len(found), [*(record.image for record in found), *captions]
     else:
         columns = Columns(options.image_column, options.url_column, options.caption_column, options.root)
         records = table_records(options.table, columns)
@@ -123,7 +138,7 @@ def _build(options: argparse.Namespace) -> None:
     kept = {name: value for name, value in vars(options).items() if name not in ("out", "workers", "images", "table")}
     identity: dict[str, Json] = {"input": fingerprint(files), "options": kept}
     entries = build(records, plan, options.out, identity, options.workers, total)
-    print(finish(entries, options.out, kept))
+    print(finish(entries, options.out, kept, passed_over))
 
 
 def _filters(options: argparse.Namespace) -> Filters:
@@ -151,9 +166,12 @@ def _pairs(option: str, given: Sequence[str]) -> list[tuple[str, str]]:
 
 def _number(option: str, text: str) -> float:
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise ValueError(f"{option} takes a number after the column, not {text!r}") from None
+        value = math.nan
+    if math.isnan(value):  # which is neither below nor above a limit
+        raise ValueError(f"{option} takes a number after the column, not {text!r}")
+    return value
 
 
 if __name__ == "__main__":

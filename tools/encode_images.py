@@ -2,9 +2,9 @@
 
     python tools/encode_images.py --checkpoint runs/image_tokenizer --shards "data/*.tar"
 
-Every member key.png, key.jpg, key.jpeg or key.webp gets a member key.codes.json: {"codes": [...], "tokenizer": ...},
-where the tokenizer is named by a hash of its weights. A shard that has all its codes from this tokenizer is left
-alone; any other is written beside and renamed, so that it is whole at every moment.
+Every picture key.png, key.jpg, ... (docs/data.md lists the endings) gets a member key.codes.json: {"codes": [...],
+"tokenizer": ...}, where the tokenizer is named by a hash of its weights. A shard that has all its codes from this
+tokenizer is left alone; any other is written beside and renamed, so that it is whole at every moment.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_gemini.modalities.image.spec import IMAGE
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGES = tuple(f".{ending}" for ending in IMAGE.members)
 CODES = ".codes.json"
 MAX_MEMBER_BYTES = 256 * 1024 * 1024
 
@@ -83,13 +85,16 @@ def encode_shards(checkpoint: Path, shards: Sequence[Path], batch: int, device: 
     print(
         f"{len(shards)} shards: {total['images']} images encoded, {total['current']} already had their codes"
         + (f"; {total['skipped']} skipped ({reasons})" if total["skipped"] else "")
+        + (f"; {total['without']} of the shards hold no image" if total["without"] else "")
     )
 
 
 def encode_shard(shard: Path, tokenizer: ImageTokenizer, name: str, batch: int) -> Counter[str]:
-    """Counts of images encoded, current (left as they are), skipped, and the reasons why."""
+    """Counts of images encoded, current (left as they are), skipped, and the reasons why; without: 1 if it has none."""
     names, current = survey(shard, name)
     images = [member for member in names if member.lower().endswith(IMAGES)]
+    if not images:
+        return Counter(without=1)
     if all(codes_name(image) in current for image in images):
         return Counter(current=len(images))
     codes, bad = encode_members(shard, tokenizer, batch)

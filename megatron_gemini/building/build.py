@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_gemini.building.duplicates import Duplicates
 from megatron_gemini.building.examine import Examined, Examiner
-from megatron_gemini.building.journal import Dropped, Journal, JournalEntry, KeptSample
+from megatron_gemini.building.journal import VALIDATION, Dropped, Journal, JournalEntry, KeptSample
 from megatron_gemini.building.parallel import Workers
 from megatron_gemini.building.records import Record
 from megatron_gemini.data.sources.index_cache import write_index
@@ -26,17 +26,28 @@ SLACK = 30.0  # seconds that a record may take beside its download
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """How a build is made. dedup: none, exact or perceptual, and then of how many bits two pictures may differ."""
+    """How a build is made.
+
+    dedup: none, exact or perceptual, and then of how many bits two pictures may differ. validation: the share of the
+    samples that is held out.
+    """
 
     examiner: Examiner
     dedup: str = "exact"
     dedup_bits: int = 5
     samples_per_shard: int = 1000
     name: str = "shard"
+    validation: float = 0.0
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise ValueError(f"--samples-per-shard is {self.samples_per_shard}; it must be 1 or more")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"--validation is {self.validation}; it is a share of the samples, from 0 to below 1")
+
+    def holds_out(self, sha256: str) -> bool:
+        """Whether a sample is one of validation. By its bytes: the same file is on the same side in every build."""
+        return int(sha256[:13], 16) < self.validation * 16**13
 
 
 def build(
@@ -49,6 +60,8 @@ def build(
 ) -> list[JournalEntry]:
     """Write `folder/NAME-00000.tar`, ... and return the journal's entries, also of the shards that were there.
 
+    What is held out of the records of a shard stands in a shard of the same name in `folder/validation`.
+
     identity: inputs and options in plain JSON; a build goes on only where they are the same. total: number of records,
     for the progress bar.
     """
@@ -59,7 +72,7 @@ def build(
     # Samples that are in finished shards count as seen, or a build that goes on would keep other ones.
     for entry in journal.entries:
         done = entry.next_record
-        for sample in entry.samples:
+        for sample in (*entry.samples, *entry.held_out):
             duplicates.keep(sample.sha256, int(sample.picture, 16))
     rest = itertools.islice(records, done, None)
     limit = SLACK + plan.examiner.fetcher.seconds
@@ -81,8 +94,7 @@ def _shards(
     bar: tqdm,
 ) -> Iterator[JournalEntry]:
     """Entries of the shards, each after it was written, and at the end one of what came after the last."""
-    kept: list[Examined] = []
-    dropped = Dropped()
+    kept, held_out, dropped = list[Examined](), list[Examined](), Dropped()
     for record, found in results:
         position = record.number + 1
         bar.update()
@@ -93,18 +105,39 @@ def _shards(
             dropped.add(reason, found.detail or record.image[:200])
             continue
         duplicates.keep(found.sha256, found.picture)
-        kept.append(found)
+        (held_out if plan.holds_out(found.sha256) else kept).append(found)
+        # Both sides together, though that makes small shards of validation: a build that goes on begins behind the
+        # records of an entry, and none of them may still wait for its shard.
         if len(kept) == plan.samples_per_shard:
-            yield _write(kept, dropped, folder, f"{plan.name}-{number:05d}.tar", position)
-            kept, dropped, number = [], Dropped(), number + 1
-    if kept:
-        yield _write(kept, dropped, folder, f"{plan.name}-{number:05d}.tar", position)
+            yield _entry(kept, held_out, dropped, folder, f"{plan.name}-{number:05d}.tar", position)
+            kept, held_out, dropped, number = [], [], Dropped(), number + 1
+    if kept or held_out:
+        yield _entry(kept, held_out, dropped, folder, f"{plan.name}-{number:05d}.tar", position)
         dropped = Dropped()
-    yield JournalEntry("", 0, position, (), dropped)
+    yield JournalEntry("", 0, 0, position, (), (), dropped)
 
 
-def _write(kept: list[Examined], dropped: Dropped, folder: Path, name: str, position: int) -> JournalEntry:
-    path = folder / name
+def _entry(
+    kept: list[Examined], held_out: list[Examined], dropped: Dropped, folder: Path, name: str, position: int
+) -> JournalEntry:
+    shard_bytes, held_out_bytes = _write(kept, folder / name), _write(held_out, folder / VALIDATION / name)
+    # The shards are whole on disk; the journal's entry comes after them, so that a kill in between only builds them
+    # again.
+    samples, others = (
+        tuple(
+            KeptSample(item.sha256, f"{item.picture:x}", item.width, item.height, len(item.caption), len(item.data))
+            for item in side
+        )
+        for side in (kept, held_out)
+    )
+    return JournalEntry(name, shard_bytes, held_out_bytes, position, samples, others, dropped)
+
+
+def _write(kept: list[Examined], path: Path) -> int:
+    """Write a shard if there is something for it; returns its bytes."""
+    if not kept:
+        return 0
+    path.parent.mkdir(exist_ok=True)
     # Keyed by the record's number: a name of somebody else's says nothing and may mean anything.
     write_shard(
         path,
@@ -117,9 +150,4 @@ def _write(kept: list[Examined], dropped: Dropped, folder: Path, name: str, posi
         ),
     )
     write_index(str(path))
-    # The shard is whole on disk; the journal's entry comes after it, so that a kill in between only builds it again.
-    samples = tuple(
-        KeptSample(item.sha256, f"{item.picture:x}", item.width, item.height, len(item.caption), len(item.data))
-        for item in kept
-    )
-    return JournalEntry(name, path.stat().st_size, position, samples, dropped)
+    return path.stat().st_size

@@ -16,7 +16,7 @@ from megatron_gemini.building.duplicates import difference_hash
 from megatron_gemini.building.fetch import Fetcher
 from megatron_gemini.building.filters import Filters
 from megatron_gemini.building.records import Record
-from megatron_gemini.modalities.bad_sample import BadSample
+from megatron_gemini.modalities.bad_sample import BadSample, one_line
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
 
@@ -65,6 +65,8 @@ class Examiner:
             return self._examine(record)
         except BadSample as error:
             return Examined(record, error.reason, f"{record.image[:200]}: {error}")
+        except Exception as error:  # whatever a record holds, the build goes on with the next one
+            return Examined(record, "record_failed", f"{record.image[:200]}: {type(error).__name__}: {one_line(error)}")
 
     def _examine(self, record: Record) -> Examined:
         _refuse(record.problem or self.filters.check_columns(record.columns), "the table's row says so")
@@ -81,7 +83,7 @@ class Examiner:
         _refuse(self.filters.check_size(width, height), f"{width} x {height} pixels")
         # By the content: names and the server's type are somebody else's claims.
         ending = next((ending for start, ending in _ENDINGS.items() if data.startswith(start)), "")
-        if not ending:  # a format that the loader does not take: GIF, BMP
+        if not ending:  # one that few programs read: GIF, BMP, TIFF, AVIF
             file = io.BytesIO()
             Image.fromarray(image_HW3).save(file, "PNG")
             data, ending = file.getvalue(), "png"

@@ -38,10 +38,14 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet, also seen through IPv6's ways of carrying IPv4."""
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if any(ip in network for network in _INTERNAL if network.version == ip.version):
+        return False
     if isinstance(ip, ipaddress.IPv6Address):
         # An address of the local network can hide in each of these.
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
         if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if int(ip) >> 32 & 0xFDFFFFFF == _ISATAP:  # of any network; a bit says whether the IPv4 address is unique
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
@@ -51,17 +55,32 @@ def is_public(address: str) -> bool:
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_ISATAP = 0x00005EFE  # RFC 5214, section 6.1
+# They count as public, and what answers there is the cloud that a machine is in, or nobody.
+_INTERNAL = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's host
+        "192.0.0.0/24",  # protocols; Oracle's metadata are at 192.0.0.192
+        "192.88.99.0/24",  # relays from IPv6, given up (RFC 7526)
+        "161.26.0.0/16",  # IBM's services for its own machines
+        "166.8.0.0/14",
+        "3fff::/20",  # documentation (RFC 9637), which older Pythons do not know
+    )
+)
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
 
 @dataclass(frozen=True)
 class Address:
-    """An address that was read and found in order. target: path and query as they are sent."""
+    """An address that was read and found in order. host: as it is looked up, in ASCII. host_header, target (path and
+    query): as they are sent."""
 
     url: str
     scheme: str
     host: str
     port: int
+    host_header: str
     target: str
 
 
@@ -101,11 +120,12 @@ class Fetcher:
         with self._connect(address, deadline) as connected:
             connection = http.client.HTTPConnection(address.host, address.port)
             connection.sock = connected  # it would only resolve and connect if it had none
-            connection.request("GET", address.target, headers={"Host": urlsplit(address.url).netloc, **_HEADERS})
+            connection.request("GET", address.target, headers={"Host": address.host_header, **_HEADERS})
             with connection.getresponse() as response:
+                self._check_opt_out(response)
                 location = response.headers.get("Location")
                 if response.status in _REDIRECTS and location:
-                    return b"", urljoin(address.url, location)
+                    return b"", _redirected(address.url, location)
                 return self._body(response), ""
 
     def _connect(self, address: Address, deadline: float) -> TimedSocket:
@@ -124,13 +144,18 @@ class Fetcher:
             raise
         return TimedSocket(plain, deadline)
 
-    def _body(self, response: http.client.HTTPResponse) -> bytes:
-        words = {word.strip().lower() for word in response.headers.get("X-Robots-Tag", "").replace(":", ",").split(",")}
-        if words & OPT_OUT:
+    @staticmethod
+    def _check_opt_out(response: http.client.HTTPResponse) -> None:
+        # The header may come several times, and with the name of a robot before the words.
+        words = ",".join(response.headers.get_all("X-Robots-Tag", [])).replace(":", ",").lower().split(",")
+        if {word.strip() for word in words} & OPT_OUT:
             raise BadSample("opted_out", "the site's X-Robots-Tag header says that it is not for this use")
+
+    def _body(self, response: http.client.HTTPResponse) -> bytes:
         if response.status != 200:
             raise BadSample(f"http_{response.status}", f"the server answers with status {response.status}")
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        encodings = response.headers.get_all("Content-Encoding", [])
+        if any(encoding.strip().lower() != "identity" for encoding in encodings):
             raise BadSample("fetch_encoded", "the server sends a compressed body, which was not asked for")
         declared = response.length  # None where the server does not say; it may lie, so that the bytes are counted too
         body = bytearray()
@@ -152,7 +177,8 @@ def read_address(url: str) -> Address:
         parts = urlsplit(url)
         port = parts.port
         host = (parts.hostname or "").encode("idna").decode("ascii")
-    except (ValueError, UnicodeError) as error:
+        path, query = quote(parts.path or "/", _SAFE), quote(parts.query, _SAFE)
+    except ValueError as error:  # half an emoji among them, which cannot be sent
         raise BadSample("url_invalid", one_line(error)) from None
     if parts.scheme not in ("http", "https"):
         raise BadSample("url_scheme", f"{parts.scheme[:20]!r} is not http or https")
@@ -163,8 +189,19 @@ def read_address(url: str) -> Address:
     port = port if port is not None else (443 if parts.scheme == "https" else 80)
     if port < 1024 and port not in (80, 443):  # a request could be read as mail or as a command there
         raise BadSample("url_port", f"port {port} belongs to another service")
-    target = quote(parts.path or "/", _SAFE) + (f"?{quote(parts.query, _SAFE)}" if parts.query else "")
-    return Address(url, parts.scheme, host, port, target)
+    shown = f"[{host}]" if ":" in host else host
+    usual = {"http": 80, "https": 443}[parts.scheme]
+    host_header = shown if port == usual else f"{shown}:{port}"
+    return Address(url, parts.scheme, host, port, host_header, f"{path}?{query}" if query else path)
+
+
+def _redirected(url: str, location: str) -> str:
+    """Where a redirect leads. Raises BadSample: url_invalid."""
+    try:
+        # http.client reads headers as Latin-1, and what is not ASCII in them is UTF-8 today.
+        return urljoin(url, location.encode("latin-1").decode("utf-8", "replace"))
+    except ValueError as error:
+        raise BadSample("url_invalid", f"it redirects to no address: {one_line(error)}") from None
 
 
 def resolve(host: str, port: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from megatron_gemini.config.schema import Plain
     from megatron_gemini.data.samples.decode_json import Json
 
+VALIDATION = "validation"
+"""The folder, beside the shards, of those that are held out: no pattern for the former finds the latter."""
+
 
 @dataclass
 class Dropped:
@@ -25,7 +29,8 @@ class Dropped:
 
     def add(self, reason: str, detail: str) -> None:
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, detail)
+        # Names of files may have bytes that are no text, which no terminal prints.
+        self.first.setdefault(reason, detail.encode("utf-8", "replace").decode())
 
     def merge(self, other: Dropped) -> None:
         self.counts = dict(Counter(self.counts) + Counter(other.counts))
@@ -63,19 +68,27 @@ class _Saved(TypedDict):
 
     shard: str
     shard_bytes: int
+    held_out_bytes: int
     next_record: int
     samples: list[_SavedSample]
+    held_out: list[_SavedSample]
     dropped: _SavedDropped
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A shard that is whole. shard: its name, '' for the records after the last one. next_record: where to go on."""
+    """A shard that is whole, with the shard of what was held out of its records.
+
+    shard: the name of both, '' for the records after the last one. Of a side without samples there is no file, of 0
+    bytes. next_record: where to go on.
+    """
 
     shard: str
     shard_bytes: int
+    held_out_bytes: int
     next_record: int
     samples: tuple[KeptSample, ...]
+    held_out: tuple[KeptSample, ...]
     dropped: Dropped
 
 
@@ -103,6 +116,7 @@ class Journal:
         # In order, up to the first that is missing or whose shard is: what comes after it is built again, the same.
         while entry := self._entry(len(self.entries)):
             self.entries.append(entry)
+        self._forget()
 
     @property
     def is_complete(self) -> bool:
@@ -114,13 +128,34 @@ class Journal:
         write_json(self._own / f"{len(self.entries):06d}.json", asdict(entry))
         self.entries.append(entry)
 
+    def _forget(self) -> None:
+        """Delete what is there of the entries after the last one, and their shards.
+
+        A download may fail this time, so that what is built now ends elsewhere. An old entry after a new one would then
+        leave records out, or have them twice.
+        """
+        for path in self._own.glob("[0-9]*.json"):
+            if path.stem.isdigit() and int(path.stem) >= len(self.entries):
+                entry = _read(path)
+                shard = entry.get("shard") if isinstance(entry, dict) else None
+                # A name only: what is written there is not believed to be a file of this folder's.
+                if isinstance(shard, str) and shard.endswith(".tar") and os.path.basename(shard) == shard:
+                    for place in (self.folder, self.folder / VALIDATION):
+                        (place / shard).unlink(missing_ok=True)
+                path.unlink()
+
     def _entry(self, number: int) -> JournalEntry | None:
         value = cast("_Saved", _read(self._own / f"{number:06d}.json"))
         try:  # as it was written, or whatever a full disk has left of it
             dropped = Dropped(**value["dropped"])
-            samples = tuple(KeptSample(**sample) for sample in value["samples"])
-            entry = JournalEntry(value["shard"], value["shard_bytes"], value["next_record"], samples, dropped)
-            whole = not entry.shard or (self.folder / entry.shard).stat().st_size == entry.shard_bytes
+            samples, held_out = (
+                tuple(KeptSample(**sample) for sample in value[side]) for side in ("samples", "held_out")
+            )
+            sizes = value["shard_bytes"], value["held_out_bytes"]
+            entry = JournalEntry(value["shard"], *sizes, value["next_record"], samples, held_out, dropped)
+            files = (self.folder / entry.shard, self.folder / VALIDATION / entry.shard)
+            sides = zip(files, sizes, strict=True)
+            whole = not entry.shard or all(not size or file.stat().st_size == size for file, size in sides)
         except (KeyError, TypeError, AttributeError, OSError):
             return None
         return entry if whole else None

@@ -1,4 +1,4 @@
-"""What a build starts from: pictures in folders, or rows of a CSV, TSV, JSON-lines or parquet table."""
+"""What a build starts from: records, here of the rows of a CSV, TSV, JSON-lines or parquet table."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeAlias, cast
 
-from megatron_gemini.building.captions import CaptionOrigin
-
 if TYPE_CHECKING:
     from megatron_gemini.config.schema import Plain
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 MAX_ROW_BYTES = 1024 * 1024
 IMAGE_COLUMNS = ("image", "path", "file", "file_name", "filename", "image_path")
@@ -55,23 +52,6 @@ class Columns:
     url: str = ""
     caption: str = ""
     root: str = ""
-
-
-def folder_records(folders: Sequence[str], captions: CaptionOrigin) -> list[Record]:
-    """A record for every picture below the folders, in the order of their names. Raises ValueError if there is none."""
-    records: list[Record] = []
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise ValueError(f"{folder!r} is no folder; --images takes folders of pictures")
-        for place, folders_below, names in os.walk(folder):
-            folders_below.sort()  # os.walk follows this list, in whose order the file system gave it
-            for name in sorted(names):
-                if name.lower().endswith(IMAGE_FILES):
-                    path = Path(place, name)
-                    records.append(Record(len(records), str(path), caption=captions.of(path)))
-    if not records:
-        raise ValueError(f"there is no picture ({', '.join(IMAGE_FILES)}) below {', '.join(folders)}")
-    return records
 
 
 def fingerprint(paths: Iterable[str | Path]) -> str:
@@ -138,10 +118,11 @@ def _record(number: int, row: Row, columns: Columns, root: str) -> Record:
     if columns.url:
         hashes = {name: str(row[name]).lower() for name in HASHES if row.get(name)}
         return Record(number, place, True, caption, plain, hashes)
-    if "\0" in place:
-        return Record(number, problem="path_outside")
     # Links are followed before the comparison: one in the folder may lead out of it.
-    inside, path = os.path.realpath(root or "."), os.path.realpath(os.path.join(root, place))
+    try:
+        inside, path = os.path.realpath(root or "."), os.path.realpath(os.path.join(root, place))
+    except ValueError:  # no file can be called so: a zero byte, half an emoji
+        return Record(number, problem="path_outside")
     if os.path.commonpath([inside, path]) != inside:  # a table may name any file of the machine
         return Record(number, problem="path_outside")
     return Record(number, path, False, caption, plain)

@@ -1,21 +1,32 @@
 """A run's checkpoints on disk: written beside, hashed, then renamed into place.
 
-<run>/checkpoints/step-00000600/   complete, or not there at all
-<run>/checkpoints/latest           the name of the newest complete one
+<run>/checkpoints/step-00000600/   complete
+<run>/checkpoints/latest           the name of the one that was published last
+
+Three more names exist for a moment, or where a process was killed: `.step-N.tmp` is being written, `.step-N.old.tmp`
+was replaced, `.step-N.deleted.tmp` is being deleted. The first two may be complete, and `recover` puts them back.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import logging
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-INDEX = "index.json"
-FORMAT = 1  # of the index, the pieces and the state together
-_STEP = re.compile(r"step-(\d{8})$")
+from megatron_gemini.checkpoint.index import INDEX, Index, RunId, read_index, replace_text, verify_files
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+ATTEMPTS = 5
+"""How often a reader begins again because a run has deleted what it was reading."""
+_STEP = re.compile(r"step-(\d{8,})")
+_ASIDE = re.compile(r"\.step-(\d{8,})(\.old|\.deleted|)\.tmp")
 
 
 def step_directory(run: Path, step: int) -> Path:
@@ -23,42 +34,78 @@ def step_directory(run: Path, step: int) -> Path:
 
 
 def temporary_directory(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f".step-{step:08d}.tmp"
+    return _aside(step_directory(run, step), "")
 
 
-def clear_unfinished(run: Path) -> None:
-    """Delete what saves that were killed have left."""
-    for path in (run / "checkpoints").glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
+def _aside(final: Path, why: str) -> Path:
+    return final.with_name(f".{final.name}{why}.tmp")
 
 
-def step_of(directory: Path) -> int:
-    match = _STEP.match(directory.name)
-    assert match, directory
-    return int(match.group(1))
+def remove(path: Path) -> None:
+    """Delete a directory with all that is in it, a file, or a link without what it leads to."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
-def complete_steps(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if _STEP.match(path.name) and is_complete(path)]
-    return sorted(found, key=step_of)  # a directory lists its entries in any order
+def complete(directory: Path) -> Index | None:
+    """The index of a complete checkpoint; None of what is none, or has a damaged index."""
+    with contextlib.suppress(ValueError):
+        return read_index(directory)
+    return None
 
 
 def is_complete(directory: Path) -> bool:
+    """Whether there is an index, which `verify` may still find damaged."""
     return (directory / INDEX).is_file()
 
 
-def newest(run: Path) -> Path | None:
-    """The checkpoint that `latest` names; the newest complete one where `latest` is missing or names none."""
-    pointer = run / "checkpoints" / "latest"
-    steps = complete_steps(run)
-    # A copy of the run may lack the pointer or have an old one, which must not hide the checkpoints that are there.
-    if pointer.is_file():
-        named = pointer.read_text(errors="replace").strip()
-        for path in steps:
-            if path.name == named:
-                return path
-    return steps[-1] if steps else None
+def complete_steps(run: Path) -> list[tuple[Index, Path]]:
+    """Complete checkpoints of a folder in the order in which they were saved, also those that a kill left aside."""
+    found = []
+    for path in (run / "checkpoints").glob("*step-*"):
+        aside = _ASIDE.fullmatch(path.name)
+        if _STEP.fullmatch(path.name) or (aside and aside.group(2) != ".deleted"):
+            index = complete(path)
+            if index is not None:
+                found.append((index, path))
+    # By the serial number and not by the step: a run that was begun anew leaves later steps of the one before.
+    return sorted(found, key=lambda each: (each[0].serial, each[1].name))
+
+
+def next_serial(run: Path) -> int:
+    return max((index.serial for index, _ in complete_steps(run)), default=0) + 1
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The checkpoint that was published last, None if there is none. warnings: what is not as it should be."""
+
+    path: Path | None
+    index: Index | None
+    warnings: list[str]
+
+
+def newest(run: Path) -> Newest:
+    """The complete checkpoint that was published last.
+
+    Raises ValueError where the one that `latest` names is there with a damaged index.
+    """
+    folder, steps = run / "checkpoints", complete_steps(run)
+    index, path = steps[-1] if steps else (None, None)
+    whole = {each.name.removeprefix(".").split(".")[0] for _, each in steps}
+    broken = [p for p in sorted(folder.glob("step-*")) if _STEP.fullmatch(p.name) and p.name not in whole]
+    pointer, warnings = folder / "latest", []
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    # A copy of the run may have an old pointer. It must not hide the checkpoints that are there.
+    if _STEP.fullmatch(named) and named not in whole:
+        if is_complete(folder / named):
+            _check_index(folder / named)
+        what = "has no index.json" if (folder / named).exists() else "is not there"
+        warnings.append(f"{pointer} names {named}, which {what}")
+    warnings += [f"{each} is not complete and is left out" for each in broken if each.name != named]
+    return Newest(path, index, warnings)
 
 
 def resolve(path: Path) -> Path:
@@ -71,83 +118,155 @@ def resolve(path: Path) -> Path:
     if is_complete(path):
         return path
     found = newest(path)
-    if found is None:
+    if found.path is None:
         raise ValueError(f"{path} holds no complete checkpoint; give a run directory or one of its checkpoints/step-*")
-    return found
-
-
-def file_hash(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's content."""
-    with path.open("rb") as file:  # block by block: a file may be larger than the memory
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write and flush to the disk."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def seal(directory: Path) -> None:
-    """Flush every file to the disk, then write the index of names, sizes and hashes that makes a directory complete."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    # A rename may reach the disk before contents that were not flushed: the name would then stand for empty files.
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    entries = {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files
-    }
-    write_text(directory / INDEX, json.dumps({"format": FORMAT, "files": entries}, indent=1))
+    for warning in found.warnings:
+        logger.warning("%s; taking %s", warning, found.path)
+    return found.path
 
 
 def verify(directory: Path) -> None:
     """Compare every file with the index. Raises `ValueError` that names the first that differs."""
+    with held(directory):
+        index = _check_index(directory)
+        try:
+            verify_files(directory, index)
+        except ValueError as error:
+            raise ValueError(f"{error}{_way_out(directory)}") from error
+
+
+def _check_index(directory: Path) -> Index:
     try:
-        index = json.loads((directory / INDEX).read_text())
-        form, entries = index["format"], dict(index["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{directory / INDEX} is not readable: {error}{_way_out(directory)}") from error
-    if form != FORMAT:
-        raise ValueError(f"{directory} has format {form}; this version reads format {FORMAT}")
-    for name, entry in entries.items():
-        path = directory / name
-        # The index may be a stranger's, and no name in it may lead out of the directory.
-        if ".." in Path(name).parts or Path(name).is_absolute() or not path.is_file():
-            raise ValueError(f"{directory}: {name} is missing; the checkpoint is damaged{_way_out(directory)}")
-        # The size first: it tells a copy that was cut off without reading it.
-        if path.stat().st_size != entry["bytes"] or file_hash(path) != entry["sha256"]:
-            raise ValueError(
-                f"{path} is not what was saved (its hash differs); the checkpoint is damaged{_way_out(directory)}"
-            )
+        return read_index(directory)
+    except ValueError as error:
+        raise ValueError(f"{error}{_way_out(directory)}") from error
 
 
 def _way_out(damaged: Path) -> str:
     """What to do about a damaged checkpoint, as the end of an error message."""
     if damaged.parent.name != "checkpoints":
         return ""
-    others = [path for path in complete_steps(damaged.parent.parent) if path.name != damaged.name]
+    others = [path for _, path in complete_steps(damaged.parent.parent) if path.name != damaged.name]
     if not others:
         return "; no other checkpoint is beside it"
     return f"; {others[-1].name} beside it is complete: delete {damaged} to take that"
 
 
-def publish(temporary: Path, final: Path, keep: int) -> None:
-    """Rename a sealed directory into place, point `latest` at it, delete all but the newest `keep` up to it.
+class ReplacedError(ValueError):
+    """A run has deleted or replaced a checkpoint while it was being read."""
 
-    Later steps than this one, of a run that was begun anew, are left to the user.
+
+@contextlib.contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Raise `ReplacedError` if the checkpoint is not the same any more at the end, whatever was found in it."""
+    before = _identity(directory)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if _identity(directory) == before:
+            raise
+        raise _replaced(directory) from error
+    if _identity(directory) != before:
+        raise _replaced(directory)
+
+
+def _identity(directory: Path) -> bytes:
+    # A run renames before it deletes, so that this tells a deletion from a damage.
+    with contextlib.suppress(OSError):
+        return (directory / INDEX).read_bytes()
+    return b""
+
+
+def _replaced(directory: Path) -> ReplacedError:
+    return ReplacedError(
+        f"{directory} was deleted or replaced while it was read; a run keeps its newest train.keep checkpoints: "
+        "name the run's directory, or copy the checkpoint first"
+    )
+
+
+def read_newest(path: Path, find: Callable[[Path], Path], read: Callable[[Path], T]) -> T:
+    """read(find(path)), again with the newest checkpoint where a run has deleted the one that was being read.
+
+    Raises ValueError if `path` is that checkpoint itself.
     """
-    if final.exists():  # of a run that was begun anew; no system call puts a directory in the place of a full one
-        replaced = temporary_directory(final.parent.parent, step_of(final)).with_suffix(".old.tmp")
+    for left in reversed(range(ATTEMPTS)):
+        directory = find(path)
+        try:
+            with held(directory):
+                return read(directory)
+        except ReplacedError:
+            if directory == path or not left:
+                raise
+    raise AssertionError("unreachable")
+
+
+def publish(temporary: Path, final: Path, keep: int, run: RunId) -> None:
+    """Rename a sealed directory into place, point `latest` at it, delete all but the newest `keep` of this run.
+
+    Checkpoints of another run in the same folder are left to the user.
+    """
+    replaced = _put(temporary, final)
+    replace_text(final.parent / "latest", final.name + "\n")
+    remove(replaced)
+    steps = [(index, path) for index, path in complete_steps(final.parent.parent) if _STEP.fullmatch(path.name)]
+    mine = lineage(run, [index for index, _ in steps])
+    own = [path for index, path in steps if index.run.id in mine]
+    for old in own[:-keep]:  # last: whatever ends the process before leaves one checkpoint too many, not too few
+        _delete(old)
+
+
+def lineage(run: RunId, indices: list[Index]) -> set[str]:
+    """Ids of this start of a run, and of all that it went on from."""
+    parents = {index.run.id: index.run.parent for index in indices} | {run.id: run.parent}
+    found, each = set[str](), run.id
+    while each and each not in found:
+        found.add(each)
+        each = parents.get(each, "")
+    return found
+
+
+def _put(path: Path, final: Path) -> Path:
+    """Rename to the final name. Returns where the one before is now, if there was one."""
+    replaced = _aside(final, ".old")
+    # No system call puts a directory in the place of a full one. Between the two renames both are complete under names
+    # that `complete_steps` knows.
+    if os.path.lexists(final):
+        remove(replaced)
         os.replace(final, replaced)
-    os.replace(temporary, final)
-    pointer = final.parent / "latest"
-    # Beside it and renamed, so that a reader finds the old name or the new one, never an empty file.
-    write_text(pointer.with_suffix(".tmp"), final.name + "\n")
-    os.replace(pointer.with_suffix(".tmp"), pointer)
-    clear_unfinished(final.parent.parent)
-    steps = [path for path in complete_steps(final.parent.parent) if step_of(path) <= step_of(final)]
-    for old in steps[:-keep]:  # last: whatever ends the process before leaves one checkpoint too many, not too few
-        shutil.rmtree(old)
+    os.replace(path, final)
+    return replaced
+
+
+def _delete(final: Path) -> None:
+    # Renamed first: a kill in the midst of the deletion would leave a part of it under the final name for ever.
+    aside = _aside(final, ".deleted")
+    remove(aside)
+    os.replace(final, aside)
+    remove(aside)
+
+
+def recover(run: Path) -> list[str]:
+    """Put back what a kill has left aside and is complete, delete the rest. Returns a line on each that was put back.
+
+    Only while no other process writes here.
+    """
+    copies: dict[Path, list[tuple[int, Path]]] = {}
+    for path in (run / "checkpoints").glob(".step-*.tmp"):
+        match = _ASIDE.fullmatch(path.name)
+        index = complete(path) if match and match.group(2) != ".deleted" else None
+        if match and index is not None:
+            copies.setdefault(step_directory(run, int(match.group(1))), []).append((index.serial, path))
+        else:
+            remove(path)
+    told = []
+    for final, found in sorted(copies.items()):
+        serial, newest_copy = max(found)
+        there = complete(final)
+        if there is None or there.serial < serial:
+            if os.path.lexists(final):
+                _delete(final)
+            os.replace(newest_copy, final)
+            told.append(f"put back {final}, which was complete when the run was ended")
+        for _, path in found:  # only now: until the rename each may have been the one complete copy
+            remove(path)
+    return told

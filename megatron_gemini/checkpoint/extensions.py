@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_gemini import plugins
-from megatron_gemini.checkpoint.directory import write_text
+from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.config.load import read_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.modalities.control_tokens import control_tokens

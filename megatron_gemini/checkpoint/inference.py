@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_gemini.checkpoint.directory import resolve, verify
+from megatron_gemini.checkpoint.directory import read_newest, resolve, verify
 from megatron_gemini.checkpoint.extensions import Extensions, read_checkpoint_config
 from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, find_weights, open_weights, verify_weights
@@ -33,8 +33,9 @@ SHOWN = 3  # mismatches that a message names
 class Loaded:
     """A model ready to answer, on the CPU, in float32 and eval mode.
 
-    image_tokenizer: None for a model that draws no images.
-    directory: the step directory that was read.
+    image_tokenizer: None for a model that cannot draw: without image codes, or without the tokenizer of its codes.
+    tokenizer_config: of its own training.
+    directory: the step directory that was read; a run that goes on may have deleted it by now.
     """
 
     config: RunConfig
@@ -42,6 +43,7 @@ class Loaded:
     layout: TokenLayout
     text_tokenizer: TextTokenizer
     image_tokenizer: ImageTokenizer | None
+    tokenizer_config: RunConfig | None
     directory: Path
 
 
@@ -54,21 +56,28 @@ def load_for_inference(path: str | Path) -> Loaded:
     - a plugin that is not loaded, or a control token that stands for something else now;
     - a configuration that does not fit, or parameters of other names or shapes than the configuration's.
     """
-    directory = resolve(Path(path))
+    return read_newest(Path(path), resolve, _load)
+
+
+def _load(directory: Path) -> Loaded:
     verify(directory)
     config = read_checkpoint_config(directory)
     text_tokenizer = TextTokenizer(directory / "text.model")
     layout = TokenLayout(text_tokenizer.size, code_ranges(config))
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
     fill(model, PieceReader(directory), directory)
-    tokenizer = load_image_tokenizer(directory / "image_tokenizer") if config.image_tokenizer.codes else None
+    # A run that was not given the tokenizer of its codes, such as one on texts alone, has none in its checkpoints. One
+    # that was lost is in the index, and was missed above.
+    carried = directory / "image_tokenizer"
+    tokenizer = _fill_image_tokenizer(carried) if config.image_tokenizer.codes and carried.is_dir() else None
+    tokenizer_config = read_checkpoint_config(carried) if carried.is_dir() else None
     # Two files say how many codes there are. Only a tokenizer that was put in later makes them differ.
     if tokenizer is not None and tokenizer.config.codes != config.image_tokenizer.codes:
         raise ValueError(
             f"{directory}: the image tokenizer has {tokenizer.config.codes} codes, "
             f"the model {config.image_tokenizer.codes}"
         )
-    return Loaded(config, model.eval(), layout, text_tokenizer, tokenizer, directory)
+    return Loaded(config, model.eval(), layout, text_tokenizer, tokenizer, tokenizer_config, directory)
 
 
 def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
@@ -77,11 +86,16 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
     path: what `save_weights` wrote, a run or step directory of the tokenizer's own training, or one of a model that
     carries its tokenizer. Raises ValueError as `load_for_inference`.
     """
-    directory = find_weights(Path(path))
+    return read_newest(Path(path), find_weights, _load_image_tokenizer)
+
+
+def _load_image_tokenizer(directory: Path) -> ImageTokenizer:
     verify_weights(directory)
     carried = directory / "image_tokenizer"
-    if carried.is_dir():
-        directory = carried
+    return _fill_image_tokenizer(carried if carried.is_dir() else directory)
+
+
+def _fill_image_tokenizer(directory: Path) -> ImageTokenizer:
     tokenizer = ImageTokenizer(read_checkpoint_config(directory).image_tokenizer)
     fill(tokenizer, open_weights(directory), directory)
     return tokenizer.eval()

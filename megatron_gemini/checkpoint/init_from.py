@@ -6,17 +6,18 @@ a part of, one parameter at a time. Moments stay fresh. A run that goes on has w
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_gemini.checkpoint.directory import file_hash
+from megatron_gemini.checkpoint.directory import held
 from megatron_gemini.checkpoint.extensions import FILE, Extensions
 from megatron_gemini.checkpoint.fragments import describe
+from megatron_gemini.checkpoint.index import file_hash
 from megatron_gemini.checkpoint.names import NameMap, map_names
 from megatron_gemini.checkpoint.pieces import cut
 from megatron_gemini.checkpoint.weights import WeightReader, find_weights, open_weights, verify_weights
@@ -52,24 +53,28 @@ def initialize(engine: Engine) -> list[str]:
     if not sections:
         return []
     model = _global_shapes(engine)
-    sources, problem = [], ""
+    sources, directories, problem = [], list[Path](), ""
     try:
         if engine.topology.rank == 0:  # once, and before any of them is read
-            found = {_find(section, number): number for number, section in enumerate(sections)}
-            for directory, number in found.items():
+            directories = [_find(section, number) for number, section in enumerate(sections)]
+            for directory, number in {each: number for number, each in enumerate(directories)}.items():
                 with _telling(f"init_from.{number}"):
                     verify_weights(directory)
     except ValueError as error:
         problem = str(error)
     _raise_first(engine, problem)
-    try:
-        for number, section in enumerate(sections):
-            sources.append(_open(section, number, model, engine.config))
-    except ValueError as error:
-        problem = str(error)
-    _raise_first(engine, problem)
-    for source in sources:
-        _fill(engine, source)
+    # By one rank alone: a run that goes on there may give each rank another newest checkpoint.
+    directories = engine.gather(directories)[0]
+    with contextlib.ExitStack() as stack:
+        try:
+            for number, section in enumerate(sections):
+                stack.enter_context(held(directories[number]))
+                sources.append(_open(section, number, directories[number], model, engine.config))
+        except ValueError as error:
+            problem = str(error)
+        _raise_first(engine, problem)
+        for source in sources:
+            _fill(engine, source)
     return [source.told_as for source in sources]
 
 
@@ -94,7 +99,7 @@ def _raise_first(engine: Engine, problem: str) -> None:
             raise ValueError(said if rank == 0 else f"rank {rank}: {said}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _telling(setting: str) -> Iterator[None]:
     """Messages begin with the setting's name: a run has checkpoints of its own, and several of these."""
     try:
@@ -108,9 +113,8 @@ def _find(section: InitFromConfig, number: int) -> Path:
         return find_weights(Path(section.checkpoint))
 
 
-def _open(section: InitFromConfig, number: int, model: Shapes, config: RunConfig) -> _Source:
+def _open(section: InitFromConfig, number: int, directory: Path, model: Shapes, config: RunConfig) -> _Source:
     """Raises ValueError where the checkpoint does not fit."""
-    directory = _find(section, number)
     with _telling(f"init_from.{number} ({directory})"):
         reader = open_weights(directory)
         found = map_names(section, list(model), reader.names())

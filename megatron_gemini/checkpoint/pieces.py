@@ -52,15 +52,28 @@ class Piece:
 
     @staticmethod
     def from_json(value: PieceJson) -> Piece:
-        return Piece(
+        """Raises ValueError, KeyError or TypeError for what `to_json` never writes: it may be a stranger's."""
+        shapes = [tuple(value[key]) for key in ("shard_shape", "global_shape")]
+        piece = Piece(
             value["name"],
             value["start"],
             value["count"],
-            tuple(map(int, value["shard_shape"])),
+            shapes[0],
             value["sharded_dim"],
             value["shard_start"],
-            tuple(map(int, value["global_shape"])),
+            shapes[1],
         )
+        numbers = (piece.start, piece.count, piece.shard_start, *piece.shard_shape, *piece.global_shape)
+        if not isinstance(piece.name, str) or not all(type(each) is int and 0 <= each < 1 << 62 for each in numbers):
+            raise ValueError(f"a piece of {piece.name!r} has something else in the place of a number")
+        dims = [dim for dim, sizes in enumerate(zip(*shapes, strict=True)) if sizes[0] != sizes[1]]
+        dim = piece.sharded_dim
+        if dim is not None and not (type(dim) is int and 0 <= dim < len(shapes[0])):
+            raise ValueError(f"{piece.name} is divided along {dim!r}, which is no dimension of {shapes[1]}")
+        # Copied as it is, a smaller shard would be repeated over the whole.
+        if any(each != dim for each in dims) or piece.start + piece.count > math.prod(piece.shard_shape):
+            raise ValueError(f"a piece of {piece.name} does not lie in the shape {shapes[0]} or {shapes[1]}")
+        return piece
 
     def to_json(self) -> PieceJson:
         return cast(PieceJson, asdict(self))
@@ -79,16 +92,20 @@ class PieceReader:
         self._where: dict[str, list[tuple[Path, Piece]]] = defaultdict(list)
         # Kept open: each is a memory map, of which reading a piece touches the piece's own pages only.
         self._files: dict[Path, safe_open] = {}
+        self._keys: dict[Path, set[str]] = {}
         for description in sorted(directory.glob("rank-*.json")):  # so that every rank's error names the same file
             try:
                 pieces = [Piece.from_json(value) for value in json.loads(description.read_text())["pieces"]]
             except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{description} is not a readable description of pieces: {error}") from error
+                raise ValueError(f"{description} is not a readable description of pieces: {error!r}") from error
             for piece in pieces:
                 # `engine/roles.py` lets no role's name have a colon, and a parameter's has none either.
                 found, _, name = piece.name.rpartition(":")
                 if found == role:
-                    self._where[name].append((description.with_suffix(".safetensors"), piece))
+                    others = self._where[name]
+                    if others and others[0][1].global_shape != piece.global_shape:
+                        raise ValueError(f"{description} has another shape of {name} than a rank before")
+                    others.append((description.with_suffix(".safetensors"), piece))
         if not self._where:
             what = f"nothing of the role {role}" if role else "no rank-*.json; it is not a checkpoint of this trainer"
             raise ValueError(f"{directory} holds {what}")
@@ -104,15 +121,26 @@ class PieceReader:
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """float32[global shape] of `weight`, `exp_avg` or `exp_avg_sq`."""
+        shape, key = self.shape(name), f"{kind}/{self._prefix}{name}"
+        # Before any memory is taken: a description may promise more than all files hold.
+        there = sum(self._count(path, key, piece.count) for path, piece in self._where[name])
+        if there < math.prod(shape):
+            raise ValueError(
+                f"{self.directory}: {there} of {math.prod(shape)} elements of {name} are there; a file is missing"
+            )
         # Zeros would pass for weights where a rank's file was not copied, so what was written is counted instead.
-        whole = torch.empty(self.shape(name), dtype=torch.float32)
+        whole = torch.empty(shape, dtype=torch.float32)
         shards: dict[int, list[tuple[Path, Piece]]] = defaultdict(list)
         for path, piece in self._where[name]:
             shards[piece.shard_start].append((path, piece))
-        covered = 0
-        for entries in shards.values():
-            shard = self._shard(kind, name, entries)
-            covered += _place(whole, shard, entries[0][1])
+        covered, end = 0, 0
+        for begin, entries in sorted(shards.items()):
+            piece = entries[0][1]
+            # Where two overlap, the count could be right and a part of the whole be what the memory held before.
+            if begin != end:
+                raise ValueError(f"{self.directory}: the shards of {name} begin at {begin} and end at {end}")
+            end += piece.shard_shape[piece.sharded_dim] if piece.sharded_dim is not None else 0
+            covered += _place(whole, self._shard(key, name, entries), piece)
         if covered != whole.numel():
             raise ValueError(
                 f"{self.directory}: {covered} of {whole.numel()} elements of {name} are there; a file is missing"
@@ -123,32 +151,49 @@ class PieceReader:
         """float32[global shape], the weights alone."""
         return self.read(WEIGHT, name)
 
-    def _shard(self, kind: str, name: str, entries: list[tuple[Path, Piece]]) -> torch.Tensor:
-        shape = entries[0][1].shard_shape
-        flat = torch.empty(math.prod(shape), dtype=torch.float32)
-        filled = 0
-        for path, piece in entries:
-            flat[piece.start : piece.start + piece.count] = self._tensor(
-                path, f"{kind}/{self._prefix}{name}", piece.count
-            )
+    def _shard(self, key: str, name: str, entries: list[tuple[Path, Piece]]) -> torch.Tensor:
+        shape, filled = entries[0][1].shard_shape, 0
+        for _, piece in sorted(entries, key=lambda entry: (entry[1].start, entry[1].count)):
+            if piece.start != filled or piece.shard_shape != shape:
+                raise ValueError(f"{self.directory}: the pieces of {name} do not fit each other; a file is missing")
             filled += piece.count
-        if filled != flat.numel():
+        if filled != math.prod(shape):
             raise ValueError(
-                f"{self.directory}: {filled} of {flat.numel()} elements of a shard of {name} are there; "
+                f"{self.directory}: {filled} of {math.prod(shape)} elements of a shard of {name} are there; "
                 "a file is missing"
             )
+        flat = torch.empty(filled, dtype=torch.float32)
+        for path, piece in entries:
+            tensor = self._file(path, key).get_tensor(key).float()
+            flat[piece.start : piece.start + piece.count] = tensor.reshape(-1)
         return flat.view(shape)
 
-    def _tensor(self, path: Path, key: str, count: int) -> torch.Tensor:
+    def _count(self, path: Path, key: str, expected: int) -> int:
+        """Elements of a tensor, which is not read. Raises ValueError if the file has not as many as expected."""
+        found = math.prod(self._file(path, key).get_slice(key).get_shape())
+        if found != expected:
+            raise ValueError(f"{path} holds {found} elements of {key}, its description says {expected}")
+        return found
+
+    def _file(self, path: Path, key: str) -> safe_open:
+        """Raises ValueError if the file cannot be read, or lacks the tensor."""
         try:
             if path not in self._files:
                 self._files[path] = safe_open(path, framework="pt")
-            tensor = self._files[path].get_tensor(key)
+                self._keys[path] = set(self._files[path].keys())
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} is missing or damaged ({key}: {error})") from error
-        if tensor.numel() != count:
-            raise ValueError(f"{path} holds {tensor.numel()} elements of {key}, its description says {count}")
-        return tensor
+        if key not in self._keys[path]:
+            raise ValueError(f"{path} is missing or damaged ({key} is not in it)")
+        return self._files[path]
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether any rank has written this of a parameter: there are no moments of one that was frozen."""
+        key, found = f"{kind}/{self._prefix}{name}", False
+        for path, piece in self._where[name]:
+            self._file(path, f"{WEIGHT}/{self._prefix}{name}")
+            found = found or (piece.count > 0 and key in self._keys[path])
+        return found
 
 
 def _place(whole: torch.Tensor, shard: torch.Tensor, piece: Piece) -> int:

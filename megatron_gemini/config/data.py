@@ -85,9 +85,10 @@ class DataConfig:
     """SentencePiece model file."""
     row_tokens: int = 1024
     """T: tokens of a packed row, one microbatch."""
-    lanes: int = 256
+    lanes: int = 0
     """Independent streams of rows, which all ranks of a job share out; the order of samples depends on their number but
-    never on ranks. Each keeps look_ahead decoded documents: on a small machine, 8 lanes start faster and need less."""
+    never on ranks. Each keeps look_ahead decoded documents. 0 takes four times train.rows_per_step, see `usual_lanes`;
+    a checkpoint holds the number that was taken."""
     look_ahead: int = 16
     """Documents of a lane that the packer may choose from."""
     row_inputs: Mapping[str, int] = field(default_factory=dict)
@@ -111,8 +112,8 @@ class DataConfig:
     """Memory of a rank for decoded samples, so that small data sets are decoded once, not once an epoch; 0 for none."""
 
     def __post_init__(self) -> None:
-        positive(self, "data", "row_tokens", "lanes", "look_ahead", "sample_seconds")
-        at_least(self, "data", 0, "caption_dropout", "max_bad_share", "prefetch", "workers", "cache_bytes")
+        positive(self, "data", "row_tokens", "look_ahead", "sample_seconds")
+        at_least(self, "data", 0, "lanes", "caption_dropout", "max_bad_share", "prefetch", "workers", "cache_bytes")
         for name in ("caption_dropout", "max_bad_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, at most 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -15,6 +16,16 @@ from megatron_gemini.config.objective import ObjectiveConfig
 from megatron_gemini.config.schema import Chosen, Named
 from megatron_gemini.config.training import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from megatron_gemini.registry import ENCODERS, OBJECTIVES
+
+
+def usual_lanes(rows_per_step: int) -> int:
+    """How many lanes a run has that asks for no number: a multiple of its rows, so that every rank has as many.
+
+    At least 8, and at most 256 where the rows are not more.
+    """
+    # By the rows alone, and not by the machine's cores: the same configuration reads the same samples anywhere. Every
+    # lane fills its look-ahead before the first row, so 256 of them for the 2 rows of a small machine start slowly.
+    return rows_per_step * max(1, min(max(4, 8 // rows_per_step), 256 // rows_per_step))
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,11 @@ class RunConfig:
     init_from: tuple[InitFromConfig, ...] = ()
     """Weights that a new run begins with; a run that goes on has its own."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.data.lanes:
+            data = dataclasses.replace(self.data, lanes=usual_lanes(self.train.rows_per_step))
+            object.__setattr__(self, "data", data)
 
     @property
     def enabled_encoders(self) -> tuple[str, ...]:

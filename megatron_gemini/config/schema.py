@@ -23,6 +23,8 @@ Choices: TypeAlias = Mapping[str, str]
 """The `kind` of every `Chosen` section, by the dotted name of the section."""
 CHOICE = "kind"
 """The setting of a `Chosen` section that decides its type."""
+MAY_CHANGE: Mapping[str, bool] = {"may_change": True}
+"""Metadata of a field: a run that goes on may have another value, see `on_resume`."""
 
 
 class SectionValue(Protocol):

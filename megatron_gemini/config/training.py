@@ -57,19 +57,24 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints; 0 saves only at the end (and when stopped)."""
     keep: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints of this run that are kept; older ones are deleted, those of another run in the folder are not."""
     validation_every: int = 0
     """Steps between validation losses; 0 never."""
     validation_rows: int = 8
+    max_skipped_steps: int = 5
+    """So many steps in a row that change no weight end the run, with exit status 3. A step is skipped where the
+    gradient norm is not finite or no token has a loss weight."""
+    rank_timeout: float = 600.0
+    """Seconds after which a rank that gives no sign of life is named and the run ends, with exit status 4; 0 never."""
     resume: bool = True
-    """Go on from the newest checkpoint in output_dir, if there is one."""
+    """Go on from the checkpoint in output_dir that was saved last, if there is one."""
     image_tokenizer: str = ""
     """Checkpoint of the image tokenizer whose codes the shards hold; copied into every checkpoint."""
 
     def __post_init__(self) -> None:
         # keep is above 0: the newest checkpoint is what a stopped run goes on from.
-        positive(self, "train", "steps", "rows_per_step", "keep", "validation_rows")
-        at_least(self, "train", 0, "save_every", "validation_every", "seed")
+        positive(self, "train", "steps", "rows_per_step", "keep", "validation_rows", "max_skipped_steps")
+        at_least(self, "train", 0, "save_every", "validation_every", "seed", "rank_timeout")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,16 @@ def join(device: torch.device) -> None:
         Path(f"/dev/shm/deepspeed_allreduce_buffer_{job}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
+def job_store() -> dist.Store:
+    """What the ranks met by, which outlasts their collectives: keys and values for small messages."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def store_in_a_rank() -> bool:
+    """Whether rank 0 has the store in its own process, as it does unless torchrun has it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def leave() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -26,9 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 
-from megatron_gemini.checkpoint.directory import INDEX, file_hash, resolve, verify
+from megatron_gemini.checkpoint.directory import held, resolve, verify
 from megatron_gemini.checkpoint.fragments import check_shapes, fill
+from megatron_gemini.checkpoint.index import INDEX, file_hash
 from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.frozen import FrozenEngine
@@ -97,7 +99,7 @@ class Role(Generic[Output]):
         self.in_checkpoints = spec.trained or spec.saved
         self.origin = f"the initial values of seed {config.train.seed}"
         if spec.weights is not None:
-            self.origin = self._read(resolve(spec.weights))
+            self.origin = self._read(_same_on_all_ranks(spec.weights))
         self._pipeline: Pipeline[Output] | None = None
         if spec.place == "pipeline" and topology.pipeline_size > 1:
             from megatron_gemini.engine.pipeline import Pipeline  # its schedules take long to import
@@ -140,13 +142,31 @@ class Role(Generic[Output]):
         """Begin as the checkpoint's policy; returns what tells this checkpoint from any other."""
         if self.topology.rank == 0:  # one is enough: its error ends the job
             verify(directory)
-        reader = PieceReader(directory)
-        for engine in self.engines:
-            check_shapes(engine.fragments, reader)
-            fill(engine.fragments, reader)
+        with held(directory):
+            # Its index holds the hashes of all its files, so a copy elsewhere counts as the same.
+            origin = f"a checkpoint whose {INDEX} has the SHA-256 {file_hash(directory / INDEX)}"
+            reader = PieceReader(directory)
+            for engine in self.engines:
+                check_shapes(engine.fragments, reader)
+                fill(engine.fragments, reader)
         # A trained engine's fragments are masters, of which the weights that its forward reads may be copies.
         for engine in self.trained:
             engine.wrapper.publish_masters()
             engine.wrapper.put_back()
-        # Its index holds the hashes of all its files, so a copy elsewhere counts as the same.
-        return f"a checkpoint whose {INDEX} has the SHA-256 {file_hash(directory / INDEX)}"
+        return origin
+
+
+def _same_on_all_ranks(path: Path) -> Path:
+    """The step directory that rank 0 finds: a run that goes on there may give each rank another newest one."""
+    if not dist.is_initialized():
+        return resolve(path)
+    found: list[Path | str] = [""]
+    if dist.get_rank() == 0:
+        try:
+            found = [resolve(path)]
+        except ValueError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise ValueError(found[0])
+    return found[0]

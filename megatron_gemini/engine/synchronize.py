@@ -20,7 +20,6 @@ import torch.distributed as dist
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
-from megatron_gemini.data.loading.source import DocumentSource
 from megatron_gemini.parallel.encoders.assignment import peers
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.registry import ENCODERS
@@ -75,9 +74,10 @@ def rows_digest(batches: Sequence[Batch]) -> int:
     return digest
 
 
-def shards_digest(sources: Sequence[DocumentSource]) -> int:
-    """A number that differs for other shards or other samples in them; folders may have other names on other nodes."""
-    seen = [(source.label, len(source), [os.path.basename(path) for path in source.shards.paths]) for source in sources]
+def shards_digest(sources: Sequence[tuple[str, int, Sequence[str]]]) -> int:
+    """A number that differs for other shards or other samples in them; (label, samples, paths) of every source."""
+    # Folders may have other names on other nodes.
+    seen = [(label, samples, [os.path.basename(path) for path in paths]) for label, samples, paths in sources]
     return zlib.crc32(json.dumps(seen).encode())
 
 
@@ -107,10 +107,11 @@ def synchronize_step(
 ) -> tuple[float, int]:
     """(sum of the loss weights of all rows, number of the signal to stop for or 0), the same on every rank.
 
+    A sum of 0 is no error: the documents of one step may all be such that nothing of them is learned.
+
     weight: of this rank's rows, which its peers know too and which counts once. stop: what this rank was asked to stop
     for, or 0. problem: why this rank cannot take the step, if so.
-    Raises the same ValueError on every rank if some rank has a problem, or not the fingerprint that it should have, or
-    if the weights sum to nothing.
+    Raises the same ValueError on every rank if some rank has a problem, or not the fingerprint that it should have.
     """
     mine = torch.zeros(_ROWS + 1, dtype=torch.float64)  # float64 holds all of these exactly
     mine[_WEIGHT], mine[_STOP], mine[_COUNTS], mine[_PROBLEM] = weight, stop, topology.counts_row_once, bool(problem)
@@ -134,8 +135,6 @@ def synchronize_step(
         )
     # A signal may have reached one rank alone, and all of them stop for it.
     total, stopped = float((every[:, _WEIGHT] * every[:, _COUNTS]).sum()), int(every[:, _STOP].max())
-    if total <= 0:
-        raise ValueError("no token of this step has a loss weight; check the loss section and the data's tasks")
     return total, stopped
 
 

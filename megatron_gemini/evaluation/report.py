@@ -76,6 +76,8 @@ class Results:
     """By task."""
     drawn: dict[str, Drawn] = field(default_factory=dict)
     """By task."""
+    not_asked: dict[str, int] = field(default_factory=dict)
+    """Samples that ask for a drawing, of a model that cannot draw, by task."""
     continued: dict[str, list[Continued]] = field(default_factory=dict)
     """By task."""
     train: RealImages = field(default_factory=lambda: RealImages([], [], []))
@@ -118,6 +120,7 @@ def evaluate(
     results.facts = {
         "images_asked": {task: len(drawn.examples) for task, drawn in results.drawn.items()},
         "images_drawn": {task: len(drawn.existing()) for task, drawn in results.drawn.items()},
+        "images_not_asked": dict(results.not_asked),
         "validation": separation,
         "validation_samples": {task: len(found) for task, found in examples.items()},
         "validation_unreadable": dict(skipped),
@@ -136,6 +139,8 @@ def _ask(
         results.said[task] = ask_texts(generator, texts, GREEDY)
     if drawings and generator.codes_per_image:
         results.drawn[task] = ask_drawings(generator, balanced(drawings, settings.images), settings.drawing)
+    elif drawings:
+        results.not_asked[task] = len(drawings)
     # The words of a document are the likeliest; guidance and the rest are the drawings', which it may hold too.
     mixed = replace(settings.drawing, temperature=GREEDY.temperature)
     if continued := ask_last_items(generator, [e for e in examples if e.answer is None], mixed):

@@ -47,7 +47,7 @@ def first_losses(path: Path) -> list[float]:
             # The last line of a run that was killed may be half a record.
             record = parse_object(line)
             loss = record.get("loss")
-            if record.get("step") != len(losses) or not isinstance(loss, (int, float)):
+            if record.get("step") != len(losses) + 1 or not isinstance(loss, (int, float)):
                 break
             losses.append(float(loss))
             if len(losses) == FIRST:

@@ -10,6 +10,9 @@ import torch
 from megatron_gemini.contracts import TokenLayout
 
 TEXT, START_IMAGE, IMAGE, END_IMAGE, END = range(5)
+CANNOT_DRAW = (
+    "this model cannot draw: it has no image codes, or was trained without train.image_tokenizer; ask for text instead"
+)
 MAY_DRAW = 5  # TEXT with leave to begin an image: a row of the table, no state, since it depends on what is left
 
 
@@ -23,7 +26,7 @@ class Grammar:
     def __init__(self, layout: TokenLayout, codes_per_image: int, answer: str, max_tokens: int, sequences: int) -> None:
         draws = len(layout.code_range("image")) > 0 and codes_per_image > 0
         if answer == "image" and not draws:
-            raise ValueError("an image was asked for, but this model has no image codes; ask for text instead")
+            raise ValueError(f"an image was asked for, but {CANNOT_DRAW}")
         self.image_tokens = codes_per_image + 3  # begin, codes, end, eos
         if answer == "image" and max_tokens < self.image_tokens:
             raise ValueError(f"max_tokens is {max_tokens}; an image of this model needs {self.image_tokens}")

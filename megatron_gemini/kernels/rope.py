@@ -24,12 +24,13 @@ class CosSin(NamedTuple):
 
 
 def rope_cos_sin(position_T: torch.Tensor, head_width: int, theta: float, dtype: torch.dtype) -> CosSin:
-    """Angles position * theta^(-2i/H), once a microbatch for all layers. Computed in float32, returned in `dtype`."""
-    # In bfloat16 positions above 256 would already be rounded to other ones.
-    exponent = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float32) / head_width
-    angle_TH = position_T[:, None].float() / theta**exponent
-    cos, sin = angle_TH.cos(), angle_TH.sin()
-    return CosSin(torch.cat((cos, cos), -1)[:, None].to(dtype), torch.cat((-sin, sin), -1)[:, None].to(dtype))
+    """Angles position * theta^(-2i/H), once a microbatch for all layers. Computed in float64, returned in `dtype`."""
+    # An angle in float32 is off by a multiple of the position: 6e-3 at 100,000. In float64 it takes 0.24 instead of
+    # 0.11 ms for 1,024 tokens of width 64 on one CPU core, once a microbatch.
+    exponent = torch.arange(0, head_width, 2, device=position_T.device, dtype=torch.float64) / head_width
+    angle_TH = position_T[:, None].double() / theta**exponent
+    cos, sin = angle_TH.cos().to(dtype), angle_TH.sin().to(dtype)
+    return CosSin(torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None])
 
 
 def apply_rope(x_TNH: torch.Tensor, cos_sin: CosSin, direction: int = 1) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 FILTERED = "filtered:"
@@ -54,7 +55,11 @@ def guarded(step: str, key: str) -> Iterator[None]:
         raise BadSample(f"{step}_failed", words) from error
 
 
+_OBJECT = re.compile(r" ?<[\w.]+ object at 0x[0-9a-f]+>|: '<none>'|\[Errno \d+\] ")
+"""What libraries say of the object in memory that they were given in the place of a file, and FFmpeg's own numbers."""
+
+
 def one_line(error: BaseException) -> str:
-    """A decoder's own words, short enough for a log line."""
-    words = " ".join(str(error).split())
-    return (words[:160] or type(error).__name__) if words else type(error).__name__
+    """A decoder's own words, short enough for a log line and without the addresses of objects."""
+    words = " ".join(_OBJECT.sub("", str(error)).split())
+    return words[:160] or type(error).__name__

@@ -111,11 +111,11 @@ def sinusoids(position_X: torch.Tensor, width: int) -> torch.Tensor:
     (Vaswani et al. 2017, section 3.5.) Defined for every position, so no grid or length needs interpolation.
     """
     half = width // 2
-    frequency = torch.exp(torch.arange(half, device=position_X.device) * (-math.log(10_000.0) / half))
-    # In float32 whatever the model computes in: bfloat16 tells whole numbers apart only up to 256.
-    angle = position_X.float()[:, None] * frequency
+    frequency = torch.exp(torch.arange(half, device=position_X.device).double() * (-math.log(10_000.0) / half))
+    # In float64: an angle in float32 is off by a multiple of the position, and bfloat16 rounds those above 256.
+    angle = position_X.double()[:, None] * frequency
     # An odd width ends in a column of zeros.
-    return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(angle), width % 2)], dim=-1)
+    return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(angle), width % 2)], dim=-1).float()
 
 
 def grid_positions(row_X: torch.Tensor, column_X: torch.Tensor, width: int) -> torch.Tensor:

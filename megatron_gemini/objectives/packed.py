@@ -64,7 +64,8 @@ class PackedObjective(Objective[StepRows, LossOutput]):
             config, topology.rank, topology.world, self.layout, self.tokenizer, self.form, pin=device.type == "cuda"
         )
         # Before the engine, whose building is collective: ranks with other settings would wait for each other there.
-        preflight(self.digest, shards_digest(self.loader.sources), topology, device)
+        seen = [(source.label, len(source), source.shards.paths) for source in self.loader.sources]
+        preflight(self.digest, shards_digest(seen), topology, device)
         self.exchange = BatchExchange(topology, device)
         self.engine = MultimodalEngine(config, self.layout, topology, device, self.stage_loss())
 

@@ -6,23 +6,29 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Generic
 
 import torch.distributed as dist
 
 from megatron_gemini.checkpoint import directory, training_state
+from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.config.load import dump_config
+from megatron_gemini.data.sources.identity import shared_with_validation
 from megatron_gemini.engine.engine import StepResult
 from megatron_gemini.engine.synchronize import StepFingerprint, synchronize_step
 from megatron_gemini.objectives.base import Objective, Output, Step
+from megatron_gemini.training import resume
 from megatron_gemini.training.metrics import FILE_NAME, MetricsWriter
 from megatron_gemini.training.plots import plot_losses
 from megatron_gemini.training.progress import Progress
+from megatron_gemini.training.rank_watch import watch_ranks
+from megatron_gemini.training.run_lock import RunLock
 from megatron_gemini.training.schedule import learning_rate
+from megatron_gemini.training.skipped import NO_WEIGHT, NOT_FINITE, SkippedSteps
 from megatron_gemini.training.stop import StopRequest, reason
 from megatron_gemini.training.throughput import peak_memory_bytes
+from megatron_gemini.training.trackers import warn_of
 
 WATCHED_STEPS, DATA_SHARE = 20, 0.1  # a longer wait than this share of so many steps is worth a word
 
@@ -30,26 +36,31 @@ WATCHED_STEPS, DATA_SHARE = 20, 0.1  # a longer wait than this share of so many 
 class Loop(Generic[Step, Output]):
     """Runs an objective from where its newest checkpoint left it to `train.steps`."""
 
-    def __init__(self, objective: Objective[Step, Output]) -> None:
+    def __init__(self, objective: Objective[Step, Output], lock: RunLock | None = None) -> None:
+        """lock: of the run's folder, on the rank that has it."""
         self.objective, self.config, self.engine = objective, objective.config, objective.engine
         self.main = objective.topology.rank == 0
         self.state = training_state.RunState()
-        self.stop = StopRequest()
-        self.resumed_from: Path | None = None
-        if self.config.train.resume:
-            self.resumed_from = directory.newest(objective.run_dir)
+        self.stop, self.lock = StopRequest(), lock
+        self.resumed_from, self.began = resume.find(self.engine, objective.run_dir, self.config.train.resume)
         # `init_from` is of a run's beginning alone: after a resume it would undo what the run has learned.
         if self.resumed_from:
+            self.began += resume.check_settings(self.resumed_from, self.config, objective.assets())
             self.state = training_state.load(self.engine, self.resumed_from)
             objective.load_data_state(self.state.data)
-            self.began = [f"going on from {self.resumed_from}"]
+            self.began += [f"going on from {self.resumed_from}", *self.state.told]
             if self.config.init_from:
                 self.began += ["init_from was for the beginning of this run, which has weights of its own by now"]
         else:
-            self.began = initialize(self.engine)
+            self.began += initialize(self.engine)
+        if self.main:
+            resume.record_start(objective.run_dir, self.state.run)
         self.waits: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # (waited for data, seconds) of steps
         self.waits_told = False
-        self.saved_at = self.state.step if self.resumed_from else -1
+        self.skips = SkippedSteps(self.config.train.max_skipped_steps)
+        self.save_due = False
+        self.saved_to = self.resumed_from
+        self.saved_updates = self.state.optimizer_steps if self.resumed_from else -1  # those of the newest checkpoint
         # Kept apart from the lanes, which are a step ahead while the ranks agree: saved is what was trained on.
         self.data = objective.data_state()
 
@@ -62,6 +73,8 @@ class Loop(Generic[Step, Output]):
         objective, train, number = self.objective, self.config.train, 0
         writer, progress = self._begin()
         self.stop.install()
+        place = objective.topology
+        watch = watch_ranks(place.rank, place.world, train.rank_timeout, lambda: self.state.step)
         try:
             while self.state.step < train.steps:
                 started = time.perf_counter()
@@ -72,21 +85,26 @@ class Loop(Generic[Step, Output]):
                     # The step has been handed out but not trained on: the state before it is what is saved.
                     break
                 step, outputs = objective.to_device(read), list[Output]()
-                self.engine.forward_backward(step, weight, outputs.append)
                 lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, train.steps)
-                result = self.engine.step(lr)
+                result = self.update(step, weight, lr, outputs)
                 record = self.count(step, outputs, result, lr)
+                self.watch_skips(result, weight, progress)
                 record |= self.measure(record, time.perf_counter() - started, waited)
                 if self._due(train.validation_every):
                     record |= objective.validation()
-                writer.write(self.state.step - 1, record)
-                progress.update(self.state.step - 1, record)
+                writer.write(self.state.step, record)
+                progress.update(self.state.step, record)
                 self.watch_data(progress)
-                if self._due(train.save_every):
+                self.save_due |= self._due(train.save_every)
+                # While steps are skipped the weights may be what is wrong, and a save rotates older ones away.
+                if self.save_due and not self.skips.in_a_row:
                     self.save(progress)
+                self.skips.check(self.state.step, self.state.step == train.steps, self._newest())
             self.save(progress)
             self.report_skipped(progress)
         finally:
+            if watch is not None:
+                watch.close()
             writer.close()
             objective.close()
             progress.finish()
@@ -101,9 +119,17 @@ class Loop(Generic[Step, Output]):
         rank, start = self.objective.topology.rank, self.state.step
         writer = MetricsWriter(self.config, self.objective.run_dir, rank, start)
         progress = Progress(self.config.train.steps, start, rank)
-        for line in (*self.objective.backends(), *self.began):
+        shared = shared_with_validation(self.config.data) if self.main else ""
+        for line in filter(None, (*self.objective.backends(), shared, *self.began)):
             progress.note(line)
         return writer, progress
+
+    def update(self, step: Step, weight: float, lr: float, outputs: list[Output]) -> StepResult:
+        """One update of the weights. weight: the sum over all ranks; at 0 there is nothing to divide the loss by."""
+        if not weight:
+            return StepResult(0.0, skipped=True)
+        self.engine.forward_backward(step, weight, outputs.append)
+        return self.engine.step(lr)
 
     def count(self, step: Step, outputs: list[Output], result: StepResult, lr: float) -> dict[str, float]:
         """Count a step that was taken. Returns its record, from the sums of all ranks."""
@@ -129,6 +155,12 @@ class Loop(Generic[Step, Output]):
             **self.objective.utilization(record, seconds),
         }
 
+    def watch_skips(self, result: StepResult, weight: float, progress: Progress) -> None:
+        """Count a step as trained or skipped, and say the first time in a row why it was skipped."""
+        reason = (NOT_FINITE if weight else NO_WEIGHT) if result.skipped else ""
+        if self.skips.add(reason):
+            progress.note(f"step {self.state.step} changed no weight: {reason}")
+
     def watch_data(self, progress: Progress) -> None:
         """Say once when the newest steps have waited for their data for more than a tenth of their time."""
         of_data, whole = map(sum, zip(*self.waits, strict=True))
@@ -153,15 +185,21 @@ class Loop(Generic[Step, Output]):
         return every > 0 and self.state.step % every == 0
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint of the state as it is now, unless it is there already."""
+        """Write a checkpoint of the state as it is now, unless the newest one has the same weights."""
         # The last step of a run may also be one of `save_every`, and a run that resumes at its end has nothing to save.
-        if self.saved_at == self.state.step:
+        # Steps that were skipped since are taken again after a resume: their data lead to the same weights.
+        if self.saved_updates == self.state.optimizer_steps:
             return
+        if self.lock is not None:
+            self.lock.check()
         self.state.data = self.data
         assets: dict[str, training_state.Asset] = {"config.yaml": dump_config(self.config), **self.objective.assets()}
         path = training_state.save(self.engine, self.objective.run_dir, self.state, assets, self.config.train.keep)
-        self.saved_at = self.state.step
+        self.saved_to, self.saved_updates, self.save_due = path, self.state.optimizer_steps, False
         progress.note(f"saved {path}")
+
+    def _newest(self) -> str:
+        return f"the newest checkpoint is {self.saved_to}" if self.saved_to else "there is no checkpoint yet"
 
     def _end(self, number: int, progress: Progress) -> None:
         """Write the summary; or say how a stopped run goes on, and end only when every rank is done."""
@@ -169,10 +207,11 @@ class Loop(Generic[Step, Output]):
             self.write_summary()
             return
         self.stop.ignore()  # a launcher ends all ranks once one has ended, and this one is not done yet
-        path = directory.step_directory(self.objective.run_dir, self.state.step)
+        assert self.saved_to is not None, "the first save is never left out"
+        here = self.saved_to.name == directory.step_directory(self.objective.run_dir, self.state.step).name
+        saved = f"saved {self.saved_to}" if here else f"nothing was learned since {self.saved_to}"
         progress.note(
-            f"stopped by {reason(number)} after step {self.state.step}; saved {path}; "
-            "the same command goes on from there"
+            f"stopped by {reason(number)} after step {self.state.step}; {saved}; the same command goes on from there"
         )
         if dist.is_initialized():
             dist.barrier()
@@ -199,5 +238,8 @@ class Loop(Generic[Step, Output]):
             "tokens_per_second": round(self.state.tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        directory.write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
-        plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")
+        write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
+        try:
+            plot_losses(self.objective.run_dir / FILE_NAME, self.objective.run_dir / "loss.png")
+        except Exception as error:  # the run is done and saved; it does not fail for its figure
+            warn_of("the figure of the losses", error)

@@ -45,7 +45,7 @@ class Progress:
             self.bar = tqdm(total=steps, initial=start, file=self.stream, dynamic_ncols=True, bar_format=layout)
 
     def update(self, step: int, record: Mapping[str, float]) -> None:
-        """Step `step` is done; `record` holds what `metrics` names, as far as it was measured."""
+        """`step` steps are done; `record` holds what `metrics` names, as far as it was measured."""
         self._time(step)
         self.tokens += record.get("tokens", 0)
         self.latest.update(record)
@@ -90,13 +90,13 @@ class Progress:
     def _time(self, step: int) -> None:
         """Keep a running mean of a step's time, in which the first step of a process, slow to start, is forgotten."""
         now = self.clock()
-        newly_done = step + 1 - self.done
+        newly_done = step - self.done
         if newly_done > 0:
             seconds = (now - self.last_update) / newly_done
             # The first step has no mean to join, and the second one's time replaces the first one's.
             settled = self.seconds_per_step is not None and self.done > self.start + 1
             self.seconds_per_step = 0.9 * self.seconds_per_step + 0.1 * seconds if settled else seconds  # type: ignore[operator]
-        self.done, self.last_update = max(self.done, step + 1), now
+        self.done, self.last_update = max(self.done, step), now
 
 
 class _Enduring:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from megatron_gemini.config.run import RunConfig
 
+logger = logging.getLogger(__name__)
+
 
 class Tracker(Protocol):
-    """Takes the records of a run, in the order of their steps."""
+    """Takes the records of a run, in the order of their steps. Whatever it raises is a warning (`warn_of`)."""
+
+    name: str
 
     def write(self, step: int, record: Mapping[str, float]) -> None: ...
 
@@ -21,25 +26,45 @@ class Tracker(Protocol):
 
 def open_trackers(config: RunConfig, run_dir: Path, start_step: int) -> list[Tracker]:
     """The trackers that `config.logging` asks for. Raises a `ValueError` for one that is not installed."""
-    trackers: list[Tracker] = []
+    made: list[tuple[str, Callable[[], Tracker]]] = []
     if config.logging.tensorboard:
-        trackers.append(_TensorBoard(run_dir / "tensorboard", start_step))
+        made.append((_TensorBoard.name, lambda: _TensorBoard(run_dir / "tensorboard", start_step)))
     if config.logging.wandb_project:
-        trackers.append(_WeightsAndBiases(config, run_dir, start_step))
+        made.append((_WeightsAndBiases.name, lambda: _WeightsAndBiases(config, run_dir, start_step)))
+    trackers: list[Tracker] = []
+    for name, make in made:
+        try:
+            trackers.append(make())
+        except NotInstalledError:
+            raise
+        except Exception as error:
+            warn_of(name, error)
     return trackers
 
 
+def warn_of(name: str, error: Exception) -> None:
+    """Say that a tracker or a figure is given up, and that the run is not."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    logger.warning("%s failed and is left out from here on; the run goes on: %s", name, what)
+
+
+class NotInstalledError(ValueError):
+    """A tracker that is asked for is not there, which is known before the first step."""
+
+
 class _TensorBoard:
+    name = "TensorBoard"
+
     def __init__(self, directory: Path, start_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(
+            raise NotInstalledError(
                 "logging.tensorboard is true, but TensorBoard is not installed; "
                 "pip install tensorboard, or set logging.tensorboard to false"
             ) from error
         # The events after the checkpoint that a run resumes from stay in the files; TensorBoard hides them.
-        self.writer = SummaryWriter(str(directory), purge_step=start_step or None)
+        self.writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, record: Mapping[str, float]) -> None:
         for name, value in record.items():
@@ -52,11 +77,13 @@ class _TensorBoard:
 class _WeightsAndBiases:
     """The key comes from the user's own login (`wandb login`); only the run's configuration is sent."""
 
+    name = "Weights & Biases"
+
     def __init__(self, config: RunConfig, run_dir: Path, start_step: int) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise ValueError(
+            raise NotInstalledError(
                 f"logging.wandb_project is {config.logging.wandb_project!r}, but Weights & Biases is not installed; "
                 "pip install wandb, or set logging.wandb_project to ''"
             ) from error

@@ -18,17 +18,21 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.engine.distributed import end_process, leave
 from megatron_gemini.kernels.losses import head_chunks
 from megatron_gemini.kernels.losses.linear_cross_entropy import linear_cross_entropy, token_log_probabilities
 from megatron_gemini.kernels.losses.sigmoid import sigmoid_contrastive_loss
+from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss
 from megatron_gemini.parallel.collectives import TensorRanks
-from megatron_gemini.parallel.parameters import zeros
+from megatron_gemini.parallel.parameters import initialize, zeros
 from megatron_gemini.parallel.tensor.vocabulary import Vocabulary
 
 TOKENS, WIDTH, Z_LOSS = 7, 6, 0.1
 SIZES = (9, 10, 48)  # on 4 ranks: a rank of padding only, one with some, none
 ZERO_SIZE = 10
+TINY_TOKENIZER = ImageTokenizerConfig(image_size=4, patch=2, width=8, layers=1, heads=2, mlp_width=8, codes=6)
+IMAGES = 8
 PAIRS = {"equal": (3, 3, 3, 3), "unequal": (5, 0, 2, 6)}
 
 
@@ -88,6 +92,28 @@ def sigmoid_cases(rank: int, ranks: int, group: dist.ProcessGroup) -> dict[str, 
         with torch.no_grad():
             found[f"{name}/without gradients"] = sigmoid_contrastive_loss(*inputs, group=group, chunk=2)
     return found
+
+
+def image_tokenizer(images: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[TokenizerLoss, torch.Tensor]:
+    """The loss of some images, and all gradients of its sum over them, one behind the other."""
+    tokenizer = ImageTokenizer(TINY_TOKENIZER, group)
+    initialize(tokenizer, 0)
+    output = tokenizer(images)
+    gradients = torch.autograd.grad(output.loss * len(images), list(tokenizer.parameters()))
+    return output, torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def draw_images() -> torch.Tensor:
+    """The first and the last are the same: codes may have two nearest images, on two ranks."""
+    images = torch.rand(IMAGES, 4, 4, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images[-1] = images[0]
+    return images
+
+
+def image_tokenizer_cases(rank: int, ranks: int, group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    output, gradients = image_tokenizer(draw_images().chunk(ranks)[rank], group)
+    parts = {f"image tokenizer/{part}": getattr(output, part) for part in ("loss", "perplexity", "l2")}
+    return {**parts, "image tokenizer/gradients": gradients}
 
 
 class Head(nn.Module):
@@ -152,6 +178,7 @@ def main() -> None:
     group = dist.group.WORLD
     assert group is not None
     found = head_cases(rank, ranks, group) | sigmoid_cases(rank, ranks, group)
+    found |= image_tokenizer_cases(rank, ranks, group)
     found |= zero3_cases(rank) if ranks == 2 else {}
     found = {name: x.detach().contiguous() for name, x in found.items()}
     save_file(found, out / f"rank{rank}.safetensors")

@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from tests.distributed.loss_cases import PAIRS, SIZES, Z_LOSS, ZERO_SIZE, draw_head, draw_pairs
+from tests.distributed.loss_cases import (
+    IMAGES,
+    PAIRS,
+    SIZES,
+    Z_LOSS,
+    ZERO_SIZE,
+    draw_head,
+    draw_images,
+    draw_pairs,
+    image_tokenizer,
+)
 
 ROOT = Path(__file__).parents[2]
 MODES = ("now", "deferred", "partial", "log_probability")
@@ -97,6 +107,20 @@ def test_texts_that_go_round_the_ring_give_the_dense_sigmoid_loss(results, name)
     assert_close(torch.cat([rank[f"{name}/text"] for rank in found]), grads[1])
     assert_close(sum(rank[f"{name}/log_temperature"].double() for rank in found), grads[2])
     assert_close(sum(rank[f"{name}/bias"].double() for rank in found), grads[3])
+
+
+def test_the_image_tokenizer_has_the_loss_and_gradients_of_all_images_together(results):
+    """As one rank, which sees all of them: a code is drawn to the nearest output of any rank."""
+    found, _ = results
+    whole, gradients = image_tokenizer(draw_images(), None)
+    for part in ("loss", "l2"):
+        mean = torch.stack([rank[f"image tokenizer/{part}"] for rank in found]).mean()
+        torch.testing.assert_close(mean, getattr(whole, part).detach(), rtol=1e-5, atol=0)
+    for rank in found:
+        torch.testing.assert_close(rank["image tokenizer/perplexity"], whole.perplexity)
+    summed = torch.stack([rank["image tokenizer/gradients"] for rank in found]).sum(0)
+    torch.testing.assert_close(summed, gradients, rtol=1e-5, atol=1e-5 * float(gradients.abs().max()))
+    assert len(gradients) > 0 and IMAGES % len(found) == 0
 
 
 def test_ranks_that_disagree_on_the_width_all_raise_an_error_that_tells_both(results):

@@ -18,21 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gemini import train
-from megatron_gemini.checkpoint import directory, training_state
+from megatron_gemini.checkpoint import training_state
 from megatron_gemini.cli import COMMANDS, run_command
 from megatron_gemini.cli import main as run_named
 
 
 def signal_in_save() -> None:
     """SIGTERM, and Ctrl-C after it, while a checkpoint is being written."""
-    seal = directory.seal
+    seal = training_state.seal
 
-    def interrupted(path: Path) -> None:
+    def interrupted(path: Path, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        seal(path)
+        seal(path, *arguments)
 
-    directory.seal = interrupted  # type: ignore[assignment]
+    training_state.seal = interrupted  # type: ignore[assignment]
 
 
 def kill_in_second_save() -> None:

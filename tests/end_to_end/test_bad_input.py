@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_gemini.training.run_lock import RunLock
 from tests.end_to_end.conftest import Ended, Start, run_commands
 from tests.end_to_end.dataset import settings, write_config, write_tar
 
@@ -33,9 +34,24 @@ CASES: dict[str, tuple[list[str], str]] = {
         r"stage\.json sets zero_optimization\.stage to 1, the run's configuration gives 3; make them equal",
     ),
     "file in the way": (["--train.output_dir", "{folder}/broken.json"], r"broken\.json"),
-    "another model": (["--train.output_dir", "{folder}/run", "--model.width", "64"], r"shape .*the model has .*"),
+    "another model": (
+        ["--train.output_dir", "{folder}/run", "--model.width", "64"],
+        r"step-00000004 was trained with model\.width \d+, which is 64 now; set it back",
+    ),
+    "another order": (
+        ["--train.output_dir", "{folder}/run", "--train.seed", "9"],
+        r"step-00000004 was trained with train\.seed \d+, which is 9 now; set it back",
+    ),
+    "folder in use": (["--train.output_dir", "{folder}/in_use"], r"in_use is in use by process \d+ on \S+; wait until"),
+    "index gone": (
+        ["--train.output_dir", "{folder}/gone"],
+        r"names step-00000004, which has no index\.json; .*step-00000002 is not complete .*--train\.no_resume",
+    ),
     "another batch": (["--train.output_dir", "{folder}/run", "--train.rows_per_step", "5"], r"train\.rows_per_step"),
-    "other lanes": (["--train.output_dir", "{folder}/run", "--data.lanes", "2"], r"keep data\.lanes 4"),
+    "other lanes": (
+        ["--train.output_dir", "{folder}/run", "--data.lanes", "2"],
+        r"was trained with data\.lanes 4, which is 2 now; set it back",
+    ),
     "other data": (
         ["--train.output_dir", "{folder}/run", "--data.sources.0.shards", "{folder}/good.tar"],
         r"the data sources have changed",
@@ -102,6 +118,10 @@ def mistakes(data: Path, config: Path, folder: Path) -> dict[str, Ended]:
     shutil.copytree(folder / "run", folder / "no_index")
     for index in folder.glob("no_index/checkpoints/*/index.json"):
         index.write_text("{")
+    shutil.copytree(folder / "run", folder / "gone")
+    for index in folder.glob("gone/checkpoints/*/index.json"):
+        index.unlink()
+    RunLock(folder / "in_use").take()  # by this process, for as long as the tests run
     arguments = [
         [*(["--config", str(config)] if "--config" not in given else []), "--train.steps", "8", *given]
         for given in ([word.format(folder=folder) for word in words] for words, _ in CASES.values())

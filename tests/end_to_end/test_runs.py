@@ -23,6 +23,7 @@ ENGINES: dict[str, list[Any]] = {
     "bf16": ["--engine.precision", "bf16"],
 }
 OFTEN = ["--train.steps", 6, "--train.save_every", 2, "--train.keep", 2, "--logging.every", 3]
+UNFROZEN = ["--config", "{folder}/taken.yaml", "--encoders.vision.no_frozen"]
 # name: (arguments, accident)
 RUNS: dict[str, tuple[list[Any], str]] = {
     **{name: (arguments, "") for name, arguments in ENGINES.items()},
@@ -36,6 +37,8 @@ RUNS: dict[str, tuple[list[Any], str]] = {
     "undisturbed": (["--train.save_every", 2, "--train.steps", 8], ""),
     "taken": (["--config", "{folder}/taken.yaml"], ""),
     "taken, again": (["--config", "{folder}/taken.yaml", "--train.steps", 4], ""),
+    "taken, unfrozen": ([*UNFROZEN, "--train.steps", 6, "--train.save_every", 1], ""),
+    "taken, unfrozen, again": ([*UNFROZEN, "--train.steps", 8], ""),
     "anew": (["--train.save_every", 2, "--train.steps", 4], ""),
     "anew, again": (["--train.no_resume", "--train.save_every", 1, "--train.keep", 1], ""),
 }
@@ -60,7 +63,7 @@ def runs(data: Path, folder: Path) -> dict[str, Ended]:
     for name, (given, accident) in RUNS.items():
         words = [str(word).format(folder=folder) for word in given]
         ours = [] if "--config" in words else ["--config", str(config)]
-        output = folder / name.removesuffix(", again")
+        output = folder / name.removesuffix(", again").removesuffix(", unfrozen")
         cases.append(([*ours, *words, "--train.output_dir", output], accident))
     return dict(zip(RUNS, run_commands(cases, folder), strict=True))
 
@@ -125,9 +128,15 @@ def test_every_engine_has_the_same_losses(name: str, runs: dict[str, Ended], fol
 def test_intervals_are_kept(runs: dict[str, Ended], folder: Path) -> None:
     assert runs["often"].status == 0, runs["often"].output
     found = records(folder / "often")
-    assert [record["step"] for record in found] == [0, 1, 3, 5]  # every third, the last, those with validation losses
+    assert [record["step"] for record in found] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+    ]  # the first, every third, those with validation losses
     validation = [record["step"] for record in found if math.isfinite(record.get("validation_loss", math.nan))]
-    assert validation == [1, 3, 5]
+    assert validation == [2, 4, 6]
     assert checkpoints(folder / "often") == ["latest", "step-00000004", "step-00000006"]
     assert json.loads((folder / "often" / "summary.json").read_text())["steps"] == 6
 
@@ -142,6 +151,18 @@ def test_a_frozen_encoder_that_was_taken_from_another_run_stays_as_it_was(runs: 
     assert f"initialized encoders.vision ({elements:,} parameters) from {steps[0]}\n" in runs["taken"].output
     again = runs["taken, again"].output
     assert "going on from" in again and "init_from was for the beginning" in again and "initialized" not in again
+
+
+def test_an_encoder_that_is_unfrozen_begins_with_fresh_moments(runs: dict[str, Ended], folder: Path) -> None:
+    unfrozen, again = runs["taken, unfrozen"], runs["taken, unfrozen, again"]
+    assert unfrozen.status == again.status == 0, unfrozen.output + again.output
+    vision = [n for n in PieceReader(folder / "taken/checkpoints/step-00000008").names() if "encoders.vision." in n]
+    assert f"encoders.vision ({len(vision)} parameters): frozen until now" in unfrozen.output
+    assert "settings that have changed: encoders.vision.frozen True -> False" in unfrozen.output
+    assert "frozen until now" not in again.output
+    before, after = (PieceReader(folder / "taken/checkpoints" / step) for step in ("step-00000006", "step-00000008"))
+    assert all(before.has("exp_avg", name) for name in vision)
+    assert not all(torch.equal(before.weight(name), after.weight(name)) for name in vision)
 
 
 def test_bad_samples_are_counted_and_shown(runs: dict[str, Ended], folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from megatron_gemini import __version__, cli
+from megatron_gemini.exit_status import NotLearningError
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -86,6 +88,40 @@ def test_a_file_error_names_the_file(tmp_path, capsys):
     assert capsys.readouterr().err == f"megatron-gemini: error: {tmp_path}/absent.wav: No such file or directory\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run/x"), "run/x: No space left on device"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "run"), "run: Read-only file system"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "run"), f"run: {os.strerror(errno.EDQUOT)}"),
+        (OSError("cannot write"), "cannot write"),
+    ],
+)
+def test_what_a_disk_refuses_is_one_line(error, line, capsys):
+    assert cli.run_command(raising(error), []) == 2
+    assert capsys.readouterr().err == f"megatron-gemini: error: {line}\n"
+
+
+def test_a_connection_that_breaks_is_no_mistake_in_the_settings(monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    assert cli.run_command(raising(ConnectionRefusedError(111, "Connection refused")), []) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_argument_that_is_not_utf8_is_one_line():
+    command = [sys.executable, "-m", "megatron_gemini.cli", "train", b"--train.output_dir", b"run-\xff"]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    words = rb"megatron-gemini: error: the argument 'run-\udcff' is not UTF-8; give texts and names of files in UTF-8"
+    assert done.stderr == words + b"\n"
+
+
+def test_a_run_that_does_not_learn_has_a_status_of_its_own(capsys):
+    assert cli.run_command(raising(NotLearningError("steps 4 to 8 changed no weight")), []) == 3
+    assert capsys.readouterr().err == "megatron-gemini: error: steps 4 to 8 changed no weight\n"
+
+
 def test_a_message_of_several_lines_becomes_one(capsys):
     assert cli.run_command(raising(ValueError("one\ntwo")), []) == 2
     assert capsys.readouterr().err == "megatron-gemini: error: one two\n"
@@ -141,8 +177,9 @@ def test_a_mistake_that_ranks_share_is_told_once():
         for rank in range(2)
     ]
     first = ranks[0].communicate(timeout=60)[1]
-    time.sleep(1.0)  # as often as DeepSpeed's launcher looks; the other rank has failed as well by now
-    ranks[1].terminate()
+    while ranks[1].poll() is None:  # again, since its own handler swallows what comes before it has failed as well
+        ranks[1].terminate()
+        time.sleep(0.1)
     assert first.count(b"\n") == 1
     assert ranks[1].communicate(timeout=60)[1] == b""
     assert (ranks[0].returncode, ranks[1].returncode) == (2, -signal.SIGTERM)

@@ -24,7 +24,7 @@ LEVELS = (
     {"parallel": {"kernels"}, "kernels": set()},
     {"config": set()},
     {"registry": set(), "plugins": set()},
-    {"contracts": set()},
+    {"contracts": set(), "exit_status": set()},
 )
 ENTRY_POINTS = {"cli", "train", "generate", "evaluate", "plan"}
 # Data stand beside the levels: they know of modalities how items are read, and of connectors how long runs become.

@@ -12,12 +12,13 @@ the pairs of a query and a key that see each other, 4 H operations a pair and he
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,9 @@ from megatron_gemini.config.schema import Given
 from megatron_gemini.kernels.attention.api import AttentionPlan, attention, plan_attention
 from megatron_gemini.kernels.attention.dispatch import BACKENDS
 from megatron_gemini.kernels.attention.plan import SelfAttentionPlan
-from megatron_gemini.kernels.attention.triton import tiling
 
-CHOICES = tuple(tiling.Tiling(*sizes) for sizes in product((32, 64, 128), (32, 64, 128), (8,), (2, 3)))
+SIZES = tuple(itertools.product((32, 64, 128), (32, 64, 128), (8,), (2, 3)))
+"""Fields of `tiling.Tiling` that --tune tries."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -221,7 +222,7 @@ def compare_on_card(
         "causal": Row((tokens,)),
         "mixed": Row((tokens // 2, tokens // 4, tokens // 8, tokens // 8), tokens // 32, tokens // 16),
     }
-    for width, count, (name, row) in product(widths, heads, rows.items()):
+    for width, count, (name, row) in itertools.product(widths, heads, rows.items()):
         plan = row.plan(device)
         attends = candidates_for(plan, name == "causal", name == "mixed" and count == heads[0])
         runners = {key: Runner(a, tokens, (count, 1, width), device, dtype) for key, a in attends.items()}
@@ -245,13 +246,15 @@ def tune(
     tokens: int,
     widths: tuple[int, ...],
     heads: int,
-    choices: Sequence[tiling.Tiling] = CHOICES,
+    sizes: Sequence[tuple[int, ...]] = SIZES,
 ) -> Iterator[dict[str, Given]]:
     """Each kernel's time with other block sizes, the others' left as the table has them."""
+    from megatron_gemini.kernels.attention.triton import tiling  # the other comparisons run without triton
+
     plan, tables = Row((tokens,)).plan(device), tiling.TILINGS
     table = "hopper" if tiling.is_hopper(torch.device(device)) else "ampere"
-    for width, kernel in product(widths, ("forward", "query_gradient", "key_gradient")):
-        for choice in choices:
+    for width, kernel in itertools.product(widths, ("forward", "query_gradient", "key_gradient")):
+        for choice in itertools.starmap(tiling.Tiling, sizes):
             kept = tables[table][tiling.padded_width(width)]
             fields = {name: getattr(kept, name) for name in ("forward", "query_gradient", "key_gradient")}
             changed = tiling.Tilings(**{**fields, kernel: choice})
@@ -273,6 +276,8 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256], help="of heads (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="time block sizes instead")
     options = parser.parse_args()
+    if options.tune and importlib.util.find_spec("triton") is None:
+        parser.error("--tune needs triton, which is not installed; `bash tools/install.sh dev` installs it")
     torch.set_num_threads(1)
     print(json.dumps({"torch": torch.__version__, "device": options.device}), flush=True)
     card = (options.device, torch.bfloat16, options.tokens, tuple(options.widths))

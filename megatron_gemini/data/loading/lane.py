@@ -6,11 +6,13 @@ each sample is drawn exactly once an epoch, whichever ranks and processes the la
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias, cast
+from typing import NotRequired, TypeAlias, cast
 
 from megatron_gemini.config.data import DataConfig
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import Batch, RowFormat
 from megatron_gemini.data.loading.mixture import Mixture, MixtureState
 from megatron_gemini.data.loading.source import DocumentSource
@@ -20,6 +22,7 @@ from megatron_gemini.modalities.bad_sample import BadSample
 
 Draw: TypeAlias = Callable[["Lane", int, int], Document]
 """(lane, number of the source, position) -> the document. Raises BadSample."""
+RESTORE = "restore the data, or start anew with --train.no_resume or another train.output_dir"
 Quarantined: TypeAlias = tuple[str, int, str]
 """(label of the source, position, reason) of a sample that must not be tried again."""
 
@@ -28,7 +31,8 @@ class LaneState(MixtureState):
     """What a lane needs to go on with the same rows; as JSON, in which tuples are lists.
 
     rows: made so far. read: samples drawn. skipped: how many were left out, by source and reason. samples: of each
-    source, to tell that the data has changed. waiting: (label, position) of the documents without a row, oldest first.
+    source, to tell that the data has changed. identity: of the files of each source, in the state of one lane alone.
+    waiting: (label, position) of the documents without a row, oldest first.
     """
 
     rows: int
@@ -37,6 +41,7 @@ class LaneState(MixtureState):
     samples: dict[str, int]
     waiting: list[tuple[str, int]]
     quarantined: list[Quarantined]
+    identity: NotRequired[dict[str, str]]
 
 
 class Lane:
@@ -147,8 +152,33 @@ class Lane:
         if state["samples"] != now:
             raise ValueError(
                 f"the data sources have changed: the checkpoint had {_listed(state['samples'])}, now there are "
-                f"{_listed(now)}; restore the data, or start anew with train.resume false or another train.output_dir"
+                f"{_listed(now)}; {RESTORE}"
             )
+
+
+def checked(state: Plain) -> LaneState:
+    """The state of a lane. Raises ValueError for what `Lane.state` never gives: a checkpoint may be a stranger's."""
+    found = cast("LaneState", state)
+    try:
+        labels = found["samples"].keys()
+        by_label = [found["samples"], found["drawn"], found["tokens"]]
+        counts = [found["rows"], found["read"], *(count for table in by_label for count in table.values())]
+        counts += [count for reasons in found["skipped"].values() for count in reasons.values()]
+        named = [*found["waiting"], *((label, position) for label, position, _ in found["quarantined"])]
+        good = (
+            all(isinstance(each, list) for each in (found["waiting"], found["quarantined"]))
+            and all(type(count) is int and count >= 0 for count in (*counts, *(position for _, position in named)))
+            and all(math.isfinite(credit) for credit in found["credit"].values())
+            and all(table.keys() == labels for table in by_label)
+            and found["credit"].keys() == labels
+            and {label for label, _ in named} <= labels
+            and all(isinstance(reason, str) for *_, reason in found["quarantined"])
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        good = False
+    if not good:
+        raise ValueError("the state of a data lane is not what this version writes; the checkpoint is damaged")
+    return found
 
 
 def skipped_in(state: LaneState) -> Counter[tuple[str, str]]:

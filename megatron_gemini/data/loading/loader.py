@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -13,14 +14,17 @@ from typing import TypeAlias, cast
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import Batch, RowFormat, TokenLayout
-from megatron_gemini.data.loading.lane import LaneState, skipped_in, with_quarantined
+from megatron_gemini.data.loading.lane import RESTORE, LaneState, checked, skipped_in, with_quarantined
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import LaneReader, make_sources
 from megatron_gemini.data.loading.workers import Lanes, WorkerPool
 from megatron_gemini.data.packing.wire import pinned
 from megatron_gemini.data.samples.document import Encodes
+from megatron_gemini.data.sources.identity import files_identity
 
 logger = logging.getLogger(__name__)
+FIRST = "0"
+"""The lane whose state has the identity of the files."""
 Step: TypeAlias = tuple[dict[int, Batch], dict[str, LaneState]]
 """This rank's rows by number, and the states of its lanes after them."""
 
@@ -120,14 +124,32 @@ class Loader(AbstractContextManager["Loader"]):
             number: with_quarantined(state, int(number), lanes, quarantined.get(int(number), []))
             for number, state in self._handed_out.items()
         }
+        if FIRST in states:  # one rank looks at the files, and one lane says what they are
+            states[FIRST] = {**states[FIRST], "identity": self._identities}
         return cast("dict[str, Plain]", states)
+
+    @functools.cached_property
+    def _identities(self) -> dict[str, str]:
+        return {source.label: files_identity(source.shards.paths) for source in self.sources}
+
+    def _check_files(self, state: LaneState) -> None:
+        """Raise ValueError where as many other samples have taken the place of those of `state`."""
+        now, before = self._identities, state.get("identity")
+        if not isinstance(before, dict):
+            raise ValueError("the checkpoint does not say which files its data came from; it is damaged")
+        changed = [label for label, identity in now.items() if before.get(label) != identity]
+        if changed:
+            raise ValueError(
+                f"the data sources have changed: the files of {', '.join(changed)} are as many samples, and others by "
+                f"name, size or content; {RESTORE}"
+            )
 
     def load_state(self, states: Mapping[str, Plain]) -> None:
         """Go on where the states of all lanes (the union over all ranks) were taken, also on other numbers of ranks.
 
         Raises ValueError when a lane is missing or the sources, lanes or rows_per_step are not the same.
         """
-        count, lanes = self._config.data.lanes, cast("Mapping[str, LaneState]", states)
+        count, lanes = self._config.data.lanes, {number: checked(state) for number, state in states.items()}
         if set(lanes) != {str(number) for number in range(count)}:
             raise ValueError(f"the checkpoint has {len(lanes)} data lanes, not {count}; keep data.lanes {len(lanes)}")
         # The lanes' rows add up to the run's, and say where it goes on: between two steps, and nowhere else.
@@ -144,6 +166,8 @@ class Loader(AbstractContextManager["Loader"]):
                 lane.check_sources(mine[str(number)])
         else:
             self._reader.load_states(mine)
+        if FIRST in mine:
+            self._check_files(mine[FIRST])
         self._first_row = rows
         self._begin(mine)
 

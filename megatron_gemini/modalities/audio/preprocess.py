@@ -1,6 +1,6 @@
 """Recordings from files to log-mel frames: limits first, then mono 16 kHz, then the USM front end.
 
-Shape suffixes: L frames of the log-mel spectrogram, M mel bins, B bins of the Fourier transform.
+Shape suffixes: C channels, L samples or frames of the log-mel spectrogram, M mel bins, B bins of the Fourier transform.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import soundfile
 import soxr
 import torch
 
+from megatron_gemini.modalities.audio.compressed import check_kind, decode_to_end
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 
 SAMPLE_RATE = 16_000
@@ -24,65 +25,74 @@ HOP = 160  # 10 ms
 FOURIER = 1024
 DYNAMIC_RANGE = 8.0  # powers of ten of energy that are kept below the clip's loudest cell
 
-MIN_RATE, MAX_RATE = 1_000, 768_000
-MAX_CHANNELS = 32
 SILENCE = 1e-4  # half of peak to peak; one step of 16-bit audio is 3e-5
 MAX_AMPLITUDE = 1e6
+_LENGTH_IS_DECODED = ("MP3", "FLAC", "OGG")
+_NO_SIZE = 0x7FFFFF00  # FFmpeg and SoX write the largest number, of 32 bits or of 31, where they cannot go back
+CANCELED = 0.1  # of the loudest channel's power (root mean square); what coding at a low bit rate leaves is below it
 
 
 def decode_audio(data: bytes, max_seconds: float = 30.0) -> np.ndarray:
     """A WAV, FLAC, Ogg or MP3 file as float32[samples], mono at 16 kHz.
 
-    Channels are averaged and any sampling rate is resampled (soxr). Too long a recording is refused, never cut:
-    a transcript would no longer be true of it.
+    Channels are averaged and any sampling rate is resampled (soxr). Where the average cancels the sound, as of stereo
+    out of phase, the loudest channel is taken. Too long a recording is refused, never cut: a transcript would no longer
+    be true of it. For the same reason a recording that breaks off is refused.
 
     Raises BadSample: audio_empty, audio_unreadable, audio_bad_rate, audio_bad_channels, audio_too_long,
     audio_truncated, audio_corrupt, audio_not_finite, audio_out_of_range, audio_silent.
     """
     if not data:
         raise BadSample("audio_empty", "the audio file is empty (0 bytes)")
+    samples_LC, rate = _uncompressed(data, max_seconds) or decode_to_end(data, max_seconds)
+    # Before resampling, which would smear a NaN over its neighbors and cost as much for silence as for speech.
+    check_wave(samples_LC)
+    wave = np.ascontiguousarray(soxr.resample(_mono(samples_LC), rate, SAMPLE_RATE), dtype=np.float32)
+    # And behind it: what lies above 8 kHz is gone, and a sample or two may have become none.
+    check_wave(wave)
+    return wave
+
+
+def _uncompressed(data: bytes, max_seconds: float) -> tuple[np.ndarray, int] | None:
+    """float32[L, C] and the sampling rate of a file whose header has an exact length; None for any other."""
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
-    except Exception as error:  # the header parsers of a foreign library meet arbitrary bytes here
-        raise BadSample("audio_unreadable", f"not a readable WAV, FLAC, Ogg or MP3 file: {one_line(error)}") from None
+    except Exception:  # a foreign parser meets arbitrary bytes here; the other decoder says what is wrong
+        return None
     with file:
-        _check_header(file, data, max_seconds)
-        rate = file.samplerate
-        limit = math.floor(max_seconds * rate) + 1
+        check_kind(file.samplerate, file.channels)
+        # Programs that write to a pipe leave the sizes at 0.
+        if file.format in _LENGTH_IS_DECODED or file.frames <= 0:
+            return None
+        seconds = file.frames / file.samplerate
+        if seconds > max_seconds:
+            raise BadSample("audio_too_long", f"the audio lasts {seconds:.1f} s; the limit is {max_seconds:g} s")
+        # libsndfile silently shortens a WAV whose data is shorter than its header says; the RIFF size still tells.
+        # Programs that write to a pipe leave the size at 0 or at the largest value.
+        if data[:4] == b"RIFF":
+            declared = int.from_bytes(data[4:8], "little") + 8
+            if len(data) < declared < _NO_SIZE:
+                raise BadSample(
+                    "audio_truncated", f"the WAV file has {len(data)} of the {declared} bytes in its header"
+                )
         try:
-            # One sample more than allowed, so that a header that lies about the length costs no memory.
-            samples = file.read(frames=min(limit, max(file.frames, 0)), dtype="float32", always_2d=True)
+            samples_LC = file.read(frames=file.frames, dtype="float32", always_2d=True)
         except Exception as error:
             raise BadSample("audio_corrupt", f"the audio cannot be decoded: {one_line(error)}") from None
-        if len(samples) < file.frames:
+        if len(samples_LC) < file.frames:
             raise BadSample(
-                "audio_truncated", f"the audio ends after {len(samples)} of the {file.frames} samples in its header"
+                "audio_truncated", f"the audio ends after {len(samples_LC)} of the {file.frames} samples in its header"
             )
-    # Before resampling, which would smear a NaN over its neighbors and cost as much for silence as for speech.
-    check_wave(samples)
-    return np.ascontiguousarray(soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE), dtype=np.float32)
+        return samples_LC, file.samplerate
 
 
-def _check_header(file: soundfile.SoundFile, data: bytes, max_seconds: float) -> None:
-    if not MIN_RATE <= file.samplerate <= MAX_RATE:
-        raise BadSample(
-            "audio_bad_rate", f"the sampling rate is {file.samplerate} Hz; it must be {MIN_RATE} to {MAX_RATE}"
-        )
-    if not 1 <= file.channels <= MAX_CHANNELS:
-        raise BadSample(
-            "audio_bad_channels", f"the audio has {file.channels} channels; it must have 1 to {MAX_CHANNELS}"
-        )
-    if file.frames <= 0:
-        raise BadSample("audio_empty", "the audio has no samples")
-    seconds = file.frames / file.samplerate
-    if seconds > max_seconds:
-        raise BadSample("audio_too_long", f"the audio lasts {seconds:.1f} s; the limit is {max_seconds:g} s")
-    # libsndfile silently shortens a WAV whose data is shorter than its header says; the RIFF size still tells.
-    # Programs that write to a pipe leave the size at 0 or at the largest value.
-    if data[:4] == b"RIFF":
-        declared = int.from_bytes(data[4:8], "little") + 8
-        if len(data) < declared < 0xFFFFFF00:
-            raise BadSample("audio_truncated", f"the WAV file has {len(data)} of the {declared} bytes in its header")
+def _mono(samples_LC: np.ndarray) -> np.ndarray:
+    """float32[L], the mean of the channels, or the loudest of them where the mean is nearly silent beside it."""
+    mean_L = samples_LC.mean(axis=1)
+    power_C = np.sqrt(np.square(samples_LC, dtype=np.float64).mean(axis=0))
+    if np.sqrt(np.square(mean_L, dtype=np.float64).mean()) < CANCELED * power_C.max():
+        return samples_LC[:, power_C.argmax()]
+    return mean_L
 
 
 def check_wave(samples: np.ndarray) -> None:

@@ -10,8 +10,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from megatron_gemini.config.model import ImageTokenizerConfig
 from megatron_gemini.kernels.attention.api import AttentionPlan, plan_attention
@@ -28,7 +30,7 @@ class TokenizerLoss(NamedTuple):
     """loss: scalar, with its graph; the parts are detached scalars.
 
     l2: mean squared error of pixels in [-1, 1]. logit_laplace: mean negative log-likelihood. quantization: mean
-    squared distance of encoder outputs to their codes. perplexity: exp of the entropy of the codes' use in these
+    squared distance of encoder outputs to their codes. perplexity: exp of the entropy of the codes' use in all ranks'
     images (at most the codebook's size). reconstruction: float32[B, S, S, 3] in [-1, 1]. codes: int64[B, n].
     """
 
@@ -46,24 +48,27 @@ class ImageTokenizer(nn.Module):
 
     Trained on pixels alone: l2, the codebook's losses and a small logit-Laplace likelihood (Ramesh et al. 2021,
     section 3.1). The paper's adversarial and perceptual losses need networks of their own and are not used.
+
+    ranks: those that train it together, each on as many images. The mean of their losses, and of the gradients, is then
+    that of all images on one rank. Each of them calls `forward` as often, since it has collectives.
     """
 
-    def __init__(self, config: ImageTokenizerConfig) -> None:
+    def __init__(self, config: ImageTokenizerConfig, ranks: ProcessGroup | None = None) -> None:
         super().__init__()
         if config.codes < 1:
             raise ValueError(f"image_tokenizer.codes is {config.codes}; an image tokenizer needs at least 1")
-        self.config = config
+        self.config, self.ranks = config, ranks
         values = config.patch * config.patch * CHANNELS
         self.patch = linear(values, config.width)
         self.encoder = Transformer(config.width, config.layers, config.heads, config.mlp_width)
         self.to_code = linear(config.width, config.code_width)
-        self.codebook = Codebook(config.codes, config.code_width)
+        self.codebook = Codebook(config.codes, config.code_width, ranks)
         self.from_code = linear(config.code_width, config.width)
         self.decoder = Transformer(config.width, config.layers, config.heads, config.mlp_width)
         self.pixels = linear(config.width, 2 * values)
 
     def forward(self, images_BSS3: torch.Tensor) -> TokenizerLoss:
-        """The training loss of float32[B, S, S, 3] in [-1, 1]; a mean, so that of equal batches may be averaged."""
+        """The training loss of float32[B, S, S, 3] in [-1, 1], a mean over the images; see the class for `ranks`."""
         config = self.config
         quantized = self.codebook(self._encode(images_BSS3))
         mean, log_scale = self._decode(quantized.vector_XC)
@@ -77,7 +82,7 @@ class ImageTokenizer(nn.Module):
             l2=l2.detach(),
             logit_laplace=likelihood.detach(),
             quantization=quantized.distance_to_codes.detach(),
-            perplexity=perplexity(quantized.code_X, config.codes),
+            perplexity=perplexity(quantized.code_X, config.codes, self.ranks),
             reconstruction=reconstruction.detach().clamp(-1, 1),
             codes=quantized.code_X.view(len(images_BSS3), -1),
         )
@@ -137,7 +142,8 @@ class Quantized(NamedTuple):
     """code_X: int64. vector_XC: the codes' unit vectors, whose gradient passes straight to the encoder's outputs.
 
     distance_to_codes moves only codes, distance_to_outputs only the encoder (its commitment); both are means of
-    squared distances. spread moves every code towards the encoder output nearest to it.
+    squared distances. spread moves every code towards the encoder output nearest to it, of all ranks' outputs; only its
+    mean over the ranks has a meaning.
     """
 
     code_X: torch.Tensor
@@ -151,12 +157,13 @@ class Codebook(nn.Module):
     """Unit vectors, looked up by cosine.
 
     A code that no output chooses has no gradient from the usual losses and stays unused. Restarting such codes would
-    need counts that all ranks agree on; instead a small loss draws every code to its nearest output, which needs no
-    state and is averaged over ranks like any other gradient.
+    need a state; instead a small loss draws every code to its nearest output. Which rank has that, the ranks find out
+    with two sums of the codebook's size.
     """
 
-    def __init__(self, codes: int, width: int) -> None:
+    def __init__(self, codes: int, width: int, ranks: ProcessGroup | None = None) -> None:
         super().__init__()
+        self.ranks = ranks
         self.weight = new_parameter(codes, width, init=normal(1.0))
 
     def forward(self, output_XC: torch.Tensor) -> Quantized:
@@ -173,8 +180,21 @@ class Codebook(nn.Module):
             distance_to_codes=_squared_distance(nearest_XC, output_XC.detach()),
             distance_to_outputs=_squared_distance(nearest_XC.detach(), output_XC),
             # |a - b|^2 = 2 - 2 a.b of unit vectors. The outputs are detached in the cosine: spread moves codes alone.
-            spread=(2.0 - 2.0 * cosine_XV.amax(dim=0)).mean(),
+            spread=(2.0 - 2.0 * self._largest(cosine_XV)).mean(),
         )
+
+    def _largest(self, cosine_XV: torch.Tensor) -> torch.Tensor:
+        """[V]: largest cosine of every code with an output. With ranks, a part of it, whose mean over them is it."""
+        mine_V = cosine_XV.amax(dim=0)
+        if self.ranks is None or self.ranks.size() == 1:
+            return mine_V
+        largest_V = mine_V.detach().to(torch.float32, copy=True)  # the backward of `amax` needs its own as it is
+        dist.all_reduce(largest_V, dist.ReduceOp.MAX, group=self.ranks)
+        # Outputs that are equally near share the gradient, as `amax` shares it between those of one rank.
+        nearest_V = (cosine_XV.detach() == largest_V.to(cosine_XV.dtype)).sum(dim=0).float()
+        everywhere_V = nearest_V.clone()
+        dist.all_reduce(everywhere_V, group=self.ranks)
+        return mine_V * (self.ranks.size() * nearest_V / everywhere_V).to(mine_V.dtype)
 
     def vectors(self, code_X: torch.Tensor) -> torch.Tensor:
         """float[X, C]: unit vectors of codes."""
@@ -200,15 +220,22 @@ def logit_laplace(images: torch.Tensor, mean: torch.Tensor, log_scale: torch.Ten
 
 
 @torch.no_grad()
-def perplexity(codes: torch.Tensor, size: int) -> torch.Tensor:
-    """Scalar exp(entropy) of the codes' frequencies: how many codes are in even use."""
-    share = torch.bincount(codes.flatten(), minlength=size).float() / codes.numel()
+def perplexity(codes: torch.Tensor, size: int, ranks: ProcessGroup | None = None) -> torch.Tensor:
+    """Scalar exp(entropy) of the codes' frequencies, over all ranks: how many codes are in even use."""
+    counts = torch.bincount(codes.flatten(), minlength=size).float()
+    if ranks is not None and ranks.size() > 1:
+        dist.all_reduce(counts, group=ranks)
+    share = counts / counts.sum()
     # xlogy is 0 at 0, so that codes without use add nothing.
     return torch.exp(-torch.xlogy(share, share).sum())
 
 
 def psnr(reconstruction: torch.Tensor, images: torch.Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1], from the mean squared error over all of them."""
-    error = F.mse_loss(reconstruction.double(), images.double()).clamp_min(1e-12)
-    # The peak is 2, from -1 to 1, and 4 its square. Equal images have 126 dB by the clamp, not infinity.
-    return float(10 * torch.log10(4.0 / error))
+    return decibels(float(F.mse_loss(reconstruction.double(), images.double())))
+
+
+def decibels(error: float) -> float:
+    """Peak signal-to-noise ratio of a mean squared error of pixels in [-1, 1]."""
+    # The peak is 2, from -1 to 1, and 4 its square. Equal images have 126 dB by the bound, not infinity.
+    return 10 * math.log10(4.0 / max(error, 1e-12))

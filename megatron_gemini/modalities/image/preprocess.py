@@ -9,16 +9,17 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
+from megatron_gemini.modalities.image.transparency import to_rgb
 
-# Not all that Pillow reads: its EPS reader starts Ghostscript, another program, on whatever the file says.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+# Not all that Pillow reads: its EPS reader starts Ghostscript, another program, on whatever the file says. AVIF came
+# with Pillow 11.3, and not every build has it.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if features.check("avif") else []))
 MAX_PIXELS = 50_000_000  # 150 MB decoded; a PNG of a few hundred bytes may say to have any number
 MAX_ASPECT = 200
 _LEAST_SHORTER = 64
-_SIXTEEN_BIT = ("I", "I;16", "I;16B", "I;16L")
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) -> np.ndarray:
@@ -32,7 +33,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
     1/2, 1/4 or 1/8 of it, which skips most of the inverse transform. The longer side stays at least this long, the
     shorter one 64 pixels.
 
-    Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt.
+    Raises BadSample: image_empty, image_unreadable, image_too_large, image_too_narrow, image_corrupt,
+    image_no_range.
     """
     if not data:
         raise BadSample("image_empty", "the image file is empty (0 bytes)")
@@ -50,8 +52,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int = 0) 
             # Twice as many samples a second as decoding 512 x 512 JPEGs whole for 224 x 224 (docs/performance.md).
             if shrink_to and image.format == "JPEG":
                 _shrink(image, shrink_to)
+            covered = image.tile[0][1] if image.format == "GIF" and image.tile else None
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.asarray(to_rgb(data, ImageOps.exif_transpose(image), covered))
+        except BadSample:
+            raise
         except Exception as error:  # as above: truncated data, bad checksums, broken color tables
             raise BadSample("image_corrupt", f"the image cannot be decoded: {one_line(error)}") from None
 
@@ -83,16 +88,6 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS, kind: str 
             f"{kind}_too_narrow",
             f"the {kind} is {width} x {height} pixels; one side may be at most {MAX_ASPECT} times the other",
         )
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _SIXTEEN_BIT:  # Pillow's own conversion of mode I clips at 255 instead of scaling
-        grey = np.asarray(image).astype(np.int64) >> 8
-        return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:  # what lies below transparent pixels is arbitrary, and dropping alpha would show it
-        colors = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", colors.size, "white"), colors).convert("RGB")
-    return image.convert("RGB")
 
 
 def fitted_size(height: int, width: int, patch: int, max_side: int) -> tuple[int, int]:

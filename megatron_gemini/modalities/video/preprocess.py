@@ -1,28 +1,30 @@
-"""Clips from files to frames, by PyAV: limits first, then an even sample of the frames.
+"""Clips from files to frames, by PyAV: limits first, then frames at even steps of time.
 
 Shape suffixes: F frames, H height, W width.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-import av
 import numpy as np
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 from megatron_gemini.modalities.image.preprocess import check_size
+from megatron_gemini.modalities.media_file import open_media
+from megatron_gemini.modalities.video.file_end import check_end
 from megatron_gemini.modalities.video.mp4_index import check_index
+from megatron_gemini.modalities.video.sampling import sample_frames
 
 MAX_BYTES = 512 * 1024 * 1024
 MAX_PIXELS = 8192 * 4320  # of one frame
 MAX_SECONDS = 3600.0
 MAX_CODED_FRAMES = 500_000
-# Plain files only: a playlist would make FFmpeg open whatever paths and addresses it names.
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts"
 
 
@@ -34,11 +36,12 @@ def decode_video(
     max_pixels: int = MAX_PIXELS,
     max_seconds: float = MAX_SECONDS,
 ) -> tuple[np.ndarray, float]:
-    """At most `max_frames` frames of a clip, evenly spaced from the first to the last.
+    """At most `max_frames` frames of a clip, evenly spaced in time from the first to the last.
 
-    Returns uint8[F, H, W, 3] at the clip's own size, and the mean number of seconds between two of these frames (0.0
-    where there is only one). `fit_image` of any frame gives the size for all. A rotation stored in the file is applied;
-    sound is ignored. Bytes, frame size, duration and number of frames are checked before decoding.
+    Returns uint8[F, H, W, 3] at the clip's own size, and the number of seconds between two of these frames (0.0 where
+    there is only one). The steps are even in time, whatever the frame rate does (`sample_frames`). `fit_image` of any
+    frame gives the size for all. A rotation stored in the file is applied, and so is the shape of its pixels. Sound and
+    cover pictures are ignored. Bytes, frame size, duration and number of frames are checked before decoding.
 
     Raises BadSample: video_empty, video_too_large, video_too_narrow, video_too_long, video_too_many_frames,
     video_no_frames, video_unreadable, video_truncated, video_corrupt.
@@ -50,40 +53,47 @@ def decode_video(
     if len(data) > max_bytes:
         raise BadSample("video_too_large", f"the video file has {len(data):,} bytes; the limit is {max_bytes:,}")
     check_index(data, MAX_CODED_FRAMES)
-    # Counted, not believed: a header may say any number, and which frames are kept depends on it.
-    coded = _count_frames(data, max_pixels, max_seconds)
-    keep = {round(index) for index in np.linspace(0, coded - 1, min(coded, max_frames))}
+    check_end(data)
+    # Read and not believed: a header may say any number, and which frames are kept depends on when they are shown.
+    clip = _read_packets(data, max_pixels, max_seconds)
+    count_F, between = sample_frames(clip.seconds_F, max_frames)
     frames: list[np.ndarray] = []
-    times: list[float] = []
     seen = 0
     try:
         for index, frame in enumerate(_decoded(data, max_pixels)):
             seen = index + 1
-            if index in keep:
-                frames.append(_to_rgb(frame, frames))
-                times.append(_seconds(frame))
+            if index < len(count_F) and count_F[index]:
+                frames += [_to_rgb(frame, clip.pixel_aspect, frames, max_pixels)] * int(count_F[index])
     except BadSample:
         raise
     except Exception as error:  # FFmpeg meets arbitrary bytes here
         raise BadSample("video_corrupt", f"the video breaks off at frame {seen}: {one_line(error)}") from None
     if not frames:
         raise BadSample("video_no_frames", "the video holds no frame that can be decoded")
-    if len(frames) < len(keep):
-        raise BadSample("video_truncated", f"only {seen} of the video's {coded} frames can be decoded")
-    between = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
-    return np.stack(frames), max(between, 0.0)
+    if len(frames) < count_F.sum():
+        raise BadSample("video_truncated", f"only {seen} of the video's {len(count_F)} frames can be decoded")
+    return np.stack(frames), between
+
+
+@dataclass(frozen=True, eq=False)
+class _Clip:
+    """seconds_F: float64, when each frame is shown, ascending. pixel_aspect: width of a pixel over its height."""
+
+    seconds_F: np.ndarray
+    pixel_aspect: float
 
 
 def _open(data: bytes) -> tuple[InputContainer, VideoStream]:
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     try:
-        container = av.open(io.BytesIO(data), mode="r", options=options)
+        container = open_media(data, _CONTAINERS, MAX_PIXELS)
     except Exception as error:
         raise BadSample("video_unreadable", f"not a readable video file: {one_line(error)}") from None
-    if not container.streams.video:
+    # A cover or a thumbnail is a stream of one picture, in sounds as in clips.
+    streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
+    if not streams:
         container.close()
         raise BadSample("video_no_frames", "the file holds no video stream")
-    stream = container.streams.video[0]
+    stream = streams[0]
     if stream.codec_context is None:
         container.close()
         raise BadSample("video_unreadable", "the video is in a format that has no decoder here, or is damaged")
@@ -91,29 +101,40 @@ def _open(data: bytes) -> tuple[InputContainer, VideoStream]:
     return container, stream
 
 
-def _count_frames(data: bytes, max_pixels: int, max_seconds: float) -> int:
-    """Coded frames of the clip, by reading its packets without decoding them; checks every limit on the way."""
+def _read_packets(data: bytes, max_pixels: int, max_seconds: float) -> _Clip:
+    """Reads the clip's packets without decoding them; checks every limit on the way."""
     container, stream = _open(data)
     with container:
         check_size(stream.codec_context.width, stream.codec_context.height, max_pixels, "video")
-        seconds = (container.duration or 0) / av.time_base
-        if seconds > max_seconds:
-            raise BadSample("video_too_long", f"the video lasts {seconds:.1f} s; the limit is {max_seconds:g} s")
-        coded = 0
+        coded, shown = 0, list[int | None]()
+        # An AVI has no times of showing. FFmpeg guesses them, two frames at once at the end. Those of decoding are the
+        # places of the frames.
+        is_avi = container.format.name == "avi"
         try:
             for packet in container.demux(stream):
-                coded += packet.size > 0 and not packet.is_discard
+                coded += packet.size > 0
+                if packet.size > 0 and not packet.is_discard:  # what an edit list leaves out is never shown
+                    shown.append(packet.dts if is_avi else packet.pts)
                 if coded > MAX_CODED_FRAMES:
                     raise BadSample("video_too_many_frames", f"the video has more than {MAX_CODED_FRAMES:,} frames")
         except BadSample:
             raise
         except Exception as error:
             raise BadSample("video_corrupt", f"the video breaks off after {coded} frames: {one_line(error)}") from None
-        if coded == 0:
+        if not shown:
             raise BadSample("video_no_frames", "the video stream holds no frames")
-        if coded < stream.frames:
-            raise BadSample("video_truncated", f"the video holds {coded} of the {stream.frames} frames in its header")
-    return coded
+        # The index of an MP4 lists every frame. What the header of an AVI has is a length, in frames of one rate.
+        if container.format.name.startswith("mov") and coded < stream.frames:
+            raise BadSample("video_truncated", f"the video holds {coded} of the {stream.frames} frames in its index")
+        times = [pts for pts in shown if pts is not None]
+        if len(times) == len(shown):
+            seconds_F = np.sort(np.array(times, np.float64)) * float(stream.time_base or 0)
+        else:  # without times there is the rate
+            seconds_F = np.arange(len(shown)) / float(stream.average_rate or 1)
+        seconds = float(seconds_F[-1] - seconds_F[0])
+        if seconds > max_seconds:
+            raise BadSample("video_too_long", f"the video lasts {seconds:.1f} s; the limit is {max_seconds:g} s")
+        return _Clip(seconds_F, float(stream.sample_aspect_ratio or 1))
 
 
 def _decoded(data: bytes, max_pixels: int) -> Iterator[VideoFrame]:
@@ -125,14 +146,12 @@ def _decoded(data: bytes, max_pixels: int) -> Iterator[VideoFrame]:
             yield frame
 
 
-def _to_rgb(frame: VideoFrame, earlier: list[np.ndarray]) -> np.ndarray:
-    """uint8[H, W, 3], upright; a stream that changes its size midway keeps that of its first frame."""
+def _to_rgb(frame: VideoFrame, pixel_aspect: float, earlier: list[np.ndarray], max_pixels: int) -> np.ndarray:
+    """uint8[H, W, 3], upright and of square pixels; a stream that changes its size midway keeps that of its first
+    frame."""
     turns = round(frame.rotation / 90) % 4
-    if not earlier:
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-    height, width = earlier[0].shape[:2] if turns % 2 == 0 else earlier[0].shape[1::-1]
+    height, width = frame.height, max(round(frame.width * pixel_aspect), 1)
+    if earlier:
+        height, width = earlier[0].shape[:2] if turns % 2 == 0 else earlier[0].shape[1::-1]
+    check_size(width, height, max_pixels, "video")
     return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24", width=width, height=height), turns))
-
-
-def _seconds(frame: VideoFrame) -> float:
-    return float(frame.time) if frame.time is not None else 0.0

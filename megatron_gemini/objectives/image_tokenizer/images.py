@@ -6,10 +6,10 @@ Shape suffixes: B images of this rank, S pixels of a side.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ import torch
 from megatron_gemini.config.check import divides
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Plain
+from megatron_gemini.data.loading.lane import RESTORE
 from megatron_gemini.data.random_stream import random_stream
+from megatron_gemini.data.sources.identity import files_identity
 from megatron_gemini.data.sources.paths import expand_shards
 from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.bad_sample import BadSample, guarded
@@ -32,7 +35,7 @@ class ImageLoader:
 
     The batch of step s is the images at positions s * images_per_step onwards, and each rank takes its equal share,
     so neither batches nor their order depend on the ranks. An image that cannot be read is skipped, counted each time
-    in `skipped` by reason, and another one of the rank's share takes its place.
+    in `skipped` by reason, and the next one of the epoch's order that can be read takes its place, on any rank.
 
     Raises ValueError for sizes that do not divide, shards without images, and more than data.max_bad_share bad ones.
     """
@@ -51,7 +54,8 @@ class ImageLoader:
             if any(ending in shards.endings(sample) for ending in IMAGE.members)
         ]
         if not self.samples:
-            raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image (png, jpg, webp)")
+            endings = ", ".join(IMAGE.members)
+            raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image ({endings})")
         self.skipped: Counter[str] = Counter()
         self._bad: dict[int, BadSample] = {}
         self._images: dict[int, np.ndarray] = {}
@@ -61,29 +65,53 @@ class ImageLoader:
     def next(self) -> torch.Tensor:
         """float32[B, S, S, 3] in [-1, 1], B = images_per_step / data_size."""
         first = self.step * self.images_per_step + self.rank * self.share
-        found = [image for place in range(first, first + self.share) if (image := self._image(place)) is not None]
-        if not found:
-            raise ValueError(f"no image of step {self.step} can be read: {dict(self.skipped)}")
-        while len(found) < self.share:  # skipped images are made up for, so that ranks weigh the same
-            found += found[: self.share - len(found)]
+        found = [self._readable(place) for place in range(first, first + self.share)]
         self.step += 1
         return signed_pixels(np.stack(found))
 
-    def validation(self) -> list[torch.Tensor]:
-        """This rank's share of the first images of data.validation, as one batch, the same in every run."""
+    def validation(self) -> torch.Tensor:
+        """This rank's share of the first images of data.validation, as `next`, the same in every run."""
         data = dataclasses.replace(self.config.data, sources=self.config.data.validation)
-        return [
-            ImageLoader(dataclasses.replace(self.config, data=data), self.images_per_step, self.rank, self.size).next()
-        ]
+        config = dataclasses.replace(self.config, data=data)
+        return ImageLoader(config, self.images_per_step, self.rank, self.size).next()
 
-    def state(self) -> dict[str, Any]:
-        return {"images": {"step": self.step}}
+    def seen(self) -> list[tuple[str, int, list[str]]]:
+        """(label, samples, paths) of every set of shards, which ranks compare."""
+        labels = _paths(self.config.data.sources)
+        pairs = zip(labels, self.shards, strict=True)
+        return [(label.rsplit("/", 1)[-1], len(shards), list(shards.paths)) for label, shards in pairs]
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self.step = int(state["images"]["step"])
+    def state(self) -> dict[str, Plain]:
+        """By names, as of lanes; one rank says which files there are."""
+        files: dict[str, Plain] = {"files": {"identity": self._identity}} if self.rank == 0 else {}
+        return {"images": {"step": self.step}, **files}
 
-    def _image(self, place: int) -> np.ndarray | None:
-        """uint8[S, S, 3] at a place of the endless sequence of epochs; None, and counted, if it cannot be read."""
+    @functools.cached_property
+    def _identity(self) -> str:
+        return files_identity([path for shards in self.shards for path in shards.paths])
+
+    def load_state(self, state: Mapping[str, Plain]) -> None:
+        """Raises ValueError for a state that is damaged, or of other files."""
+        images, files = state.get("images"), state.get("files")
+        step = images.get("step") if isinstance(images, dict) else None
+        if type(step) is not int or step < 0 or not isinstance(files, dict):
+            raise ValueError("the state of the images is not what this version writes; the checkpoint is damaged")
+        # With other images every position of the order would be another one.
+        if self.rank == 0 and files.get("identity") != self._identity:
+            raise ValueError(f"the images of data.sources have changed (names, sizes or content); {RESTORE}")
+        self.step = step
+
+    def _readable(self, place: int) -> np.ndarray:
+        """uint8[S, S, 3]: the image at a place of the endless sequence of epochs, or the next that can be read."""
+        # By the place alone, so that the images of a step are the same on any number of ranks.
+        for behind in range(len(self.samples)):
+            image = self._image(place + behind, counted=not behind)
+            if image is not None:
+                return image
+        raise ValueError(f"none of the {len(self.samples)} images can be read: {dict(self._reasons())}")
+
+    def _image(self, place: int, counted: bool) -> np.ndarray | None:
+        """uint8[S, S, 3] at a place; None if it cannot be read, which `counted` says to count."""
         epoch, index = divmod(place, len(self.samples))
         # By key and not by a generator's state: a resume needs the number of the step alone.
         if self._order[0] != epoch:
@@ -91,7 +119,7 @@ class ImageLoader:
         chosen = int(self._order[1][index])
         # Counted again in every epoch, but decoded once: a bad image stays bad.
         if chosen in self._bad:
-            self.skipped[self._bad[chosen].reason] += 1
+            self.skipped[self._bad[chosen].reason] += counted
             return None
         if chosen not in self._images:
             try:
@@ -103,6 +131,7 @@ class ImageLoader:
                     image = square_image(decode_image(data), self.config.image_tokenizer.image_size)
             except BadSample as error:
                 self._skip(chosen, error)
+                self.skipped[error.reason] += counted
                 return None
             # Every epoch needs every image alike, so what is kept stays, and the rest is decoded again each time.
             if image.nbytes > self._room:
@@ -111,17 +140,19 @@ class ImageLoader:
             self._images[chosen] = image
         return self._images[chosen]
 
+    def _reasons(self) -> Counter[str]:
+        return Counter(error.reason for error in self._bad.values())
+
     def _skip(self, chosen: int, error: BadSample) -> None:
-        """Count a bad image, and judge the share of distinct bad ones: every epoch meets the same ones again."""
-        self._bad[chosen] = error
-        self.skipped[error.reason] += 1
-        if self.skipped[error.reason] == 1:
+        """Remember a bad image, and judge the share of distinct bad ones: every epoch meets the same ones again."""
+        if error.reason not in {known.reason for known in self._bad.values()}:
             logger.warning("skipped an image (%s); more of this kind are only counted: %s", error.reason, error)
+        self._bad[chosen] = error
         # One bad image alone never ends a run, however few there are.
         bad = len(self._bad)
         if bad > max(1, self.config.data.max_bad_share * len(self.samples)):
             raise ValueError(
-                f"{bad} images cannot be read ({dict(self.skipped)}), more than data.max_bad_share "
+                f"{bad} images cannot be read ({dict(self._reasons())}), more than data.max_bad_share "
                 f"({self.config.data.max_bad_share:g}) of {len(self.samples)}; the last one: {error}"
             )
 

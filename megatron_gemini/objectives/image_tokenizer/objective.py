@@ -6,7 +6,7 @@ Shape suffixes: B images, S pixels of a side.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Plain
 from megatron_gemini.engine.engine import WholeModelEngine
-from megatron_gemini.engine.synchronize import StepFingerprint, config_digest
-from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, psnr
+from megatron_gemini.engine.synchronize import StepFingerprint, config_digest, preflight, raise_together, shards_digest
+from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, TokenizerLoss, decibels
 from megatron_gemini.objectives.base import Objective, mean
 from megatron_gemini.objectives.image_tokenizer.images import ImageLoader
 from megatron_gemini.parallel.topology import Topology
@@ -39,15 +39,18 @@ class ImageTokenizerTraining(Objective[list[torch.Tensor], TokenizerLoss]):
         self.digest = config_digest(config)
         section = cast("ImageTokenizerObjectiveConfig", config.objective)
         self.loader = ImageLoader(config, section.images_per_step, topology.data_rank, topology.data_size)
+        # Before the engine, whose building is collective: ranks with other settings would wait for each other there.
+        preflight(self.digest, shards_digest(self.loader.seen()), topology, device)
         self.engine = WholeModelEngine(
-            lambda: SummedLoss(ImageTokenizer(config.image_tokenizer)), config, topology, device, topology.data_size
+            lambda: SummedLoss(ImageTokenizer(config.image_tokenizer, topology.data_group)),
+            config,
+            topology,
+            device,
+            topology.data_size,
         )
 
     def read(self) -> tuple[list[torch.Tensor], str]:
-        try:
-            return [self.loader.next()], ""
-        except ValueError as error:
-            return [], str(error)
+        return _read(self.loader.next)
 
     def weight(self, step: list[torch.Tensor]) -> float:
         return float(sum(len(images) for images in step))
@@ -88,13 +91,26 @@ class ImageTokenizerTraining(Objective[list[torch.Tensor], TokenizerLoss]):
         if not self.config.data.validation:
             return {}
         outputs: list[TokenizerLoss] = []
-        batches = self.to_device(self.loader.validation())
+        read, problem = _read(self.loader.validation)
+        raise_together(problem, self.topology, self.device)  # no collective begins a validation
+        batches = self.to_device(read)
         self.engine.evaluate(batches, outputs.append)
         sums = self.sums(outputs, batches)
-        totals = self.record(dict(zip(sums, self.engine.total(list(sums.values())), strict=True)))
-        quality = [psnr(o.reconstruction.float(), b.float()) for o, b in zip(outputs, batches, strict=True)]
-        shares = self.engine.total([sum(quality), len(quality)])
-        return {"validation_loss": totals["loss"], "validation_psnr": mean(*shares)}
+        # The mean of the ranks' decibels would be those of no image.
+        pairs = zip(outputs, batches, strict=True)
+        sums["errors"] = sum(float((o.reconstruction - b).double().square().sum()) for o, b in pairs)
+        sums["values"] = sum(batch.numel() for batch in batches)
+        totals = dict(zip(sums, self.engine.total(list(sums.values())), strict=True))
+        quality = decibels(mean(totals["errors"], totals["values"]))
+        return {"validation_loss": self.record(totals)["loss"], "validation_psnr": quality}
+
+
+def _read(images: Callable[[], torch.Tensor]) -> tuple[list[torch.Tensor], str]:
+    """(the images as one microbatch, why there are none)."""
+    try:
+        return [images()], ""
+    except ValueError as error:
+        return [], str(error)
 
 
 class SummedLoss(nn.Module):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megatron_gemini.config.check import at_least
 from megatron_gemini.config.objective import ObjectiveConfig
+from megatron_gemini.config.schema import MAY_CHANGE
 from megatron_gemini.contracts import RowFormat
 from megatron_gemini.objectives.spec import ObjectiveSpec
 
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 class PretrainConfig(ObjectiveConfig):
     """Each kind of target has a weight of its own."""
 
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict, metadata=MAY_CHANGE)
     """Loss weight of each kind of target, such as text and image; 1 for one that is not named."""
-    z_loss: float = 1e-4
+    z_loss: float = field(default=1e-4, metadata=MAY_CHANGE)
     """Weight of log^2 of the softmax's normalizer."""
 
     def __post_init__(self) -> None:

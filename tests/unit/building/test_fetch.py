@@ -66,6 +66,34 @@ class Site(BaseHTTPRequestHandler):
     def optout(self):
         self.answer(X_Robots_Tag="otherbot: noindex, noai")
 
+    def optout_later(self):
+        self.send_response(200)
+        for value in ("all", "max-snippet: 5", "noai"):
+            self.send_header("X-Robots-Tag", value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def optout_and_away(self):
+        self.answer(302, b"", Location="/picture", X_Robots_Tag="noai")
+
+    def zipped_twice(self):
+        self.send_response(200)
+        for value in ("identity", "gzip"):
+            self.send_header("Content-Encoding", value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def malformed(self):
+        self.answer(302, b"", Location="http://[::1/x")
+
+    def foreign(self):
+        self.answer(302, b"", Location="/caf\xc3\xa9")
+
+    def __getattr__(self, name):
+        if name == "caf%C3%A9":
+            return self.picture
+        raise AttributeError(name)
+
     def drip_body(self):
         self.answer(body=b"", Content_Length="1000")
         self.drip(b"x")
@@ -75,7 +103,7 @@ class Site(BaseHTTPRequestHandler):
         self.drip(b"y")
 
     def drip(self, byte):
-        for _ in range(100):
+        for _ in range(400):  # longer than anybody waits; then the body has ended, which is another reason
             self.wfile.write(byte)
             time.sleep(0.05)
 
@@ -162,13 +190,31 @@ def reason(url: str, **options) -> str:
         "2001:db8::1",
         "2001:0:4136:e378:8000:63bf:80ff:fffe",
         "4000::1",
+        "168.63.129.16",  # of Azure's host, to every machine on it
+        "192.0.0.192",  # metadata of Oracle's cloud
+        "192.0.0.9",
+        "100.100.100.200",  # metadata of Alibaba's cloud
+        "161.26.0.10",  # what IBM's cloud offers to its own machines
+        "166.9.0.1",
+        "192.88.99.1",
+        "::ffff:168.63.129.16",
+        "64:ff9b::a83f:8110",
+        "2002:a83f:8110::1",
+        "2001:db8:1::5efe:a00:1",
+        "2606:4700::5efe:a00:1",
+        "2606:4700::200:5efe:a9fe:a9fe",
+        "fd20:ce::254",
+        "fd00:42::42",
+        "3fff::1",
     ],
 )
 def test_addresses_that_are_not_public(address):
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "8.8.8.8", "172.32.0.1", "2606:4700::1111", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize(
+    "address", ["1.1.1.1", "8.8.8.8", "172.32.0.1", "168.63.129.17", "192.0.1.1", "2606:4700::1111", "::ffff:8.8.8.8"]
+)
 def test_addresses_that_are_public(address):
     assert is_public(address)
 
@@ -210,6 +256,23 @@ def test_a_picture_arrives_whatever_its_type_is_called(server, names):
     assert Fetcher(is_allowed=here).fetch(f"http://site.test:{server}/picture") == BODY
     assert Fetcher(is_allowed=here).fetch(f"http://site.test:{server}/once") == BODY
     assert [path for path, _ in Site.seen] == ["/picture", "/once", "/picture?x=1"]
+
+
+def test_a_host_of_any_script_is_asked_by_its_ascii_name(server, names):
+    for host, sent in {"пример.test": "xn--e1afmkfd.test", "bücher.test": "xn--bcher-kva.test"}.items():
+        names[0][sent] = ["127.0.0.1"]
+        assert Fetcher(is_allowed=here).fetch(f"http://{host}:{server}/picture") == BODY
+        assert Site.seen[-1][1]["Host"] == f"{sent}:{server}"
+
+
+def test_an_address_of_ipv6_keeps_its_brackets():
+    assert read_address("http://[2606:4700::1111]/x").host_header == "[2606:4700::1111]"
+    assert read_address("https://a.test:8443/x").host_header == "a.test:8443"
+    assert read_address("https://a.test:443/x").host_header == "a.test"
+
+
+def test_a_redirect_to_a_name_in_utf_8_is_followed(server, names):
+    assert Fetcher(is_allowed=here).fetch(f"http://site.test:{server}/foreign") == BODY
 
 
 def test_nothing_is_sent_but_the_request(server, names, monkeypatch, tmp_path):
@@ -261,6 +324,10 @@ def test_a_redirect_is_checked_like_the_first_address(server, names):
         ("short", "fetch_truncated"),
         ("zipped", "fetch_encoded"),
         ("optout", "opted_out"),
+        ("optout-later", "opted_out"),
+        ("optout-and-away", "opted_out"),
+        ("zipped-twice", "fetch_encoded"),
+        ("malformed", "url_invalid"),
         ("nonsense", "fetch_failed"),
     ],
 )
@@ -270,9 +337,7 @@ def test_answers_that_are_refused(path, expected, server, names):
 
 @pytest.mark.parametrize("path", ["drip-body", "drip-header"])
 def test_a_server_that_sends_a_byte_now_and_then_is_quarantined_in_time(path, server, names):
-    started = time.monotonic()
     assert reason(f"http://site.test:{server}/{path}", seconds=0.4) == "fetch_timeout"
-    assert time.monotonic() - started < 3
 
 
 def test_an_unknown_host_and_a_closed_port_are_reasons(names, monkeypatch):

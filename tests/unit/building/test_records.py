@@ -1,9 +1,12 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from megatron_gemini.building.captions import CaptionOrigin
-from megatron_gemini.building.records import Columns, folder_records, row_count, table_records
+from megatron_gemini.building.folders import IMAGE_FILES, folder_records
+from megatron_gemini.building.records import Columns, row_count, table_records
 
 
 def rows(path, **columns):
@@ -14,7 +17,8 @@ def test_folders_are_read_in_the_order_of_their_names(tmp_path):
     for name in ("b/2.PNG", "b/1.jpg", "a.webp", "b/note.txt", "c/x.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = folder_records([str(tmp_path)], CaptionOrigin.TXT)
+    found, passed_over = folder_records([str(tmp_path)], CaptionOrigin.TXT)
+    assert passed_over == {".txt": 1}
     assert [record.image for record in found] == [
         str(tmp_path / n) for n in ("a.webp", "b/1.jpg", "b/2.PNG", "c/x.gif")
     ]
@@ -25,6 +29,40 @@ def test_folders_are_read_in_the_order_of_their_names(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="there is no picture"):
         folder_records([str(tmp_path / "empty")], CaptionOrigin.TXT)
+
+
+def test_what_is_no_picture_is_counted_by_its_ending(tmp_path):
+    out = tmp_path / "shards"
+    for name in (
+        "a.jfif",
+        "a.txt",
+        "b.TIF",
+        "c.avif",
+        "x.svg",
+        "deep/y.SVG",
+        "z.heic",
+        "notes",
+        "odd.%$",
+        "orphan.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "deep")
+    out.mkdir()
+    (out / "shard-00000.tar").touch()
+    found, passed_over = folder_records([str(tmp_path)], CaptionOrigin.TXT, out)
+    assert [Path(record.image).name for record in found] == ["a.jfif", "b.TIF", "c.avif"]
+    assert passed_over == {".svg": 2, ".heic": 1, ".txt": 1, "without a usual ending": 2, "linked folders": 1}
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "logo.svg").touch()
+    with pytest.raises(ValueError, match=r"there is no picture \(.png, .*but 1 .svg"):
+        folder_records([str(tmp_path / "only")], CaptionOrigin.TXT)
+
+
+def test_the_document_lists_the_endings_that_are_read():
+    text = (Path(__file__).parents[3] / "docs/building.md").read_text()
+    listed = text[text.index("Read are files called") : text.index("All others")]
+    assert tuple(re.findall(r"`(\.\w+)`", listed)) == IMAGE_FILES
 
 
 def test_captions_of_names(tmp_path):

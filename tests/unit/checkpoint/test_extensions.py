@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from megatron_gemini import plugins
-from megatron_gemini.checkpoint.directory import INDEX, seal, step_directory, verify
+from megatron_gemini.checkpoint.directory import step_directory, verify
 from megatron_gemini.checkpoint.extensions import Extensions
+from megatron_gemini.checkpoint.index import INDEX, seal
 from megatron_gemini.checkpoint.inference import load_for_inference, load_image_tokenizer
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.checkpoint.training_state import RunState, load, save

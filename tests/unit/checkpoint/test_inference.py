@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_gemini.checkpoint.directory import seal, step_directory
+from megatron_gemini.checkpoint.directory import step_directory
 from megatron_gemini.checkpoint.extensions import Extensions
+from megatron_gemini.checkpoint.index import seal
 from megatron_gemini.checkpoint.inference import load_for_inference, load_image_tokenizer, save_weights
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.contracts import TokenLayout

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_gemini.checkpoint import init_from
 from megatron_gemini.checkpoint.directory import step_directory
 from megatron_gemini.checkpoint.inference import save_weights
 from megatron_gemini.checkpoint.init_from import initialize
@@ -187,3 +188,22 @@ def test_a_run_without_the_section_is_left_alone(run) -> None:
     before = model.weights()
     assert initialize(model) == []
     assert all(torch.equal(weight, before[name]) for name, weight in model.weights().items())
+
+
+def test_all_ranks_take_the_checkpoint_that_rank_0_found(run, tmp_path) -> None:
+    """A run that goes on at the source may have another newest one by the time that a rank looks."""
+    found = shutil.copytree(step_directory(run, 1), tmp_path / "step-00000009")
+    model = engine(run, of(run, "encoders.vision"))
+    model.topology = dataclasses.replace(model.topology, rank=1)
+    model.gather = lambda value: [[found]] if value == [] else [value]
+    (line,) = initialize(model)
+    assert line.endswith(f"from {found}")
+
+
+def test_a_checkpoint_that_is_rotated_away_meanwhile_is_not_called_damaged(run, tmp_path, monkeypatch) -> None:
+    source = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr(
+        init_from, "_fill", lambda *_: shutil.rmtree(step_directory(source, 1))
+    )  # as the run there would
+    with pytest.raises(ValueError, match="was deleted or replaced while it was read"):
+        initialize(engine(source, of(source, "encoders.vision")))

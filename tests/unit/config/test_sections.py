@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import pytest
 from hypothesis import given, settings
@@ -20,16 +20,19 @@ from megatron_gemini.config.objective import ObjectiveConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Chosen
 from megatron_gemini.connectors.linear.spec import LinearConnectorConfig
+from megatron_gemini.connectors.spec import ConnectorSpec
+from megatron_gemini.modalities.spec import EncoderSpec
 from megatron_gemini.objectives.image_tokenizer.spec import ImageTokenizerObjectiveConfig
 from megatron_gemini.objectives.pretrain.spec import PretrainConfig
-from megatron_gemini.registry import CONNECTORS, ENCODERS, OBJECTIVES
+from megatron_gemini.objectives.spec import ObjectiveSpec
+from megatron_gemini.registry import CONNECTORS, ENCODERS, OBJECTIVES, Registry
+
+Spec = TypeVar("Spec", EncoderSpec, ConnectorSpec, ObjectiveSpec)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """All that the configuration wants of an entry of a registry."""
-
-    section: type
+def entry(registry: Registry[Spec], name: str, section: type) -> Spec:
+    """A built-in one with other settings, which are all that the configuration wants of it."""
+    return dataclasses.replace(registry.entries()[0], name=name, section=section)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ PLUGIN = ((ENCODERS, "series", SeriesConfig), (CONNECTORS, "mixer", MixerConfig)
 @pytest.fixture
 def plugin() -> Iterator[None]:
     for registry, name, section in PLUGIN:
-        registry.register(name, Entry(section))  # type: ignore[arg-type]
+        registry.register(name, entry(registry, name, section))
     yield
     for registry, name, _ in PLUGIN:
         registry.unregister(name)
@@ -285,7 +288,7 @@ def test_a_plugins_settings_are_saved_and_read_back_and_named_where_it_is_not_th
             read_config(path)
     finally:
         for registry, name, section in PLUGIN:
-            registry.register(name, Entry(section))
+            registry.register(name, entry(registry, name, section))
 
 
 def test_an_encoder_that_a_saved_configuration_does_not_name_was_not_there(tmp_path, plugin):
@@ -331,7 +334,7 @@ def test_a_plugins_objective_whose_kind_is_not_its_own_is_a_programmers_mistake(
     class Careless(EncoderConfig):
         connector: Annotated[ConnectorConfig, Chosen(CONNECTORS)] = field(default_factory=ConnectorConfig)
 
-    ENCODERS.register("careless", Entry(Careless))  # type: ignore[arg-type]
+    ENCODERS.register("careless", entry(ENCODERS, "careless", Careless))
     try:
         with pytest.raises(AssertionError, match=r"Careless\.connector: the kind linear has another section"):
             load_config(["--encoders.careless.frozen"])

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.config.data import SourceConfig
+from megatron_gemini.config.data import PhaseConfig, SourceConfig
+from megatron_gemini.data.loading.lane import checked
 from megatron_gemini.data.loading.loader import Loader, lanes_of
 from megatron_gemini.data.loading.prefetch import Prefetch
 from megatron_gemini.data.loading.reader import skipped_table
@@ -105,6 +106,49 @@ def test_resuming_anywhere_on_other_ranks_goes_on_with_the_same_rows(mixture, cu
     assert steps(second, 5) == uninterrupted[2 * cut :]
     for loader in first + second:
         loader.close()
+
+
+@pytest.mark.parametrize("cut", [2, 6, 9])
+def test_a_resumed_run_goes_on_in_its_phase_of_the_curriculum(tmp_path, cut):
+    sources = [SourceConfig(shards=texts(tmp_path / f"{name}.tar", 40), task="text", name=name) for name in "ab"]
+    phases = (PhaseConfig(1, (1.0, 0.0)), PhaseConfig(6, (0.0, 1.0)))
+    config = run_config(sources, curriculum=phases, look_ahead=1)
+    whole = load(config)
+    rows = [whole.next() for _ in range(12)]
+    named = [{key[0] for row in step.values() for key in row.samples} for step in rows]
+    assert named[3:5] == [{"a"}] * 2 and named[8:] == [{"b"}] * 4, named  # between, what has waited for its row
+    first = load(config)
+    steps([first], cut)
+    resumed = load(config)
+    resumed.load_state(json.loads(json.dumps(first.state())))
+    expected = [content(row) for step in rows[cut:] for _, row in sorted(step.items())]
+    assert steps([resumed], 12 - cut) == expected
+
+
+def test_every_epoch_augments_and_empties_prompts_anew(tmp_path):
+    """By seed, source, epoch and sample alone: another reader of the same epoch sees the same."""
+    shard = write_tar(tmp_path / "x.tar", ((f"s{i}", sample(i)) for i in range(3)))
+    operations = ("decode", "crop(smallest=0.3)", "prepare", "format", "tokenize")
+    pictures = SourceConfig(shards=shard, task="caption", name="pictures", operations=operations)
+    drawings = SourceConfig(shards=shard, task="generate", name="drawings", prompts=("draw {text}",))
+    config = run_config([pictures, drawings], caption_dropout=0.5, row_tokens=256)
+    (seen, empty), again = load(config).sources, load(config).sources
+    for source, twin, content_of in ((seen, again[0], pixels_of), (empty, again[1], tokens_of)):
+        found: dict[int, list[str]] = {}
+        for position in range(8 * len(source)):
+            document = content_of(source.document(position))
+            assert document == content_of(twin.document(position))
+            found.setdefault(source.order.at(position)[1], []).append(document)
+        assert [len(epochs) for epochs in found.values()] == [8, 8, 8]
+        assert all(len(set(epochs)) > 1 for epochs in found.values()), source.label
+
+
+def pixels_of(document):
+    return str([item.values_PC.tolist() for item in document.media])
+
+
+def tokens_of(document):
+    return str(document.token_L.tolist())
 
 
 @pytest.mark.parametrize(("lanes", "rows", "ranks"), [(4, 2, 1), (4, 6, 2), (2, 8, 2), (3, 5, 1)])
@@ -198,6 +242,51 @@ def test_a_state_of_other_data_or_sizes_is_refused(mixture, tmp_path):
     other = dataclasses.replace(mixture, train=dataclasses.replace(mixture.train, rows_per_step=4))
     with pytest.raises(ValueError, match=r"after 2 rows, which train\.rows_per_step \(4\) does not divide"):
         load(other).load_state(loader.state())
+
+
+@pytest.mark.parametrize("ending", ["tar", "jsonl"])
+def test_as_many_other_samples_in_the_place_of_those_of_a_checkpoint_are_refused(tmp_path, ending):
+    path = tmp_path / f"t.{ending}"
+
+    def write(word):
+        if ending == "jsonl":
+            path.write_text("".join(json.dumps({"text": word}) + "\n" for _ in range(9)))
+        else:
+            write_tar(path, ((f"k{n}", {"txt": word.encode()}) for n in range(9)))
+
+    write("seven")
+    config = run_config([SourceConfig(shards=str(path), task="text", name="words")])
+    state = json.loads(json.dumps(load(config).state()))
+    load(config).load_state(state)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (moved / path.name).write_bytes(path.read_bytes())
+    load(run_config([SourceConfig(shards=str(moved / path.name), task="text", name="words")])).load_state(state)
+    write("eight")
+    with pytest.raises(ValueError, match=r"the files of words are as many samples, and others by .*--train\.no_resume"):
+        load(config).load_state(state)
+    load(config, 1, 2).load_state(state)  # one rank looks at the files
+    del state["0"]["identity"]
+    with pytest.raises(ValueError, match="does not say which files"):
+        load(config).load_state(state)
+
+
+BAD = st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=2) | st.lists(st.integers(0, 1), max_size=2)
+
+
+@given(
+    st.sampled_from(["rows", "read", "skipped", "samples", "drawn", "credit", "tokens", "waiting", "quarantined"]), BAD
+)
+def test_a_crafted_state_of_a_lane_is_refused_in_one_line_or_is_one(mixture, name, value):
+    state = load(mixture).state()["0"]
+    try:
+        checked({**state, name: value})
+    except ValueError as error:
+        assert str(error).endswith("the checkpoint is damaged")
+    else:
+        assert value in ([], {}) or (name in ("rows", "read") and type(value) is int and value >= 0)
+    with pytest.raises(ValueError, match="is damaged"):
+        checked({key: item for key, item in state.items() if key != name})
 
 
 def test_settings_that_a_source_cannot_use_are_told_at_once(mixture):

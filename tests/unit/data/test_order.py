@@ -37,6 +37,13 @@ def test_a_small_source_is_permuted_as_a_whole():
     assert epoch(order, 2) == random_stream(3, "order", "a", 2).permutation(120).tolist()
 
 
+def test_a_source_that_fills_a_window_is_still_permuted_as_a_whole():
+    """However it is divided into shards: they are permuted only from the next sample on."""
+    whole = epoch(Order(bounds([120]), 3, "a", window=120), 1)
+    assert epoch(Order(bounds([50, 70]), 3, "a", window=120), 1) == whole
+    assert epoch(Order(bounds([50, 70]), 3, "a", window=119), 1) != whole
+
+
 def test_a_large_source_is_read_window_by_window_in_another_order_each_epoch(monkeypatch):
     monkeypatch.setattr(order_module, "WINDOW", 40)
     order = Order(bounds([10] * 12), 3, "a")

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.data.loading.workers import _Running
 from megatron_gemini.data.packing.wire import from_bytes, parse_header, to_bytes
 from tests.tiny_shards import FORM, LAYOUT, Characters, run_config, sample, texts, write_tar
 from tests.unit.data.test_loader import content, steps
@@ -52,7 +54,7 @@ def child_name(child):
 
 def left_of(before):
     """Processes beyond those of `before`, once they have had the time to end."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 100
     while (left := set(workers()) - set(before)) and time.monotonic() < end:
         time.sleep(0.02)
     return left
@@ -91,6 +93,18 @@ def test_workers_change_no_row_and_go_on_from_any_state(shard):
     assert steps(both, 4) == expected[8:]
     for loader in both:
         loader.close()
+
+
+def test_a_worker_is_waited_for_before_its_pipes_are_closed():
+    """So that none is left, nor writes to a closed pipe, once the loader is closed."""
+    calls = []
+    names = {"process": ("kill", "join"), "rows": ("close",), "lifeline": ("close",)}
+    parts = {
+        part: SimpleNamespace(**{name: lambda at=f"{part}.{name}": calls.append(at) for name in methods})
+        for part, methods in names.items()
+    }
+    _Running(**parts, now_decoding=None).end()
+    assert calls == ["process.kill", "process.join", "rows.close", "lifeline.close"]
 
 
 def unruly_shard(path, bad):
@@ -253,7 +267,7 @@ def test_no_process_outlives_its_rank_not_even_one_that_hangs(tmp_path, end):
     assert child.wait(20) == (-signal.SIGKILL if end == "kill" else 0), child.stderr.read()
     assert ready == "ready\n"
     assert len(session) >= 4  # the rank, the server of its workers, and two workers
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while any(psutil.pid_exists(pid) for pid in session) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in session if psutil.pid_exists(pid)]

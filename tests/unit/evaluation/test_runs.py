@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_gemini.evaluation.runs import first_losses, training_figures
 
 
-def write_run(path: Path, seconds: float, memory: int, losses: list[float], first: int = 0) -> Path:
+def write_run(path: Path, seconds: float, memory: int, losses: list[float], first: int = 1) -> Path:
     path.mkdir()
     summary = {"train_seconds": seconds, "peak_memory_bytes": memory, "tokens_per_second": 10 * seconds}
     (path / "summary.json").write_text(json.dumps(summary))

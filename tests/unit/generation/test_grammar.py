@@ -74,7 +74,7 @@ def test_an_image_has_none_of_the_codes_behind_its_own_range() -> None:
 def test_a_model_without_image_codes_never_draws() -> None:
     layout = TokenLayout(7, (("image", 0),))
     assert not Grammar(layout, 0, "any", 50, 1).allowed()[0, layout.control("image_begin")]
-    with pytest.raises(ValueError, match="no image codes"):
+    with pytest.raises(ValueError, match="this model cannot draw: it has no image codes"):
         Grammar(layout, 0, "image", 50, 1)
 
 

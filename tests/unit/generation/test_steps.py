@@ -112,6 +112,26 @@ def test_a_dropped_sequence_ends_and_the_others_go_on_as_if_nothing_had_been(mod
         assert [token for token in answer if token != EOS] == expected
 
 
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("ended", [[0], [1, 3], [4]])
+def test_a_drawing_goes_on_with_its_own_twin_once_another_has_ended(
+    model: Gemini, ended: list[int], cache: bool
+) -> None:
+    """Each twin has the codes of its own sequence, and the guidance is strong enough that another's would show."""
+    settings = SampleSettings(seed=3, guidance=100.0, max_tokens=CODES + 3, answer="image", cache=cache)
+    whole = generate(model, LAYOUT, prompts(), settings, CODES)
+    left = [i for i in range(len(prompts())) if i not in ended]
+    answers: list[list[int]] = [[] for _ in prompts()]
+    with begin(model, settings) as decoding:
+        for number, step in enumerate(decoding):
+            for sampled in step.tokens:
+                answers[sampled.sequence].append(sampled.token)
+            if number == 2:  # behind two codes, by which the twins differ
+                decoding.drop(ended)
+    assert [answers[i][:-1] for i in left] == [whole[i] for i in left]
+    assert len({tuple(whole[i]) for i in left}) == len(left), "equal drawings would have equal twins"
+
+
 def test_a_sequence_dropped_before_the_first_step_is_never_computed(model: Gemini) -> None:
     decoding = begin(model, SampleSettings(seed=3, max_tokens=5))
     decoding.drop([0, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,20 @@ def test_rotation_equals_complex_multiplication(large, monkeypatch):
     position = torch.tensor([0, 1, 2, 0, 7])
     cos_sin = rope_cos_sin(position, 8, 100.0, torch.float32)
     assert_same(lambda x: apply_rope(x, cos_sin), lambda x: rotated64(x, position, 100.0), tensors((5, 3, 8)))
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_the_tables_are_exact_for_positions_of_long_rows(theta):
+    """To the rounding of float32, by angles in the 64 bits of x86's long double, or float64 where it has no more."""
+    position = torch.tensor([0, 1, 4_097, 100_000, 1_000_000, 16_000_001])
+    exponent = -np.arange(0, 64, 2, dtype=np.longdouble) / 64
+    angle = position.numpy().astype(np.longdouble)[:, None] * np.longdouble(theta) ** exponent
+    cos, sin = rope_cos_sin(position, 64, theta, torch.float32)
+    for found, expected in ((cos, np.cos(angle)), (sin, np.sin(angle))):
+        assert np.abs(found[:, 0, 32:].numpy() - expected).max() < 6.1e-8
+    cos, sin = rope_cos_sin(position, 64, theta, torch.bfloat16)
+    assert cos.dtype == sin.dtype == torch.bfloat16
+    assert np.abs(cos[:, 0, 32:].float().numpy() - np.cos(angle)).max() <= 2**-9
 
 
 @pytest.mark.parametrize("large", [0, 1 << 17], ids=["by halves", "at once"])

@@ -1,5 +1,7 @@
 """The audio encoder: the same numbers as a foreign Conformer, and no clip depends on its neighbors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ from megatron_gemini.modalities.audio.encoder import (
 from megatron_gemini.modalities.audio.spec import AUDIO_ENCODER
 from megatron_gemini.models.encoders import dummy_media
 from megatron_gemini.parallel.parameters import initialize
+from tests.foreign_positions import foreign_sinusoids
 
 CONFIG = AudioConfig(width=24, layers=2, heads=3, mlp_width=40, kernel=5, mels=16)
 
@@ -130,36 +133,64 @@ def test_convolution_module_equals_a_foreign_one():
     torch.testing.assert_close(ours(normed, gaps), expected, rtol=1e-5, atol=1e-5)
 
 
+BLOCK = {
+    "mlp_1_norm": "ffn1_layer_norm",
+    "mlp_1.up": "ffn1.intermediate_dense",
+    "mlp_1.down": "ffn1.output_dense",
+    "attention_norm": "self_attn_layer_norm",
+    "attention.qkv": "self_attn.linear_q+self_attn.linear_k+self_attn.linear_v",
+    "attention.out": "self_attn.linear_out",
+    "convolution_norm": "conv_module.layer_norm",
+    **{f"convolution.{mine}": f"conv_module.{other}" for mine, other in CONVOLUTION.items()},
+    "convolution.out": "conv_module.pointwise_conv2",
+    "mlp_2_norm": "ffn2_layer_norm",
+    "mlp_2.up": "ffn2.intermediate_dense",
+    "mlp_2.down": "ffn2.output_dense",
+    "norm": "final_layer_norm",
+}
+
+
+def _foreign_block(foreign) -> nn.Module:
+    """Without neighbors in its convolution, which is causal there; with weights of which none is small."""
+    block = foreign.Wav2Vec2BertEncoderLayer(_foreign_config(foreign, kernel=1)).eval()
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+    return block
+
+
 def test_conformer_block_equals_a_foreign_one():
     foreign = pytest.importorskip("transformers.models.wav2vec2_bert.modeling_wav2vec2_bert")
     torch.manual_seed(0)
-    theirs = foreign.Wav2Vec2BertEncoderLayer(_foreign_config(foreign, kernel=1)).eval()
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    for module in theirs.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-6
+    theirs = _foreign_block(foreign)
     ours = ConformerBlock(24, heads=3, mlp_width=40, kernel=1)
-    names = {
-        "mlp_1_norm": "ffn1_layer_norm",
-        "mlp_1.up": "ffn1.intermediate_dense",
-        "mlp_1.down": "ffn1.output_dense",
-        "attention_norm": "self_attn_layer_norm",
-        "attention.qkv": "self_attn.linear_q+self_attn.linear_k+self_attn.linear_v",
-        "attention.out": "self_attn.linear_out",
-        "convolution_norm": "conv_module.layer_norm",
-        **{f"convolution.{mine}": f"conv_module.{other}" for mine, other in CONVOLUTION.items()},
-        "convolution.out": "conv_module.pointwise_conv2",
-        "mlp_2_norm": "ffn2_layer_norm",
-        "mlp_2.up": "ffn2.intermediate_dense",
-        "mlp_2.down": "ffn2.output_dense",
-        "norm": "final_layer_norm",
-    }
-    _copied(ours, theirs.state_dict(), names)
+    _copied(ours, theirs.state_dict(), BLOCK)
     x_OD = torch.randn(9, 24)
     segment = torch.ones(9, dtype=torch.int32)
     actual = ours(x_OD, plan_attention(segment, segment), Gaps.between(torch.tensor([9]), 9, gap=0))
     torch.testing.assert_close(actual, theirs(x_OD[None])[0].view(9, 24), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 38])
+def test_the_whole_encoder_equals_plain_convolutions_foreign_positions_and_foreign_blocks(frames):
+    """From log-mel frames to the last norm."""
+    foreign = pytest.importorskip("transformers.models.wav2vec2_bert.modeling_wav2vec2_bert")
+    torch.manual_seed(0)
+    ours = AudioEncoder(dataclasses.replace(CONFIG, kernel=1))
+    blocks = [_foreign_block(foreign) for _ in range(CONFIG.layers)]
+    for mine, theirs in zip(ours.blocks, blocks, strict=True):
+        _copied(mine, theirs.state_dict(), BLOCK)
+    for parameter in ours.subsample.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    media = _media([frames])
+    plain = nn.Sequential(ours.subsample.first, nn.GELU(), ours.subsample.second, nn.GELU())
+    expected = plain(media.values_PC.T[None]).mT
+    expected = expected + foreign_sinusoids(expected.shape[1], CONFIG.width)
+    for theirs in blocks:
+        expected = theirs(expected)[0].view(expected.shape)
+    torch.testing.assert_close(ours(media), expected[0], rtol=1e-5, atol=1e-5)
 
 
 def test_dummy_is_the_smallest_input_and_uses_every_parameter():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.image.preprocess import (
+    FORMATS,
     decode_image,
     fit_image,
     fitted_size,
@@ -229,3 +230,28 @@ def test_other_formats_are_decoded_whole():
     file = io.BytesIO()
     Image.new("RGB", (600, 600)).save(file, "PNG")
     assert decode_image(file.getvalue(), shrink_to=100).shape == (600, 600, 3)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["TIFF", pytest.param("AVIF", marks=pytest.mark.skipif("AVIF" not in FORMATS, reason="this Pillow has none"))],
+)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_scans_and_pictures_of_phones_are_read(kind, mode):
+    image = Image.fromarray(_photo()).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(0)
+    decoded = decode_image(_file(image, kind, **({"quality": 95} if kind == "AVIF" else {})))
+    assert np.abs(decoded.astype(int) - (_photo() if mode == "RGB" else 255)).mean() < 8
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_a_tiff_without_a_known_range_is_refused(dtype):
+    with pytest.raises(BadSample) as caught:
+        decode_image(_file(Image.fromarray(_photo()[:, :, 0].astype(dtype)), "TIFF"))
+    assert caught.value.reason == "image_no_range"
+
+
+def test_a_tiff_of_16_bits_is_scaled():
+    grey = np.array([[0, 256, 32768, 65535]], np.uint16)
+    assert decode_image(_file(Image.fromarray(grey), "TIFF"))[0, :, 0].tolist() == [0, 1, 128, 255]

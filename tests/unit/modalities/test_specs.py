@@ -1,5 +1,6 @@
 """Modalities are known by their specs alone: control tokens, operations, and no heavy library to import them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,21 @@ def register():
     yield add
     for name in names:
         MODALITIES.unregister(name)
+
+
+def test_the_document_lists_the_members_that_hold_each_modality():
+    rows = re.findall(r"^\| (\w+) \| ((?:`\w+`(?:, )?)+) \|$", (ROOT / "docs/data.md").read_text(), re.M)
+    listed = {name: tuple(re.findall(r"`(\w+)`", cell)) for name, cell in rows}
+    assert {spec.name: listed[spec.name] for spec in MODALITIES.entries()} == {
+        spec.name: spec.members for spec in MODALITIES.entries()
+    }
+
+
+def test_the_readme_names_endings_that_are_read():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("| task | members of a sample |") : text.index("Other endings are read as well")]
+    read = {member for spec in MODALITIES.entries() for member in spec.members} | {"codes", "json"}
+    assert set(re.findall(r"KEY\.(?:\d\.)?(\w+)", table)) <= read
 
 
 def test_the_control_tokens_in_force_have_names():

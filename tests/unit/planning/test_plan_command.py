@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from megatron_gemini import cli
 from megatron_gemini.config.load import read_config
 from megatron_gemini.planning.dry_run import _checked
+from tests.cpu_time import children_use_less_than
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
@@ -104,8 +104,10 @@ def test_one_rank_of_1024_is_built_on_one_machine_in_seconds_and_little_memory()
         *("--parallel.tensor", "8", "--parallel.pipeline", "16", "--parallel.virtual_stages", "2"),
         *("--parallel.schedule", "interleaved", "--train.rows_per_step", "1024", "--data.lanes", "1024"),
     ]
-    started = time.perf_counter()
-    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=200)
+    with children_use_less_than(90):
+        result = subprocess.run(
+            [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=280
+        )
     assert result.returncode == 0, result.stderr
     for line in (
         "rank 517 of 1024",
@@ -116,7 +118,6 @@ def test_one_rank_of_1024_is_built_on_one_machine_in_seconds_and_little_memory()
         assert line in result.stdout
     assert len(re.findall(r"stage (8|24): layers .* parameters, as planned", result.stdout)) == 2
     assert int(re.search(r"peak (\d+) MiB", result.stdout)[1]) < 1024
-    assert time.perf_counter() - started < 90
 
 
 def test_formulas_that_are_out_of_date_are_told():

@@ -13,9 +13,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from megatron_gemini.building import fetch
+from megatron_gemini.building.journal import Journal
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.sources.paths import expand_shards
@@ -25,6 +26,7 @@ from tests.unit.building.pictures import encoded, smooth
 from tools import build_shards
 
 ROOT = Path(__file__).parents[3]
+AVIF = features.check("avif")
 
 
 def run(*arguments):
@@ -103,6 +105,23 @@ def test_a_folder_of_pictures_becomes_shards_that_train(tmp_path, capsys):
         assert not loader.skipped
 
 
+def test_pictures_of_all_kinds_that_pillow_reads_are_built_and_others_are_shown(tmp_path, capsys):
+    pictures, out = tmp_path / "in", tmp_path / "out"
+    pictures.mkdir()
+    kinds = {"a.jfif": "JPEG", "b.tif": "TIFF", "c.gif": "GIF", "d.bmp": "BMP", **({"e.avif": "AVIF"} if AVIF else {})}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        (pictures / name).write_bytes(encoded(smooth(seed, 24), kind))
+    for name in ("x.svg", "y.svg", "z.heic"):
+        (pictures / name).write_text("<svg/>")
+    assert run("--images", pictures, "--captions", "name", "--out", out) == 0
+    value, dropped = report(out)
+    assert (value["kept"], dropped) == (len(kinds), {})
+    assert value["passed_over"] == {".svg": 2, ".heic": 1}
+    assert "passed over" in (printed := capsys.readouterr().out) and "2 .svg, 1 .heic" in printed
+    endings = [Shards([str(out / "shard-00000.tar")]).endings(sample)[0] for sample in range(len(kinds))]
+    assert endings == ["jpg", *["png"] * (len(kinds) - 1)]
+
+
 def test_a_table_is_filtered_by_its_columns_before_a_file_is_opened(tmp_path):
     folder(tmp_path / "in", 3)
     lines = [
@@ -148,6 +167,68 @@ def test_a_build_from_addresses_counts_what_its_fetcher_refuses(tmp_path, monkey
     assert dropped == dict.fromkeys(("wrong_hash", "http_404", "host_not_public", "url_scheme"), 1)
 
 
+def test_no_record_ends_a_build(tmp_path, monkeypatch, capsys):
+    """Names that cannot be encoded or looked up, numbers beyond every type, and what nobody thought of."""
+    pictures = folder(tmp_path / "in", 2)
+    with open(os.fsencode(pictures) + b"/caf\xe9.png", "wb") as file:
+        file.write(b"no picture, and a name that is no text")
+    assert run("--images", pictures, "--captions", "name", "--out", tmp_path / "names") == 0
+    assert "bad_text" in capsys.readouterr().out
+    lines = [{"image": "000.png", "caption": "one", "n": 10**400}, {"image": "\ud83d.png", "caption": "half"}]
+    lines += [
+        {"image": "x\0.png", "caption": "zero"},
+        {"image": "001.png", "caption": "two", "n": 1, "\ud83d": "\ud83d"},
+    ]
+    lines += [{"image": "n" * 5000, "caption": "long"}]
+    (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert (
+        run("--table", pictures / "t.jsonl", "--out", tmp_path / "files", "--min", "n=1", "--max", f"n={10**30}") == 0
+    )
+    value, dropped = report(tmp_path / "files")
+    assert value["kept"] == 1
+    assert dropped == {"no_n": 2, "path_outside": 2}
+    urls = [
+        "http://\ud83d.test/",
+        "http://a.test/\ud83d",
+        "http://a.test/?\ud83d",
+        "http://" + "ü" * 300 + "/",
+        "http://.:80/",
+    ]
+    (pictures / "u.jsonl").write_text("\n".join(json.dumps({"url": url, "caption": "x"}) for url in urls))
+    assert run("--table", pictures / "u.jsonl", "--out", tmp_path / "urls") == 2
+    assert report(tmp_path / "urls")[1] == {"url_invalid": 5}
+    monkeypatch.setattr("megatron_gemini.building.examine.decode_image", lambda data: 1 // 0)
+    assert run("--images", pictures, "--captions", "name", "--out", tmp_path / "wall") == 2
+    assert report(tmp_path / "wall")[1] == {"record_failed": 2, "bad_text": 1}
+
+
+def test_a_lost_shard_takes_what_was_built_after_it_along(tmp_path):
+    """What comes of a record may be another thing the second time: here a file that was lost has come back."""
+    pictures, out = folder(tmp_path / "in", 12), tmp_path / "out"
+    rows = [json.dumps({"image": f"{i:03d}.png", "caption": str(i)}) for i in range(12)]
+    (pictures / "t.jsonl").write_text("\n".join(rows))
+    (pictures / "003.png").rename(tmp_path / "kept")
+    command = ("--table", pictures / "t.jsonl", "--out", out, "--samples-per-shard", "2")
+    assert run(*command) == 0
+    assert len(report(out)[0]["shards"]) == 6
+    (out / "shard-00001.tar").unlink()
+    (tmp_path / "kept").rename(pictures / "003.png")
+    kill_at, add = 2, Journal.add
+
+    def killed(self, entry):
+        add(self, entry)
+        if len(self.entries) == kill_at:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", killed)
+        assert run(*command) == 130
+    assert run(*command) == 0
+    keys = [key for name in sorted(report(out)[0]["shards"]) for key in keys_of(Shards([str(out / name)]))]
+    assert keys == [f"{number:09d}" for number in range(12)]
+    assert {path.name for path in out.glob("*.tar")} == set(report(out)[0]["shards"])
+
+
 def test_a_killed_build_goes_on_and_ends_with_the_same_shards(tmp_path):
     pictures = folder(tmp_path / "in", 60)
     (pictures / "030.png").write_bytes((pictures / "002.png").read_bytes())  # a duplicate of an earlier shard's sample
@@ -182,6 +263,40 @@ def test_a_finished_build_is_left_alone_and_another_is_not_mixed_in(tmp_path, ca
     assert "holds a build with other input" in capsys.readouterr().err
 
 
+def contents(paths):
+    return [
+        [shards.read(i, ["png", "txt"]) for i in range(len(shards))]
+        for shards in map(Shards, [[str(p)] for p in paths])
+    ]
+
+
+def test_validation_is_held_out_by_content_beside_the_shards(tmp_path, capsys):
+    pictures = folder(tmp_path / "in", 40)
+    for i in range(20):  # each again, under a name that comes much later
+        (pictures / f"{i + 100}.png").write_bytes((pictures / f"{i:03d}.png").read_bytes())
+        (pictures / f"{i + 100}.txt").write_text("again")
+    command = ("--images", pictures, "--samples-per-shard", "7", "--validation", "0.3", "--dedup", "none")
+    assert run(*command, "--out", tmp_path / "out") == 0
+    assert "held out" in capsys.readouterr().out
+    value, _ = report(tmp_path / "out")
+    train, held_out = (sorted((tmp_path / "out" / inner).glob("shard-*.tar")) for inner in ("", "validation"))
+    sides = [[sample["png"] for shard in contents(side) for sample in shard] for side in (train, held_out)]
+    assert not set(sides[0]) & set(sides[1])
+    assert sorted(map(len, sides)) == sorted((value["held_out"], 60 - value["held_out"]))
+    assert sum(value["shards"].values()) == value["kept"] == 60
+    assert 6 <= len(set(sides[1])) <= 18  # 12 of 40 are expected
+    # Alone, each is on the same side: no other sample decides.
+    assert run("--images", pictures, "--validation", "0.3", "--out", tmp_path / "other", "--dedup", "exact") == 0
+    alone = contents(sorted((tmp_path / "other" / "validation").glob("*.tar")))
+    assert {sample["png"] for shard in alone for sample in shard} == set(sides[1])
+    # One whose shard of validation is lost is built again from there, the same.
+    before = shard_bytes(tmp_path / "out"), shard_bytes(tmp_path / "out" / "validation")
+    held_out[1].unlink()
+    assert run(*command, "--out", tmp_path / "out") == 0
+    assert (shard_bytes(tmp_path / "out"), shard_bytes(tmp_path / "out" / "validation")) == before
+    assert len(expand_shards(str(tmp_path / "out" / "*.tar"))) == len(train)
+
+
 def test_workers_do_not_change_the_shards(tmp_path):
     pictures = folder(tmp_path / "in", 9)
     for workers in ("1", "3"):
@@ -199,6 +314,11 @@ def test_workers_do_not_change_the_shards(tmp_path):
         (["--table", "nowhere.csv"], "No such file"),
         (["--table", "t.csv", "--min", "similarity"], "write COLUMN=VALUE"),
         (["--table", "t.csv", "--max", "punsafe=low"], "--max takes a number"),
+        (["--table", "t.csv", "--max", "punsafe=nan"], "--max takes a number"),
+        (["--table", "t.csv", "--max-bytes", str(10**30)], "--max-bytes is 1000"),
+        (["--table", "t.csv", "--seconds", "1e30"], "--seconds is 1e+30"),
+        (["--table", "t.csv", "--seconds", "nan"], "--seconds is nan"),
+        (["--table", "t.csv", "--validation", "1"], "--validation is 1.0"),
         (["--table", "t.csv", "--samples-per-shard", "0"], "--samples-per-shard is 0"),
         (["--table", "t.csv", "--dedup-bits", "40"], "--dedup-bits is 40"),
     ],

@@ -165,3 +165,13 @@ def test_missing_input_and_all_bad_images_are_refused_in_one_line(checkpoint, tm
     assert _run(checkpoint, tmp_path / "gone-*.tar") == 2
     assert _run(tmp_path / "gone", shard) == 2
     assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_pictures_of_every_ending_get_codes_and_shards_without_any_are_counted(checkpoint, tmp_path, capsys):
+    kinds = {"a.png": "PNG", "b.gif": "GIF", "c.tif": "TIFF", "d.JPG": "JPEG"}
+    shard = _write(tmp_path / "pictures.tar", {name: _image(i, kind) for i, (name, kind) in enumerate(kinds.items())})
+    texts = _write(tmp_path / "texts.tar", {"a.txt": b"no picture"})
+    encode_images.encode_shards(checkpoint, [shard, texts], batch=8, device="cpu")
+    assert {name for name in _read(shard) if name.endswith(".codes.json")} == {f"{key}.codes.json" for key in "abcd"}
+    assert "4 images encoded" in (printed := capsys.readouterr().out)
+    assert "1 of the shards hold no image" in printed

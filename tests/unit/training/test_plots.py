@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_gemini.training.plots import _curves, _smoothed, plot_losses
 
-pytest.importorskip("matplotlib")
+Figure = pytest.importorskip("matplotlib.figure").Figure
 
 
 def test_a_figure_is_drawn_without_a_display(tmp_path, monkeypatch):
@@ -48,3 +48,27 @@ def test_smoothing_keeps_a_constant_and_steps_over_nan():
     smooth = _smoothed([2.0] * 100 + [math.nan] + [2.0] * 100)
     assert smooth == pytest.approx([2.0] * 201)
     assert _smoothed([1.0, 3.0]) == [1.0, 3.0]
+
+
+def test_smoothing_is_over_a_fiftieth_of_the_curve():
+    """With 200 values the newest one counts a quarter, less what the first values lack."""
+    smooth = _smoothed([0.0] * 199 + [1.0])
+    assert smooth[-1] == pytest.approx(0.25 / (1 - 0.75**200), rel=1e-12)
+
+
+def test_every_axis_says_what_it_shows(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **settings: drawn.append(figure))
+    records = [{"step": step, "loss": 1.0, "learning_rate": 0.1, "validation_loss": 2.0} for step in (0, 1)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    losses, rate = drawn[0].axes
+    assert (losses.get_ylabel(), rate.get_ylabel(), rate.get_xlabel()) == (
+        "loss (nats per target)",
+        "learning rate",
+        "step",
+    )
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["all", "all, held out"]
+    assert rate.get_ylim()[0] == 0
+    assert losses.get_xlim() == rate.get_xlim()
+    assert rate.lines[0].get_ydata().tolist() == [0.1, 0.1]

@@ -43,7 +43,7 @@ def train(clock, stream, steps, seconds, start=0, until=None, rank=0, **extra):
     progress = Progress(steps, start, rank, stream, clock)
     for step in range(start, steps if until is None else until):
         clock.now += seconds
-        progress.update(step, RECORD | extra.get(f"at_{step}", {}))
+        progress.update(step + 1, RECORD | extra.get(f"at_{step}", {}))
     progress.finish()
     return stream.getvalue().splitlines()
 
@@ -74,9 +74,9 @@ def test_the_slow_first_step_does_not_spoil_the_time_left(clock):
     stream = io.StringIO()
     progress = Progress(11, 0, 0, stream, clock)
     clock.now += 600
-    progress.update(0, RECORD)
-    clock.now += 6
     progress.update(1, RECORD)
+    clock.now += 6
+    progress.update(2, RECORD)
     assert stream.getvalue().splitlines()[-1].endswith("  0:54 left")
 
 
@@ -103,10 +103,10 @@ def test_other_ranks_are_silent(clock):
 def test_a_terminal_has_one_bar_and_notes_above_it(clock):
     stream = Terminal()
     progress = Progress(20, 5, 0, stream, clock)
-    progress.update(5, RECORD)
+    progress.update(6, RECORD)
     progress.note("saved step 6")
     for step in range(6, 20):
-        progress.update(step, RECORD)
+        progress.update(step + 1, RECORD)
     progress.finish()
     shown = stream.getvalue()
     assert "saved step 6\n" in shown
@@ -128,7 +128,7 @@ def test_a_reader_that_has_gone_does_not_end_the_run() -> None:
         progress.note("heard")
         os.close(reader)
         for step in range(3):
-            progress.update(step, {"loss": 1.0, "tokens": 10})
+            progress.update(step + 1, {"loss": 1.0, "tokens": 10})
         progress.finish()
 
 

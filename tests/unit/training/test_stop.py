@@ -1,5 +1,6 @@
 """What asks a process to stop: signals, and launchers that end without a word."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -68,6 +69,17 @@ def test_a_launcher_that_ends_asks_to_stop() -> None:
     assert stop.requested() == LAUNCHER_GONE
     assert reason(LAUNCHER_GONE) == "the end of its launcher"
     assert StoppedError(LAUNCHER_GONE).code == 143
+
+
+def test_a_launcher_that_nobody_waits_for_has_ended_all_the_same() -> None:
+    """As in a container, whose first process may wait for no one."""
+    stop = StopRequest()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as launcher:
+        stop._launchers = [(launcher.pid, started(launcher.pid))]
+        launcher.kill()
+        os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # ended, and still in the table of processes
+        assert started(launcher.pid) == ""
+        assert stop.requested() == LAUNCHER_GONE
 
 
 @pytest.mark.parametrize(
