@@ -81,12 +81,13 @@ def read_examples(
                 schema.check(members)
                 fields = decoder.decode(members, key, schema, partial(read_named, records, sample))
                 text, label = text_of(members, schema), label_of(members, schema)
+                # By the key and not by the place, so that a limit changes which samples are asked and not what they are
+                # asked.
+                random = random_stream(seed, "evaluate", source.task, key)
+                asked = form_example(schema.task, fields, source.prompts, random)
         except BadSample as error:
             skipped[error.reason] += 1
             continue
-        # By the key and not by the place, so that a limit changes which samples are asked and not what they are asked.
-        random = random_stream(seed, "evaluate", source.task, key)
-        asked = form_example(schema.task, fields, source.prompts, random)
         answer = None if asked.answer is None else list(asked.answer)
         examples.append(ValidationExample(key, list(asked.prompt), answer, text, label))
     return examples
