@@ -24,13 +24,16 @@ def main(argv: list[str]) -> int:
 
     quiet_warnings()
 
+    from megatron_gemini.engine.builds import builds_watched
     from megatron_gemini.training.job import join_job
     from megatron_gemini.training.loop import Loop
     from megatron_gemini.training.stop import StoppedError
 
     # The signal is raised behind `join_job`, which leaves the process group only where nothing was raised.
     with join_job(config) as (topology, device):
-        number = Loop(OBJECTIVES.get(config.objective.kind).build(config, topology, device)).run()
+        with builds_watched(topology.rank):
+            objective = OBJECTIVES.get(config.objective.kind).build(config, topology, device)
+        number = Loop(objective).run()
     if number:
         raise StoppedError(number)
     return 0
