@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
 
     quiet_warnings()
 
+    from megatron_gemini.engine.builds import builds_watched
     from megatron_gemini.training.job import join_job
     from megatron_gemini.training.loop import Loop
     from megatron_gemini.training.run_lock import locked
@@ -33,7 +34,9 @@ def main(argv: list[str]) -> int:
     # The signal is raised behind `join_job`, which leaves the process group only where nothing was raised.
     with join_job(config) as (topology, device), locked(Path(config.train.output_dir), topology, device) as lock:
         # The lock first: reading the data already writes indices into the run's folder.
-        number = Loop(OBJECTIVES.get(config.objective.kind).build(config, topology, device), lock).run()
+        with builds_watched(topology.rank):
+            objective = OBJECTIVES.get(config.objective.kind).build(config, topology, device)
+        number = Loop(objective, lock).run()
     if number:
         raise StoppedError(number)
     return 0

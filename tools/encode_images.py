@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import hashlib
 import io
 import json
 import os
@@ -26,7 +25,6 @@ from megatron_gemini.modalities.image.spec import IMAGE
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
 
@@ -67,6 +65,7 @@ def encode_shards(checkpoint: Path, shards: Sequence[Path], batch: int, device: 
     from tqdm import tqdm
 
     from megatron_gemini.checkpoint.inference import load_image_tokenizer
+    from megatron_gemini.modalities.image.code_tokenizer import fingerprint
 
     if batch < 1:
         raise ValueError(f"--batch is {batch}; it must be 1 or more")
@@ -211,18 +210,6 @@ def members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
 def codes_name(image: str) -> str:
     """Member name of an image's codes."""
     return image.rsplit(".", 1)[0] + CODES
-
-
-def fingerprint(tokenizer: ImageTokenizer) -> str:
-    """The first 16 hexadecimal digits of a hash of all weights by name."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(tokenizer.state_dict().items()):
-        digest.update(name.encode() + _bytes(weight))
-    return digest.hexdigest()[:16]
-
-
-def _bytes(weight: torch.Tensor) -> bytes:
-    return weight.detach().cpu().numpy().tobytes()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gemini.engine.build_locks import remove_stale_locks
+from megatron_gemini.engine.builds import use_own_build_folder
 
 
 def choose_device() -> torch.device:
@@ -39,6 +40,7 @@ def join(device: torch.device) -> None:
         os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
     if dist.is_initialized():
         return
+    use_own_build_folder()
     remove_stale_locks()
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     if device.type == "cpu":

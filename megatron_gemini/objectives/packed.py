@@ -35,6 +35,7 @@ from megatron_gemini.models.flops import model_flops_per_token, utilization
 from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.models.stage import LossOutput, StageLoss
 from megatron_gemini.objectives.base import Objective, mean
+from megatron_gemini.objectives.codes import check_codes
 from megatron_gemini.objectives.figures import MIXTURE, count_tokens, mixture_of, token_kinds, token_shares
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.registry import OBJECTIVES
@@ -63,6 +64,7 @@ class PackedObjective(Objective[StepRows, LossOutput]):
         self.loader = Loader(
             config, topology.rank, topology.world, self.layout, self.tokenizer, self.form, pin=device.type == "cuda"
         )
+        check_codes(self.loader, self.image_tokenizer)
         # Before the engine, whose building is collective: ranks with other settings would wait for each other there.
         seen = [(source.label, len(source), source.shards.paths) for source in self.loader.sources]
         preflight(self.digest, shards_digest(seen), topology, device)
@@ -189,6 +191,10 @@ class PackedObjective(Objective[StepRows, LossOutput]):
         # A loader of its own each time, which begins at the same rows.
         with Loader.validation(self.config, topology.rank, topology.world, *given) as loader:
             step, problem = self._shared(loader, self.config.train.validation_rows)
+            try:
+                check_codes(loader, self.image_tokenizer)
+            except ValueError as error:
+                problem = problem or str(error)
         # No collective begins a validation, so what one rank found wrong with its rows is told here.
         raise_together(problem, topology, self.device)
         outputs: list[LossOutput] = []

@@ -20,7 +20,7 @@ LAUNCHERS = ("alone", "deepspeed", "torchrun")
 # What DeepSpeed's and torch's launchers say of themselves, and then the trainer.
 KNOWN = re.compile(
     r"\[[-\d :,]+\] \[(INFO|WARNING)\] \[(runner|launch)\.py:\d+:\w+\] |"
-    r"(attention|loss|optimizer|step \d+/\d+|saved|trained \d+ steps)\b"
+    r"(attention|loss|optimizer|compiling DeepSpeed's operator|step \d+/\d+|saved|trained \d+ steps)\b"
 )
 
 

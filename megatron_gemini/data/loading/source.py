@@ -15,7 +15,7 @@ from megatron_gemini.data.operations.pipeline import OperationPipeline
 from megatron_gemini.data.operations.spec import Sample, Setting
 from megatron_gemini.data.packing.pack import check_fits, row_limits
 from megatron_gemini.data.random_stream import random_stream
-from megatron_gemini.data.samples.decode import MissingField, SampleDecoder, field_bytes
+from megatron_gemini.data.samples.decode import MissingField, SampleDecoder, codes_in, field_bytes
 from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.samples.document import Document, Encodes
 from megatron_gemini.data.samples.form import check_prompts
@@ -95,6 +95,8 @@ class DocumentSource:
         self.names = self.schema.members()
         # Indices go into the run's folder, which is there to be written to and is seen by all ranks.
         self.shards = open_records(source, self.names, Path(config.train.output_dir) / "shard-index")
+        self.makers: dict[tuple[str, str], str] = {}
+        """A shard for each (modality, name of the tokenizer that made codes of it) that `check_shards` met."""
         self.order = Order(self.shards.bounds, self.seed, label, self.shards.window)
 
     def __len__(self) -> int:
@@ -152,7 +154,7 @@ class DocumentSource:
 
     def check_shards(self) -> None:
         """Raise ValueError for a shard in which no sample can be used: any, or of many one of `CHECKED_SHARDS` evenly
-        spread ones."""
+        spread ones. Fills `makers` from their first usable samples."""
         # The first usable sample is proof enough: it is the wrong field or a wrong file that is to be found here.
         bounds = [*self.shards.first_sample, len(self)]
         for number in range(0, len(self.shards.paths), -(-len(self.shards.paths) // CHECKED_SHARDS)):
@@ -160,7 +162,9 @@ class DocumentSource:
             reasons: Counter[str] = Counter()
             for sample in range(first, end):
                 try:
-                    self.sample(sample)
+                    for value in self.sample(sample).fields.values():
+                        for codes in codes_in(value):
+                            self.makers.setdefault((codes.target, codes.tokenizer), path)
                     break
                 except BadSample as error:
                     reasons[error.reason] += 1

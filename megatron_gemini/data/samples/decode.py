@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -119,6 +119,15 @@ def over_items(fields: Fields, change: Callable[[Item], Item]) -> Fields:
         return once(value) if isinstance(value, (EncoderInput, RawItem)) else value
 
     return Fields({name: within(value) for name, value in fields.items()})
+
+
+def codes_in(value: FieldValue) -> Iterator[Codes]:
+    """The codes in a decoded field, those in documents and turns as well."""
+    if isinstance(value, Codes):
+        yield value
+    elif isinstance(value, (Turn, list)):
+        for each in value.items if isinstance(value, Turn) else value:
+            yield from codes_in(each)
 
 
 def field_bytes(value: FieldValue) -> int:

@@ -26,10 +26,11 @@ class Text:
 @dataclass(frozen=True)
 class Codes:
     """An item that the model makes, as codes. target: its modality, and the range of the vocabulary, of whose size each
-    code is below."""
+    code is below. tokenizer: the name of what made the codes, as the sample has it; empty where it does not say."""
 
     target: str
     codes: tuple[int, ...]
+    tokenizer: str = field(default="", compare=False)
 
 
 @runtime_checkable

@@ -17,6 +17,8 @@ from megatron_gemini.registry import MODALITIES
 if TYPE_CHECKING:
     from megatron_gemini.config.run import RunConfig
 
+MAKER = 64  # most characters of a tokenizer's name
+
 
 def item_kinds() -> dict[str, tuple[str, ...]]:
     """The kinds by name, with the members or columns that usually hold such an item."""
@@ -46,9 +48,13 @@ def decode_item(kind: str, data: bytes, config: RunConfig) -> Item:
 
 
 def decode_codes(data: bytes, spec: ModalitySpec, codes: CodesSpec, config: RunConfig) -> Codes:
-    """`{"codes": [...]}`: the codes of one item, as many as it has. Raises BadSample: bad_codes, bad_json."""
+    """`{"codes": [...], "tokenizer": ...}`: the codes of one item, as many as it has, and who made them if it is told.
+
+    Raises BadSample: bad_codes, bad_json.
+    """
     value = decode_json(data)
-    given = value.get("codes") if isinstance(value, dict) else None
+    table = value if isinstance(value, dict) else {}
+    given, maker = table.get("codes"), table.get("tokenizer")
     expected, size = codes.length(config), codes.size(config)
     if not isinstance(given, list) or len(given) != expected:
         found = f"{len(given)} codes" if isinstance(given, list) else "no list of codes"
@@ -58,4 +64,4 @@ def decode_codes(data: bytes, spec: ModalitySpec, codes: CodesSpec, config: RunC
         if type(code) is not int or not 0 <= code < size:  # of bool, which is an int to isinstance, none is a code
             raise BadSample("bad_codes", f"{spec.name} code {str(code)[:20]}; the codebook has 0..{size - 1}")
         numbers.append(code)
-    return Codes(spec.name, tuple(numbers))
+    return Codes(spec.name, tuple(numbers), maker[:MAKER] if isinstance(maker, str) else "")

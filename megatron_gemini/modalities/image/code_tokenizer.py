@@ -6,6 +6,7 @@ Shape suffixes: B images, S pixels of a side, X patches of all images (one code 
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -239,3 +240,11 @@ def decibels(error: float) -> float:
     """Peak signal-to-noise ratio of a mean squared error of pixels in [-1, 1]."""
     # The peak is 2, from -1 to 1, and 4 its square. Equal images have 126 dB by the bound, not infinity.
     return 10 * math.log10(4.0 / max(error, 1e-12))
+
+
+def fingerprint(tokenizer: ImageTokenizer) -> str:
+    """The name of a tokenizer in the codes that it makes: 16 hexadecimal digits of a hash of all weights by name."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(tokenizer.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

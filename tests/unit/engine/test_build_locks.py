@@ -14,6 +14,8 @@ def lock(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name in ("LOCAL_SIZE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
     path = tmp_path / "an_operator" / "lock"
     path.parent.mkdir()
     path.touch()
@@ -34,7 +36,38 @@ def test_a_lock_that_a_process_holds_stays(lock):
         os.close(descriptor)
 
 
-def test_a_job_of_several_nodes_leaves_locks_alone(lock, monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+# What torchrun, DeepSpeed's launcher and srun export; the jobs in examples/ start their ranks by srun.
+SEVERAL = [
+    {"LOCAL_WORLD_SIZE": "1"},
+    {"LOCAL_SIZE": "1"},
+    {"SLURM_NNODES": "2"},
+    {"SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "2"},
+    {},  # a launcher that says nothing
+]
+ONE = [{"LOCAL_WORLD_SIZE": "2"}, {"LOCAL_SIZE": "2"}, {"SLURM_NNODES": "4", "SLURM_STEP_NUM_NODES": "1"}]
+
+
+@pytest.mark.parametrize("environment", SEVERAL)
+def test_a_job_of_several_nodes_leaves_locks_alone(lock, monkeypatch, environment):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert remove_stale_locks() == []
     assert lock.exists()
+
+
+@pytest.mark.parametrize("environment", ONE)
+def test_a_job_on_one_machine_removes_them_whatever_started_it(lock, monkeypatch, environment):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert remove_stale_locks() == [lock]
+
+
+def test_one_process_of_a_job_of_several_nodes_leaves_them_too(lock, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert remove_stale_locks() == []
+    monkeypatch.delenv("SLURM_NNODES")
+    assert remove_stale_locks() == [lock]
