@@ -23,6 +23,7 @@ from megatron_gemini.checkpoint.index import INDEX, Index, RunId, read_index, re
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_NAME = 4096
 ATTEMPTS = 5
 """How often a reader begins again because a run has deleted what it was reading."""
 _STEP = re.compile(r"step-(\d{8,})")
@@ -92,12 +93,15 @@ def newest(run: Path) -> Newest:
 
     Raises ValueError where the one that `latest` names is there with a damaged index.
     """
-    folder, steps = run / "checkpoints", complete_steps(run)
+    folder, warnings = run / "checkpoints", list[str]()
+    pointer = folder / "latest"
+    for _ in range(ATTEMPTS):
+        named, steps = _named(pointer), complete_steps(run)
+        if _named(pointer) == named:  # and no run has saved between the two looks
+            break
     index, path = steps[-1] if steps else (None, None)
     whole = {each.name.removeprefix(".").split(".")[0] for _, each in steps}
-    broken = [p for p in sorted(folder.glob("step-*")) if _STEP.fullmatch(p.name) and p.name not in whole]
-    pointer, warnings = folder / "latest", []
-    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    broken = [p for p in sorted(folder.glob("step-*")) if _STEP.fullmatch(p.name) and complete(p) is None]
     # A copy of the run may have an old pointer. It must not hide the checkpoints that are there.
     if _STEP.fullmatch(named) and named not in whole:
         if is_complete(folder / named):
@@ -106,6 +110,12 @@ def newest(run: Path) -> Newest:
         warnings.append(f"{pointer} names {named}, which {what}")
     warnings += [f"{each} is not complete and is left out" for each in broken if each.name != named]
     return Newest(path, index, warnings)
+
+
+def _named(pointer: Path) -> str:
+    with contextlib.suppress(OSError), pointer.open(errors="replace") as file:
+        return file.read(MAX_NAME).strip()
+    return ""
 
 
 def resolve(path: Path) -> Path:

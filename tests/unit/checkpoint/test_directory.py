@@ -172,6 +172,26 @@ def test_a_reader_takes_the_newest_where_a_run_has_deleted_what_it_read(tmp_path
     assert directory.read_newest(tmp_path, directory.resolve, read) == "step-00000003"
 
 
+def test_a_save_while_a_reader_looks_is_no_reason_for_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, true = RunId(), directory.complete_steps
+    save(tmp_path, 1, run_id)
+    steps = iter((2, 3))
+
+    def looking(run: Path) -> object:
+        found, step = true(run), next(steps, None)
+        if step is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(directory, "complete_steps", true)
+                save(tmp_path, step, run_id, keep=1)
+        return found
+
+    monkeypatch.setattr(directory, "complete_steps", looking)
+    found = directory.newest(tmp_path)
+    assert found.path == directory.step_directory(tmp_path, 3) and not found.warnings
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_step_that_goes_while_it_is_read_is_not_called_damaged(tmp_path: Path, replaced: bool) -> None:
     run_id = RunId()
