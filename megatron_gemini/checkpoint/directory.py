@@ -4,29 +4,28 @@
 <run>/checkpoints/latest           the name of the one that was published last
 
 Three more names exist for a moment, or where a process was killed: `.step-N.tmp` is being written, `.step-N.old.tmp`
-was replaced, `.step-N.deleted.tmp` is being deleted. The first two may be complete, and `recover` puts them back.
+was replaced, `.step-N.deleted.tmp` is being deleted. The first two may be complete: `publish.recover` puts them back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_gemini.checkpoint.index import INDEX, Index, RunId, read_index, replace_text, verify_files
+from megatron_gemini.checkpoint.index import INDEX, Index, read_index, verify_files
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+MAX_NAME = 4096
 ATTEMPTS = 5
 """How often a reader begins again because a run has deleted what it was reading."""
-_STEP = re.compile(r"step-(\d{8,})")
-_ASIDE = re.compile(r"\.step-(\d{8,})(\.old|\.deleted|)\.tmp")
+STEP = re.compile(r"step-(\d{8,})")
+ASIDE = re.compile(r"\.step-(\d{8,})(\.old|\.deleted|)\.tmp")
 
 
 def step_directory(run: Path, step: int) -> Path:
@@ -34,19 +33,11 @@ def step_directory(run: Path, step: int) -> Path:
 
 
 def temporary_directory(run: Path, step: int) -> Path:
-    return _aside(step_directory(run, step), "")
+    return aside(step_directory(run, step), "")
 
 
-def _aside(final: Path, why: str) -> Path:
+def aside(final: Path, why: str) -> Path:
     return final.with_name(f".{final.name}{why}.tmp")
-
-
-def remove(path: Path) -> None:
-    """Delete a directory with all that is in it, a file, or a link without what it leads to."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path)
 
 
 def complete(directory: Path) -> Index | None:
@@ -65,8 +56,8 @@ def complete_steps(run: Path) -> list[tuple[Index, Path]]:
     """Complete checkpoints of a folder in the order in which they were saved, also those that a kill left aside."""
     found = []
     for path in (run / "checkpoints").glob("*step-*"):
-        aside = _ASIDE.fullmatch(path.name)
-        if _STEP.fullmatch(path.name) or (aside and aside.group(2) != ".deleted"):
+        beside = ASIDE.fullmatch(path.name)
+        if STEP.fullmatch(path.name) or (beside and beside.group(2) != ".deleted"):
             index = complete(path)
             if index is not None:
                 found.append((index, path))
@@ -92,20 +83,29 @@ def newest(run: Path) -> Newest:
 
     Raises ValueError where the one that `latest` names is there with a damaged index.
     """
-    folder, steps = run / "checkpoints", complete_steps(run)
+    folder, warnings = run / "checkpoints", list[str]()
+    pointer = folder / "latest"
+    for _ in range(ATTEMPTS):
+        named, steps = _named(pointer), complete_steps(run)
+        if _named(pointer) == named:  # and no run has saved between the two looks
+            break
     index, path = steps[-1] if steps else (None, None)
     whole = {each.name.removeprefix(".").split(".")[0] for _, each in steps}
-    broken = [p for p in sorted(folder.glob("step-*")) if _STEP.fullmatch(p.name) and p.name not in whole]
-    pointer, warnings = folder / "latest", []
-    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    broken = [p for p in sorted(folder.glob("step-*")) if STEP.fullmatch(p.name) and complete(p) is None]
     # A copy of the run may have an old pointer. It must not hide the checkpoints that are there.
-    if _STEP.fullmatch(named) and named not in whole:
+    if STEP.fullmatch(named) and named not in whole:
         if is_complete(folder / named):
             _check_index(folder / named)
         what = "has no index.json" if (folder / named).exists() else "is not there"
         warnings.append(f"{pointer} names {named}, which {what}")
     warnings += [f"{each} is not complete and is left out" for each in broken if each.name != named]
     return Newest(path, index, warnings)
+
+
+def _named(pointer: Path) -> str:
+    with contextlib.suppress(OSError), pointer.open(errors="replace") as file:
+        return file.read(MAX_NAME).strip()
+    return ""
 
 
 def resolve(path: Path) -> Path:
@@ -198,75 +198,3 @@ def read_newest(path: Path, find: Callable[[Path], Path], read: Callable[[Path],
             if directory == path or not left:
                 raise
     raise AssertionError("unreachable")
-
-
-def publish(temporary: Path, final: Path, keep: int, run: RunId) -> None:
-    """Rename a sealed directory into place, point `latest` at it, delete all but the newest `keep` of this run.
-
-    Checkpoints of another run in the same folder are left to the user.
-    """
-    replaced = _put(temporary, final)
-    replace_text(final.parent / "latest", final.name + "\n")
-    remove(replaced)
-    steps = [(index, path) for index, path in complete_steps(final.parent.parent) if _STEP.fullmatch(path.name)]
-    mine = lineage(run, [index for index, _ in steps])
-    own = [path for index, path in steps if index.run.id in mine]
-    for old in own[:-keep]:  # last: whatever ends the process before leaves one checkpoint too many, not too few
-        _delete(old)
-
-
-def lineage(run: RunId, indices: list[Index]) -> set[str]:
-    """Ids of this start of a run, and of all that it went on from."""
-    parents = {index.run.id: index.run.parent for index in indices} | {run.id: run.parent}
-    found, each = set[str](), run.id
-    while each and each not in found:
-        found.add(each)
-        each = parents.get(each, "")
-    return found
-
-
-def _put(path: Path, final: Path) -> Path:
-    """Rename to the final name. Returns where the one before is now, if there was one."""
-    replaced = _aside(final, ".old")
-    # No system call puts a directory in the place of a full one. Between the two renames both are complete under names
-    # that `complete_steps` knows.
-    if os.path.lexists(final):
-        remove(replaced)
-        os.replace(final, replaced)
-    os.replace(path, final)
-    return replaced
-
-
-def _delete(final: Path) -> None:
-    # Renamed first: a kill in the midst of the deletion would leave a part of it under the final name for ever.
-    aside = _aside(final, ".deleted")
-    remove(aside)
-    os.replace(final, aside)
-    remove(aside)
-
-
-def recover(run: Path) -> list[str]:
-    """Put back what a kill has left aside and is complete, delete the rest. Returns a line on each that was put back.
-
-    Only while no other process writes here.
-    """
-    copies: dict[Path, list[tuple[int, Path]]] = {}
-    for path in (run / "checkpoints").glob(".step-*.tmp"):
-        match = _ASIDE.fullmatch(path.name)
-        index = complete(path) if match and match.group(2) != ".deleted" else None
-        if match and index is not None:
-            copies.setdefault(step_directory(run, int(match.group(1))), []).append((index.serial, path))
-        else:
-            remove(path)
-    told = []
-    for final, found in sorted(copies.items()):
-        serial, newest_copy = max(found)
-        there = complete(final)
-        if there is None or there.serial < serial:
-            if os.path.lexists(final):
-                _delete(final)
-            os.replace(newest_copy, final)
-            told.append(f"put back {final}, which was complete when the run was ended")
-        for _, path in found:  # only now: until the rename each may have been the one complete copy
-            remove(path)
-    return told

@@ -100,13 +100,22 @@ def read_index(directory: Path) -> Index:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"{path} is not readable: {error.strerror or error}") from error
+    try:
+        return decode(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable: {error}") from error
+
+
+def decode(content: bytes) -> Index:
+    """The index in the bytes of its file. Raises a ValueError in one line for any other bytes."""
+    try:
         if len(content) > MAX_BYTES:
             raise ValueError(f"it is larger than {MAX_BYTES} bytes")
         return _index(json.loads(content.decode(), object_pairs_hook=_once))
-    except OSError as error:
-        raise ValueError(f"{path} is not readable: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable: {' '.join(str(error).split())}") from error
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def verify_files(directory: Path, index: Index, names: Collection[str] = ()) -> None:

@@ -19,6 +19,7 @@ from megatron_gemini.checkpoint.extensions import Extensions, check_resumable
 from megatron_gemini.checkpoint.fragments import check_shapes, describe, fill
 from megatron_gemini.checkpoint.index import RunId, read_index, seal, write_text
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, PieceJson, PieceReader
+from megatron_gemini.checkpoint.publish import publish, recover
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.module_engine import ModuleEngine
 from megatron_gemini.engine.settings import Json
@@ -77,7 +78,7 @@ def _save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset
     temporary, final = layout.temporary_directory(run, progress.step), layout.step_directory(run, progress.step)
     rank = engine.topology.rank
     if rank == 0:
-        layout.recover(run)
+        recover(run)
         temporary.mkdir(parents=True)
     _barrier()  # what a killed save left is gone before anybody writes
     _write_rank(engine, temporary / f"rank-{rank:05d}", progress)
@@ -98,7 +99,7 @@ def _save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset
             origins = {name: role.origin for name, role in engine.roles.items()}
             write_text(temporary / ROLES, json.dumps(origins))
         seal(temporary, progress.run, layout.next_serial(run))
-        layout.publish(temporary, final, keep, progress.run)
+        publish(temporary, final, keep, progress.run)
     _barrier()  # a rank that ended before would make the launcher end rank 0 within its save
     return final
 

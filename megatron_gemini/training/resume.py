@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.extensions import check_resumable, read_checkpoint_config
 from megatron_gemini.checkpoint.index import RunId, file_hash, read_index, replace_text, telling, verify_files
+from megatron_gemini.checkpoint.publish import lineage, recover
 from megatron_gemini.checkpoint.training_state import Asset, read_progress
 from megatron_gemini.config.on_resume import refuse_changes
 from megatron_gemini.config.run import RunConfig
@@ -32,7 +33,7 @@ def find(engine: Engine, run: Path, resume: bool) -> tuple[Path | None, list[str
     path, told, problem = None, list[str](), ""
     if engine.topology.rank == 0:  # alone: other ranks may see an older state of the folder
         try:
-            told = layout.recover(run)
+            told = recover(run)
             if resume:
                 path, more = _choose(run)
                 told += more
@@ -60,7 +61,7 @@ def _choose(run: Path) -> tuple[Path | None, list[str]]:
             f"warning: the newest start of a run in {run} has left no checkpoint; {found.path.name} is of another one"
         )
     steps = layout.complete_steps(run)
-    mine = layout.lineage(found.index.run, [index for index, _ in steps])
+    mine = lineage(found.index.run, [index for index, _ in steps])
     others = [path.name for index, path in steps if index.run.id not in mine]
     if others:
         told.append(f"beside it are checkpoints of another run, which are left alone: {', '.join(others)}")

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_gemini.checkpoint import directory
 from megatron_gemini.checkpoint.index import RunId, read_index, seal
+from megatron_gemini.checkpoint.publish import publish, recover, remove
 
 
 class KilledError(BaseException):
@@ -19,13 +20,13 @@ class KilledError(BaseException):
 
 def save(run: Path, step: int, run_id: RunId, keep: int = 2, content: str = "weights") -> Path:
     temporary, final = directory.temporary_directory(run, step), directory.step_directory(run, step)
-    directory.recover(run)
+    recover(run)
     temporary.mkdir(parents=True)
     for name in ("rank-00000.json", "image_tokenizer/model"):
         (temporary / name).parent.mkdir(exist_ok=True)
         (temporary / name).write_text(content)
     seal(temporary, run_id, directory.next_serial(run))
-    directory.publish(temporary, final, keep, run_id)
+    publish(temporary, final, keep, run_id)
     return final
 
 
@@ -83,12 +84,12 @@ def test_no_kill_leaves_a_moment_without_a_complete_copy(
         later = RunId() if case == "anew" else run_id
         step = {"next": 3, "replaced": 1, "anew": 1, "put back": 1}[case]
         if case == "put back":
-            killed = kill_at(number, monkeypatch, lambda run=run: directory.recover(run))
+            killed = kill_at(number, monkeypatch, lambda run=run: recover(run))
         else:
             killed = kill_at(number, monkeypatch, lambda *_: save(run, step, later, content="new"))  # noqa: B023
         before = content(run)
         seen.add(before)
-        directory.recover(run)
+        recover(run)
         assert content(run) == before
         assert not [name for name in names(run) if name.startswith(".step")]
         save(run, 9, later, content="last")
@@ -128,7 +129,7 @@ def test_a_run_deletes_its_own_steps_alone(tmp_path: Path) -> None:
 def test_a_latest_that_is_not_complete_is_told(tmp_path: Path, gone: str) -> None:
     run_id = RunId()
     older, last = save(tmp_path, 1, run_id), save(tmp_path, 2, run_id)
-    directory.remove(last if gone == "." else last / gone)
+    remove(last if gone == "." else last / gone)
     found = directory.newest(tmp_path)
     assert found.path == older
     assert len(found.warnings) == 1 and "latest names step-00000002, which " in found.warnings[0]
@@ -170,6 +171,26 @@ def test_a_reader_takes_the_newest_where_a_run_has_deleted_what_it_read(tmp_path
         return found.name
 
     assert directory.read_newest(tmp_path, directory.resolve, read) == "step-00000003"
+
+
+def test_a_save_while_a_reader_looks_is_no_reason_for_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, true = RunId(), directory.complete_steps
+    save(tmp_path, 1, run_id)
+    steps = iter((2, 3))
+
+    def looking(run: Path) -> object:
+        found, step = true(run), next(steps, None)
+        if step is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(directory, "complete_steps", true)
+                save(tmp_path, step, run_id, keep=1)
+        return found
+
+    monkeypatch.setattr(directory, "complete_steps", looking)
+    found = directory.newest(tmp_path)
+    assert found.path == directory.step_directory(tmp_path, 3) and not found.warnings
 
 
 @pytest.mark.parametrize("replaced", [False, True])

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_gemini.checkpoint.directory import remove, step_directory
+from megatron_gemini.checkpoint.directory import step_directory
 from megatron_gemini.checkpoint.index import RunId, read_index, seal
 from megatron_gemini.checkpoint.inference import save_weights
+from megatron_gemini.checkpoint.publish import remove
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer
