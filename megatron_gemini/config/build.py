@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TypeAlias, TypeVar, cast
 
+from megatron_gemini.config.mistakes import Mistakes
 from megatron_gemini.config.schema import (
     CHOICE,
     Chosen,
@@ -54,14 +55,17 @@ def _no_item(name: str, length: int) -> ValueError:
 
 
 def build(section: type[Built], values: Partial, default: Built | None = None, name: str = "") -> Built:
-    """An instance of the dataclass `section`; its own checks raise as they are written there.
+    """An instance of the dataclass `section`; its own checks raise as they are written there, those of all sections
+    below it together.
 
     default: what the values are put on top of, the class's own defaults if none is given.
     """
-    arguments = {}
+    arguments, mistakes = {}, Mistakes()
     for key, value in values.items():
         before = default_of(section, key) if default is None else getattr(default, key)
-        arguments[key] = _built(kinds(section)[key], value, before, f"{name}.{key}" if name else key)
+        with mistakes.collected():
+            arguments[key] = _built(kinds(section)[key], value, before, f"{name}.{key}" if name else key)
+    mistakes.tell()
     return section(**arguments) if default is None else dataclasses.replace(default, **arguments)
 
 
@@ -79,16 +83,23 @@ def _built(kind: Kind, value: Setting, default: SettingValue, name: str) -> Sett
             # In the registry's order and not in the file's: ranks run encoders in it, and random streams follow it.
             values, sections = cast("Partial", value), cast("Mapping[str, SectionValue]", default)
             given = {each: cast("Partial", values.get(each, {})) for each in kind.registry.names}
-            return {each: build(kind.of(each), given[each], sections.get(each), f"{name}.{each}") for each in given}
+            made, mistakes = {}, Mistakes()
+            for each in given:
+                with mistakes.collected():
+                    made[each] = build(kind.of(each), given[each], sections.get(each), f"{name}.{each}")
+            mistakes.tell()
+            return made
         case SectionList(section):
             if isinstance(value, dict):  # items of the command line without a list to belong to
                 raise _no_item(f"{name}.{next(iter(value))}", 0)
-            items = []
+            items, mistakes = [], Mistakes()
             for number, item in enumerate(cast("list[Partial]", value)):
-                try:
-                    items.append(build(section, item, name=f"{name}.{number}"))
-                except ValueError as error:  # a list item does not know its place, and the user needs it
-                    raise ValueError(f"{name}.{number}: {error}") from error
+                with mistakes.collected():
+                    try:
+                        items.append(build(section, item, name=f"{name}.{number}"))
+                    except ValueError as error:  # a list item does not know its place, and the user needs it
+                        raise ValueError(f"{name}.{number}: {error}") from error
+            mistakes.tell()
             return tuple(items)
         case _:
             return cast("SettingValue", value)

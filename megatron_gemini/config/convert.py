@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from megatron_gemini.config.build import Partial, Setting
+from megatron_gemini.config.mistakes import Mistakes
 from megatron_gemini.config.schema import (
     CHOICE,
     Choices,
@@ -79,15 +80,18 @@ def choices(given: Sequence[tuple[Given, SettingSource]], kind: Kind, name: str 
 def partial(mapping: Mapping[str, Given], kind: Kind, source: SettingSource, prefix: str = "") -> Partial:
     """Check a mapping against a settled section of `kind`, whose settings are called `prefix` + name.
 
-    Raises a `ValueError` on an unknown name (with the nearest valid one) or a value of another type.
+    Raises a `ValueError` on unknown names (with the nearest valid one) and values of another type, of all of them.
     """
     values: Partial = {}
+    mistakes = Mistakes()
     for key, value in mapping.items():  # YAML's keys may be numbers, which no setting is called
-        name = f"{prefix}{key}"
-        inner = below(kind, str(key))
-        if inner is None:
-            raise unknown(name, kind, source)
-        values[str(key)] = _value(value, settled(inner, name, source.choices), name, source)
+        with mistakes.collected():
+            name = f"{prefix}{key}"
+            inner = below(kind, str(key))
+            if inner is None:
+                raise unknown(name, kind, source)
+            values[str(key)] = _value(value, settled(inner, name, source.choices), name, source)
+    mistakes.tell()
     return values
 
 

@@ -73,6 +73,15 @@ def test_a_schedule_that_does_not_fit_is_found_before_torch_is_imported(capsys):
     assert "schedule.warmup_steps is 20" in capsys.readouterr().err
 
 
+def test_a_smallest_configuration_is_told_all_that_it_lacks_at_once(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{sources: [{{shards: {tmp_path}/x.tar}}]}}\ntrain: {{steps: 10}}\n")
+    assert cli.main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "3 mistakes: (1) schedule.warmup_steps is 20" in error
+    assert "(2) data.text_model is ''" in error and "(3) no shard matches" in error
+
+
 def raising(error: BaseException):
     def main(argv: list[str]) -> int:
         raise error

@@ -289,3 +289,21 @@ def test_help_shows_the_items_that_a_file_has(write, capsys):
     assert "(default: 0.0625)" in shown and "(default: a.tar)" in shown
     assert "--data.sources.1.fields.NAME STR ... Where a sample has its fields" in shown
     assert "(default: 'text caption txt')" in shown
+
+
+def test_all_mistakes_of_a_file_are_told_at_once(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {widht: 3, layers: many}\ntrain: {stesp: 3}\n")
+    with pytest.raises(ValueError) as raised:
+        load_config(["--config", str(path)])
+    message = str(raised.value)
+    assert message.startswith("3 mistakes: (1) ") and "\n" not in message
+    for words in ("model.widht is no setting", "model.layers is 'many'", "train.stesp is no setting"):
+        assert words in message
+
+
+def test_checks_of_all_sections_are_told_at_once(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {width: 0}\noptimizer: {lr: -1}\nencoders: {vision: {patch: 0}, audio: {mels: 0}}\n")
+    with pytest.raises(ValueError, match=r"^4 mistakes: .*model\.width.*optimizer\.lr"):
+        load_config(["--config", str(path)])
