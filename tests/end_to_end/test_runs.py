@@ -23,7 +23,7 @@ ENGINES: dict[str, list[Any]] = {
     "bf16": ["--engine.precision", "bf16"],
 }
 OFTEN = ["--train.steps", 6, "--train.save_every", 2, "--train.keep", 2, "--logging.every", 3]
-UNFROZEN = ["--config", "{folder}/taken.yaml", "--encoders.vision.no_frozen"]
+UNFROZEN = ["--config", "{folder}/taken.yaml", "--encoders.vision.no_frozen", "--train.keep", 9]
 # name: (arguments, accident)
 RUNS: dict[str, tuple[list[Any], str]] = {
     **{name: (arguments, "") for name, arguments in ENGINES.items()},
