@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import deepspeed.comm.comm
 import torch
+from deepspeed.utils import groups
 from torch import nn
 
 from megatron_gemini.config.run import RunConfig
@@ -60,3 +62,6 @@ def alone_in_the_world() -> Iterator[None]:
         yield
     finally:
         leave()
+        # DeepSpeed keeps the group that is gone, and another file's engines in this process would ask it.
+        deepspeed.comm.comm.cdb = None
+        groups._WORLD_GROUP = None

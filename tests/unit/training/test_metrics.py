@@ -206,13 +206,3 @@ def test_a_tracker_that_cannot_begin_is_a_warning(tmp_path, monkeypatch, caplog)
     assert write_steps(tmp_path, range(2), config=config) == [(0, 0), (1, 1)]
     (message,) = caplog.messages
     assert message.startswith("Weights & Biases failed") and message.endswith("ValueError: no key: run wandb login")
-
-
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
-    writer = MetricsWriter(QUIET, tmp_path, rank=0)
-    with open("/dev/full", "w") as full:
-        writer.file.close()
-        writer.file = full
-        with pytest.raises(OSError, match=r"No space left on device: '.*/metrics\.jsonl'"):
-            writer.write(0, {"loss": 1.0})
-        writer.close()
