@@ -30,6 +30,7 @@ from megatron_gemini.engine.distributed import choose_device, end_process, join,
 from megatron_gemini.engine.multimodal import MultimodalEngine
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
+from tests.distributed.process_groups import groups_left_at_the_end
 from tests.distributed.rows import LAYOUT, loss_of, rows, step_rows, total_weight, with_layout
 
 STEPS = 10
@@ -130,7 +131,8 @@ def main() -> None:
     results = []
     for number, layout in enumerate(layouts):
         try:
-            results.append(one_layout(layout, out.parent / f"{out.stem}-{number}", elsewhere, device))
+            with groups_left_at_the_end():
+                results.append(one_layout(layout, out.parent / f"{out.stem}-{number}", elsewhere, device))
         except Exception:
             print(f"the layout was {layout}", file=sys.stderr)
             traceback.print_exc()
