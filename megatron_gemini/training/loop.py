@@ -86,7 +86,10 @@ class Loop(Generic[Step, Output]):
                     break
                 step, outputs = objective.to_device(read), list[Output]()
                 lr = learning_rate(self.state.step, self.config.optimizer.lr, self.config.schedule, train.steps)
-                result = self.update(step, weight, lr, outputs)
+                result = StepResult(0.0, skipped=True)
+                if weight:  # the sum over all ranks, by which the loss is divided
+                    self.engine.forward_backward(step, weight, outputs.append)
+                    result = self.engine.step(lr)
                 record = self.count(step, outputs, result, lr)
                 self.watch_skips(result, weight, progress)
                 record |= self.measure(record, time.perf_counter() - started, waited)
@@ -123,13 +126,6 @@ class Loop(Generic[Step, Output]):
         for line in filter(None, (*self.objective.backends(), shared, *self.began)):
             progress.note(line)
         return writer, progress
-
-    def update(self, step: Step, weight: float, lr: float, outputs: list[Output]) -> StepResult:
-        """One update of the weights. weight: the sum over all ranks; at 0 there is nothing to divide the loss by."""
-        if not weight:
-            return StepResult(0.0, skipped=True)
-        self.engine.forward_backward(step, weight, outputs.append)
-        return self.engine.step(lr)
 
     def count(self, step: Step, outputs: list[Output], result: StepResult, lr: float) -> dict[str, float]:
         """Count a step that was taken. Returns its record, from the sums of all ranks."""
