@@ -49,7 +49,13 @@ class Launch:
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=output, stderr=output, start_new_session=True
+                command,
+                cwd=ROOT,
+                env=environment(),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_default_signals,
             )
         self.top = psutil.Process(self.process.pid)
         self.known: dict[int, psutil.Process] = {self.top.pid: self.top}
@@ -106,6 +112,12 @@ class Launch:
         for process in self.processes():
             process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+def _default_signals() -> None:
+    """As in a terminal: what nohup, or a shell in the background, ignores would stay ignored in every child."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def alive(process: psutil.Process) -> bool:

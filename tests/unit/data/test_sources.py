@@ -118,7 +118,7 @@ def test_a_missing_field_is_told_with_what_the_sample_has(tmp_path):
         return str(error.value).partition("the last one: ")[2].partition(" has no ")[2]
 
     tar = write_tar(tmp_path / "x.tar", [("02342 Track 2", {"0 (clean).wav": wav(), "txt": b"a"})])
-    names = "member or column wav or flac or mp3 or ogg or audio"
+    names = "member or column wav or flac or mp3 or ogg or opus or audio"
     dots = "(a sample's key ends at the first dot of the file's name)"
     assert told(tar, "transcribe") == f"{names}; it has 0 (clean).wav, txt {dots}"
     tar = write_tar(tmp_path / "y.tar", [("a", {"txt": b"a"})])
