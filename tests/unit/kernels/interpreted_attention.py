@@ -215,7 +215,7 @@ def test_what_the_benchmark_runs_on_a_card_runs_here_and_counts_the_pairs_that_a
         ("mixed", "SDPA, dense mask"),
     }
     assert "unable" in capsys.readouterr().out
-    tuned = list(bench.tune(*size, heads=2, choices=[Tiling(32, 32, 4, 2)]))
+    tuned = list(bench.tune(*size, heads=2, sizes=[(32, 32, 4, 2)]))
     assert [r["kernel"] for r in tuned] == ["forward", "query_gradient", "key_gradient"]
     assert bench.pairs_seen(bench.Row((4, 2)).plan("cpu")) == 10 + 3
     assert int(bench.dense_mask(bench.Row((8,), 2, 4).plan("cpu")).sum()) == 36 + 2
