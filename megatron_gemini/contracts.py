@@ -29,7 +29,7 @@ CONTROL_TOKENS = (
     *(f"reserved_{i}" for i in range(6)),
 )
 
-TEXT, IMAGE = "text", "image"  # kinds of target: text and control tokens, or image codes
+TEXT = "text"  # the kind of target that text and control tokens are; others are the ranges of codes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_gemini.cli import end, run_command
 from megatron_gemini.generation.options import OptionParser
-from megatron_gemini.generation.settings import ANSWERS, SampleSettings
+from megatron_gemini.generation.settings import SampleSettings, answers
 from megatron_gemini.registry import MODALITIES
 
 if TYPE_CHECKING:
@@ -48,20 +48,20 @@ def main(argv: list[str]) -> int:
 
     from megatron_gemini.checkpoint.inference import load_for_inference
     from megatron_gemini.generation.api import Generator
-    from megatron_gemini.generation.grammar import CANNOT_DRAW
+    from megatron_gemini.generation.code_runs import cannot_make, drawn_modalities
     from megatron_gemini.generation.prompt_files import read_item
 
-    loaded = load_for_inference(options.checkpoint)
-    if options.out and loaded.image_tokenizer is None:
-        raise ValueError(f"--out {out} names an image, but {CANNOT_DRAW}")
-    items = [read_item(kind, value, loaded.config) for kind, value in options.items]
-    generator = Generator(loaded)
+    generator = Generator(load_for_inference(options.checkpoint))
+    drawn = drawn_modalities()[0]
+    if options.out and not generator.codebook:
+        raise ValueError(f"--out {out} is for what is drawn, but {cannot_make(drawn)}")
+    items = [read_item(kind, value, generator.config) for kind, value in options.items]
     # A person sees the first words at once; a program gets the whole answer or none of it.
     answer = generator.stream if sys.stdout.isatty() else generator.respond
     images = show(answer(items, settings), out, options.scale)
     # A script that asked for an image has to see in the status that there is none.
     if options.out and not images:
-        print(f"no image was drawn, so {out} was not written; --answer image asks for one", file=sys.stderr)
+        print(f"no image was drawn, so {out} was not written; --answer {drawn} asks for one", file=sys.stderr)
         return 1
     return 0
 
@@ -89,12 +89,14 @@ def check_out(out: Path) -> None:
 
 
 def show(pieces: Iterable[Piece], out: Path, scale: int) -> int:
-    """Prints texts, and saves images as soon as they come: the first as `out`, the others as out-2, out-3, ...
+    """Prints texts and codes, and saves images at once: the first as `out`, the others as out-2, out-3, ...
 
     scale: enlarges by this factor (bicubic); 0 by the smallest that makes the shorter side `SHORTEST_SIDE`.
     Returns the number of images.
     """
     from PIL import Image
+
+    from megatron_gemini.data.samples.items import Codes
 
     images, in_text = 0, False
     try:
@@ -102,6 +104,10 @@ def show(pieces: Iterable[Piece], out: Path, scale: int) -> int:
             if isinstance(piece, str):
                 print(piece, end="", flush=True)
                 in_text = True
+                continue
+            if isinstance(piece, Codes):
+                print("\n" * in_text + f"{piece.target} codes: {' '.join(map(str, piece.codes))}", flush=True)
+                in_text = False
                 continue
             # At once and not at the end: what came before an interruption is there.
             images += 1
@@ -162,7 +168,9 @@ def _parser() -> OptionParser:
     sampling = parser.add_argument_group("sampling")
     parser.add_sampling(sampling, ("temperature", "top_k", "top_p", "seed", "guidance", "max_tokens"))
     answer = SampleSettings.answer
-    sampling.add_argument("--answer", choices=ANSWERS, default=answer, help=f"what may be answered (default: {answer})")
+    sampling.add_argument(
+        "--answer", choices=answers(), default=answer, help=f"what may be answered (default: {answer})"
+    )
     sampling.add_argument("--no-cache", action="store_true", help="compute keys and values again for every token")
     output = parser.add_argument_group("output")
     output.add_argument(

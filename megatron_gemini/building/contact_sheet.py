@@ -9,9 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.modalities.bad_sample import BadSample
-from megatron_gemini.modalities.image.preprocess import decode_image
-from megatron_gemini.modalities.image.spec import IMAGE
 from megatron_gemini.modalities.text.preprocess import decode_text
+from megatron_gemini.registry import MODALITIES
 
 TILE, TEXT, GAP, COLUMNS = 160, 40, 8, 8  # pixels of a picture, of the text below it and between two; pictures a row
 _LETTERS, _LINES = 27, 3  # that fit under a picture
@@ -36,11 +35,14 @@ def contact_sheet(shards: Shards, count: int = 48) -> Image.Image:
 def _tile(shards: Shards, sample: int) -> tuple[Image.Image, str]:
     try:
         endings = shards.endings(sample)
-        image = next((ending for ending in endings if ending in IMAGE.members), None)
-        if image is None:
-            raise BadSample("no_image", ", ".join(endings))
-        members = shards.read(sample, [image, "txt"])
-        picture = Image.fromarray(decode_image(members[image]))
+        # Of several items the one of the first modality: a picture tells more than a sound.
+        shown = [(spec.preview, spec.members) for spec in MODALITIES.entries() if spec.preview is not None]
+        found = [(preview, ending) for preview, members in shown for ending in endings if ending in members]
+        if not found:
+            raise BadSample("nothing_to_see", ", ".join(endings))
+        preview, ending = found[0]
+        members = shards.read(sample, [ending, "txt"])
+        picture = Image.fromarray(preview(members[ending]))
         # thumbnail never enlarges: a small picture is shown as small as it is.
         picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
         return picture, decode_text(members["txt"]) if "txt" in members else ""

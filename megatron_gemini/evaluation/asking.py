@@ -66,7 +66,7 @@ def ask_last_items(
 
     Left out are documents of one item, which nothing precedes, and those that end in an image if the model cannot draw.
     """
-    kinds = (Text, Codes) if generator.codes_per_image else (Text,)
+    kinds = (Text, Codes) if generator.codebook else (Text,)
     kept = [example for example in examples if len(example.prompt) > 1 and isinstance(example.prompt[-1], kinds)]
     documents = [generator.open_document(example.prompt[:-1], example.key, roles=False) for example in kept]
     answers = generator.continue_all(documents, settings)

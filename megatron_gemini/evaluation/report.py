@@ -107,7 +107,7 @@ def evaluate(
     # Sources of a task are asked together, so that a figure is of the task and not of one of its files.
     for task, found in examples.items():
         _ask(generator, task, found, settings, results)
-    if generator.codes_per_image:
+    if generator.codebook:
         # Of the image tokenizer's size, drawn images and real ones alike, or resizing alone would tell them apart.
         side = generator.config.image_tokenizer.image_size
         results.train = read_images(train, side, settings.checked)
@@ -137,7 +137,7 @@ def _ask(
     drawings = [e for e in examples if e.answer and any(isinstance(item, Codes) for item in e.answer)]
     if texts:
         results.said[task] = ask_texts(generator, texts, GREEDY)
-    if drawings and generator.codes_per_image:
+    if drawings and generator.codebook:
         results.drawn[task] = ask_drawings(generator, balanced(drawings, settings.images), settings.drawing)
     elif drawings:
         results.not_asked[task] = len(drawings)
@@ -168,5 +168,5 @@ def judged_inputs(generator: Generator, results: Results) -> list[tuple[str, Inp
         judged.append(("reconstruction", ImagePairs(results.rebuilt, real.images)))
         judged.append(("validation", CodeSets(codes, known)))
     if known:
-        judged.append(("training", CodedImages(known, len(generator.layout.code_range("image")))))
+        judged.append(("training", CodedImages(known, generator.codebook)))
     return judged

@@ -5,14 +5,12 @@ Shape suffixes: F frames, H rows and W columns of pixels, L log-mel frames, M me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from megatron_gemini.config.encoders import EncoderConfig
 from megatron_gemini.data.samples.items import EncoderInput, Item
-from megatron_gemini.evaluation.asking import Drawn
 from megatron_gemini.evaluation.json_data import Json
 from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.page import HEADING, MUTED, PAD, Page
@@ -34,7 +32,6 @@ from megatron_gemini.registry import MODALITIES
 
 WIDTH, MARGIN, GAP, HEADER = 1600, 48, 28, 132
 CLASSES, OF_A_CLASS, IMAGES, SOUNDS, CLIPS, SPOKEN, REBUILT = 10, 10, 25, 8, 4, 4, 20
-Shown = TypeVar("Shown")
 Encoders = Mapping[str, EncoderConfig]
 
 
@@ -72,25 +69,23 @@ class Sheet:
 
 def make_sheet(results: Results, title: str, subtitle: str, encoders: Encoders) -> Sheet:
     """The sheet of an evaluation. encoders: their settings by name, to show inputs as the model got them."""
-    captions = _answered(results, "caption", IMAGES, lambda item: pixels(item, encoders)[0])
-    clips = _answered(results, "video_caption", CLIPS, lambda item: pixels(item, encoders))
-    transcripts = _answered(results, "transcribe", SOUNDS, lambda item: spectrogram(item, encoders))
-    nothing = Drawn([], [])
+    images, clips, sounds = _answered(results, encoders)
     # By what was asked for and not by the words: several prompts may ask for the same in other words.
     by_label: dict[str, tuple[ValidationExample, list[ImageHW3]]] = {}
-    for example, drawing in results.drawn.get("generate", nothing).existing():
-        by_label.setdefault(example.label, (example, []))[1].append(drawing.pixels_HW3)
-    drawn = [(f"“{example.text}”", images[:OF_A_CLASS]) for example, images in some(list(by_label.values()), CLASSES)]
-    spoken = [
-        (spectrogram(_input(example.prompt), encoders), example.text, drawing.pixels_HW3)
-        for example, drawing in some(results.drawn.get("speech_to_image", nothing).existing(), SPOKEN)
-    ]
+    heard: list[tuple[LogMel, str, ImageHW3]] = []
+    for example, drawing in (pair for drawn in results.drawn.values() for pair in drawn.existing()):
+        shown = pictures(example.prompt, encoders)
+        if not shown:
+            by_label.setdefault(example.label, (example, []))[1].append(drawing.pixels_HW3)
+        elif shown[0].spectrum_LM is not None:
+            heard.append((shown[0].spectrum_LM, example.text, drawing.pixels_HW3))
+    written = [(f"“{example.text}”", images[:OF_A_CLASS]) for example, images in some(list(by_label.values()), CLASSES)]
     rebuilt = some(list(zip(results.validation.images, results.rebuilt, strict=True)), REBUILT)
     # Sections of similar heights share a row, which is as high as its highest.
     rows: list[list[ReportSection]] = [
-        [DrawnFromText(drawn), Captions(captions)],
-        [Transcripts(transcripts)],
-        [Clips(clips), DrawnFromSpeech(spoken)],
+        [DrawnFromText(written), Captions(some(images, IMAGES))],
+        [Transcripts(some(sounds, SOUNDS))],
+        [Clips(some(clips, CLIPS)), DrawnFromSpeech(some(heard, SPOKEN))],
         [Rebuilt(rebuilt)],
     ]
     return Sheet(title, subtitle, rows)
@@ -109,32 +104,30 @@ def subtitle(report: Mapping[str, Json], phrases: Mapping[str, str] | None = Non
     return "  ·  ".join([*parts, "all on validation data"] if parts else [])
 
 
-def pixels(item: EncoderInput, encoders: Encoders) -> Frames:
-    """uint8[F, H, W, 3] of an image or clip as its encoder takes it."""
-    frames_FHW3 = _picture(item, encoders).frames_FHW3
-    assert frames_FHW3 is not None, f"{item.modality} is not seen"
-    return frames_FHW3
-
-
-def spectrogram(item: EncoderInput, encoders: Encoders) -> LogMel:
-    """float32[L, M] of a recording as its encoder takes it."""
-    spectrum_LM = _picture(item, encoders).spectrum_LM
-    assert spectrum_LM is not None, f"{item.modality} is not heard"
-    return spectrum_LM
-
-
-def _picture(item: EncoderInput, encoders: Encoders) -> Picture:
-    draw = MODALITIES.get(item.modality).picture
-    assert draw is not None, f"{item.modality} cannot be shown"
-    return draw(item.prepared, encoders[item.encoder])
-
-
-def _input(prompt: Sequence[Item]) -> EncoderInput:
-    return next(item for item in prompt if isinstance(item, EncoderInput))
+def pictures(prompt: Sequence[Item], encoders: Encoders) -> list[Picture]:
+    """What a prompt shows, as the encoders take it."""
+    inputs = [item for item in prompt if isinstance(item, EncoderInput)]
+    drawn = ((MODALITIES.get(item.modality).picture, item) for item in inputs)
+    return [draw(item.prepared, encoders[item.encoder]) for draw, item in drawn if draw is not None]
 
 
 def _answered(
-    results: Results, task: str, count: int, show: Callable[[EncoderInput], Shown]
-) -> list[tuple[Shown, Answer]]:
-    answers = some(results.said.get(task, []), count)
-    return [(show(_input(example.prompt)), Answer(said, right)) for example, said, right in answers]
+    results: Results, encoders: Encoders
+) -> tuple[list[tuple[ImageHW3, Answer]], list[tuple[Frames, Answer]], list[tuple[LogMel, Answer]]]:
+    """What was said of images, of clips and of sounds: of whatever looks so, some of each task."""
+    images, clips, sounds = (
+        list[tuple[ImageHW3, Answer]](),
+        list[tuple[Frames, Answer]](),
+        list[tuple[LogMel, Answer]](),
+    )
+    for said in results.said.values():
+        for example, text, right in some(said, IMAGES):
+            for picture in pictures(example.prompt, encoders)[:1]:
+                answer = Answer(text, right)
+                if picture.spectrum_LM is not None:
+                    sounds.append((picture.spectrum_LM, answer))
+                elif picture.frames_FHW3 is not None and len(picture.frames_FHW3) > 1:
+                    clips.append((picture.frames_FHW3, answer))
+                elif picture.frames_FHW3 is not None:
+                    images.append((picture.frames_FHW3[0], answer))
+    return images, clips, sounds

@@ -29,8 +29,9 @@ from megatron_gemini.data.sources.schema import Schema
 from megatron_gemini.evaluation.json_data import parse_object
 from megatron_gemini.evaluation.metrics.inputs import ImageHW3
 from megatron_gemini.evaluation.separation import Fingerprint
+from megatron_gemini.generation.code_runs import drawn_modalities
 from megatron_gemini.modalities.bad_sample import BadSample, guarded
-from megatron_gemini.modalities.image.preprocess import decode_image
+from megatron_gemini.registry import MODALITIES
 
 Anything = TypeVar("Anything")
 
@@ -96,18 +97,24 @@ def read_examples(
 def read_images(sources: Sequence[SourceConfig], side: int, limit: int) -> RealImages:
     """Images that have a class, from the sources' shards, at most `limit` of every set of shards, resized to `side`."""
     real = RealImages([], [], [])
+    spec = MODALITIES.get(drawn_modalities()[0])
+    assert spec.codes is not None and spec.preview is not None, spec.name
+    kinds = {spec.name, spec.codes.field}
+    named = [
+        source for source in sources if TEXT in (fields := Schema.of(source).task.field_names) and kinds & {*fields}
+    ]
     # A set of shards that two tasks read is read once.
-    for source in {source.shards: source for source in sources if source.task in ("caption", "generate")}.values():
+    for source in {source.shards: source for source in named}.values():
         schema = Schema.of(source)
-        wanted = list(dict.fromkeys([*schema.members("image", TEXT), RECORD]))
+        wanted = list(dict.fromkeys([*schema.members(spec.name, TEXT), RECORD]))
         records = open_records(source, wanted)
         for sample in spaced(len(records), limit):
             try:
                 with guarded("decode", records.key(sample)):
                     members = records.read(sample, wanted)
-                    data = image_bytes(schema, members, partial(read_named, records, sample))
+                    data = file_of(spec.name, schema, members, partial(read_named, records, sample))
                     if data is not None and (label := label_of(members, schema)):
-                        real.images.append(resized(decode_image(data), side))
+                        real.images.append(resized(spec.preview(data), side))
                         real.labels.append(label)
                         real.augmented.append(parse_object(members.get("json", b"")).get("augmented") is True)
             except BadSample:
@@ -129,9 +136,9 @@ def read_fingerprint(sources: Iterable[SourceConfig], names: Sequence[str], limi
     return fingerprint
 
 
-def image_bytes(schema: Schema, members: dict[str, bytes], fetch: Fetch) -> bytes | None:
-    """The file of a sample's image; None if it has none. Raises BadSample."""
-    found = schema.find("image", members)
+def file_of(modality: str, schema: Schema, members: dict[str, bytes], fetch: Fetch) -> bytes | None:
+    """The file of a sample's item of a modality; None if it has none. Raises BadSample."""
+    found = schema.find(modality, members)
     name = named_item(found[0][1]) if found else ""
     return read_reference(name, fetch) if name else found[0][1] if found else None
 

@@ -9,17 +9,20 @@ import dataclasses
 from collections import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import torch
 
 from megatron_gemini.checkpoint.inference import Loaded
 from megatron_gemini.data.samples.document import Document, build_document
-from megatron_gemini.data.samples.items import Item
+from megatron_gemini.data.samples.items import Codes, Item
+from megatron_gemini.generation.code_runs import code_runs, drawn_modalities
 from megatron_gemini.generation.pieces import GrowingAnswer, split_answer
 from megatron_gemini.generation.sample import generate
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.generation.steps import Decoding
+from megatron_gemini.registry import MODALITIES
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +33,8 @@ class Drawing:
     pixels_HW3: np.ndarray
 
 
-Piece = str | Drawing
+Piece = str | Drawing | Codes
+"""Codes that no tokenizer of the checkpoint turns into an item are given as they are."""
 Answer = list[Piece]
 
 
@@ -42,13 +46,18 @@ class Generator:
         self.config, self.layout, self.text_tokenizer = loaded.config, loaded.layout, loaded.text_tokenizer
         self.model = loaded.model.to(self.device)
         self.image_tokenizer = None if loaded.image_tokenizer is None else loaded.image_tokenizer.to(self.device)
-        self.codes_per_image = 0 if self.image_tokenizer is None else self.config.image_tokenizer.codes_per_image
-        """0 for a model that cannot draw."""
+        made = {spec.name: spec.codes for spec in MODALITIES.entries() if spec.codes is not None}
+        self._drawn = set(drawn_modalities())
+        able = made.keys() if self.image_tokenizer is not None else made.keys() - self._drawn
+        self.runs = code_runs(self.layout, {name: made[name].length(self.config) for name in able})
+        """Of codes that answers may hold."""
+        self.codebook = sum(len(run.codes) for run in self.runs if run.modality in self._drawn)
+        """Codes that an image is made of; 0 for a model that cannot draw."""
 
     def respond(self, items: Sequence[Item], settings: SampleSettings) -> Answer:
         """The answer to one prompt, its pieces of text and its images in order.
 
-        Raises ValueError for input that the model has no encoder for, or an image asked of a model that cannot draw.
+        Raises ValueError for input that the model has no encoder for, or an item asked of a model that makes none.
         """
         return self.respond_all([items], settings)[0]
 
@@ -69,7 +78,7 @@ class Generator:
 
     def decode(self, documents: Sequence[Document], settings: SampleSettings, samples: int = 1) -> Decoding:
         """Steps of `samples` answers to each open document, all in one batch; see `Decoding`."""
-        return Decoding(self.model, self.layout, list(documents), settings, self.codes_per_image, samples=samples)
+        return Decoding(self.model, self.layout, list(documents), settings, self.runs, samples=samples)
 
     def open_document(self, items: Sequence[Item], key: str, roles: bool = True) -> Document:
         """A document that is open for the model's answer.
@@ -99,17 +108,24 @@ class Generator:
             # The cache grows with the longest prompt of a part times the number of its sequences.
             part = list(documents[first : first + batch_size])
             seeds = [settings.seed + first + i for i in range(len(part))]
-            answers += generate(self.model, self.layout, part, settings, self.codes_per_image, seeds)
+            answers += generate(self.model, self.layout, part, settings, self.runs, seeds)
         # The images of all answers together, since the image tokenizer decodes them in batches.
-        runs = [split_answer(self.layout, answer) for answer in answers]
-        images = iter(self.pixels([run for answer in runs for run in answer if isinstance(run, tuple)]))
+        parts = [split_answer(self.layout, self.runs, answer) for answer in answers]
+        images = iter(self.pixels([part.codes for answer in parts for part in answer if self._is_drawing(part)]))
         return [
             [
-                Drawing(run, next(images)) if isinstance(run, tuple) else self.text_tokenizer.decode(run)
-                for run in answer
+                self.text_tokenizer.decode(part)
+                if isinstance(part, list)
+                else Drawing(part.codes, next(images))
+                if self._is_drawing(part)
+                else part
+                for part in answer
             ]
-            for answer in runs
+            for answer in parts
         ]
+
+    def _is_drawing(self, part: object) -> TypeGuard[Codes]:
+        return isinstance(part, Codes) and part.target in self._drawn
 
     @torch.inference_mode()
     def pixels(self, codes: Sequence[Sequence[int]], batch_size: int = 256) -> list[np.ndarray]:
@@ -137,9 +153,9 @@ class Generator:
         return codes
 
     def _pieces(self, decoding: Decoding) -> abc.Generator[Piece, None, None]:
-        answer = GrowingAnswer(self.layout, self.text_tokenizer.decode)
+        answer = GrowingAnswer(self.layout, self.runs, self.text_tokenizer.decode)
         with decoding:
             for step in decoding:
                 sampled = step.tokens[0]
                 for piece in answer.add(sampled.token) + (answer.end() if sampled.finish else []):
-                    yield piece if isinstance(piece, str) else Drawing(piece, self.pixels([piece])[0])
+                    yield Drawing(piece.codes, self.pixels([piece.codes])[0]) if self._is_drawing(piece) else piece

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 
 
-def guide(logits_BV: torch.Tensor, in_image: list[bool], guidance: float) -> torch.Tensor:
-    """Rows of prompted sequences, then of their twins -> rows of the prompted ones, guided where an image is drawn."""
+def guide(logits_BV: torch.Tensor, in_codes: list[bool], guidance: float) -> torch.Tensor:
+    """Rows of prompted sequences, then of their twins -> rows of the prompted ones, guided inside codes."""
     prompted_BV, twin_BV = logits_BV.chunk(2)
     guided_BV = twin_BV + guidance * (prompted_BV - twin_BV)
     # Text is left alone: training empties the prompts of drawings only, so of words the twin knows nothing.
-    drawing_B = torch.tensor(in_image, device=logits_BV.device)
+    drawing_B = torch.tensor(in_codes, device=logits_BV.device)
     return torch.where(drawing_B[:, None], guided_BV, prompted_BV)
 
 

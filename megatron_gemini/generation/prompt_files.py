@@ -13,7 +13,7 @@ MAX_BYTES = 512 * 1024 * 1024
 
 
 def read_item(kind: str, value: str, config: RunConfig) -> Item:
-    """A prompt item. kind: "text" (value is the text), or "image", "audio", "video" (value is a path).
+    """A prompt item. kind: "text" (value is the text), or another modality (value is a path).
 
     Raises ValueError that names the file and what is wrong with it.
     """

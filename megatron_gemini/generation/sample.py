@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.samples.document import Document
+from megatron_gemini.generation.code_runs import CodeRun
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.generation.steps import Decoding
 from megatron_gemini.models.gemini import Gemini
@@ -14,12 +15,12 @@ def generate(
     layout: TokenLayout,
     documents: list[Document],
     settings: SampleSettings,
-    codes_per_image: int,
+    runs: tuple[CodeRun, ...],
     seeds: list[int] | None = None,
 ) -> list[list[int]]:
     """The answer to every open document, as token ids without the closing eos. Arguments are those of `Decoding`."""
     answers: list[list[int]] = [[] for _ in documents]
-    with Decoding(model, layout, documents, settings, codes_per_image, seeds) as decoding:
+    with Decoding(model, layout, documents, settings, runs, seeds) as decoding:
         for step in decoding:
             for sampled in step.tokens:
                 if sampled.finish != "eos":

@@ -1,6 +1,6 @@
 """Decoding as an iterator: one token of every unfinished sequence a step, until all have ended or the caller stops.
 
-    with Decoding(model, layout, documents, settings, codes_per_image) as decoding:
+    with Decoding(model, layout, documents, settings, runs) as decoding:
         for step in decoding:
             for sampled in step.tokens:
                 ...
@@ -22,6 +22,7 @@ from megatron_gemini.contracts import RowFormat, TokenLayout
 from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Document
 from megatron_gemini.generation.choose import choose, guide, log_probabilities
+from megatron_gemini.generation.code_runs import CodeRun
 from megatron_gemini.generation.grammar import Grammar
 from megatron_gemini.generation.sequences import (
     CachedSequences,
@@ -61,18 +62,18 @@ class Decoding(Iterator[Step], AbstractContextManager["Decoding"]):
     """The answers to open documents, token by token.
 
     documents: open behind `model`, or anywhere else; each ends in a causal token.
-    codes_per_image: codes between image_begin and image_end; 0 for a model that draws no images.
+    runs: of codes that the model may make, as `code_runs` gives them; none for a model that only writes.
     seeds: of each sequence (settings.seed + i when None). A sequence's answer depends on its own document and seed
         only, whatever else is in the batch (to the rounding of the arithmetic).
     samples: answers to each document. Sequence i is sample i % samples of document i // samples.
-    With guidance other than 1, each sequence has a twin with the empty prompt and the same answer, and image codes are
+    With guidance other than 1, each sequence has a twin with the empty prompt and the same answer, and codes are
     drawn from twin + guidance * (prompted - twin) (Ho & Salimans 2022).
 
     Keys and values of a sequence are freed before the step that ends it is returned. Those of all are freed by
     `close`, at the end of a `with`, by an error inside a step, and when the last reference to the iterator goes.
     Nothing here is safe to call from two threads at a time.
 
-    Raises ValueError for an image asked of a model that cannot draw, or that does not fit into `max_tokens`.
+    Raises ValueError for an item asked of a model that makes none, or that does not fit into `max_tokens`.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Decoding(Iterator[Step], AbstractContextManager["Decoding"]):
         layout: TokenLayout,
         documents: list[Document],
         settings: SampleSettings,
-        codes_per_image: int,
+        runs: tuple[CodeRun, ...],
         seeds: list[int] | None = None,
         samples: int = 1,
     ) -> None:
@@ -92,8 +93,8 @@ class Decoding(Iterator[Step], AbstractContextManager["Decoding"]):
         """Indices of the sequences that are unfinished and not dropped."""
         self._size, self._model, self._layout, self._settings = size, model, layout, settings
         self._documents = {i: documents[i // samples] for i in self.live}
-        self._grammar = Grammar(layout, codes_per_image, settings.answer, settings.max_tokens, size)
-        self._guided = settings.guidance != 1 and self._grammar.draws
+        self._grammar = Grammar(layout, runs, settings.answer, settings.max_tokens, size)
+        self._guided = settings.guidance != 1 and bool(self._grammar.runs)
         seeds = seeds or [settings.seed + i for i in self.live]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._last: list[int] = [0] * size
@@ -166,7 +167,7 @@ class Decoding(Iterator[Step], AbstractContextManager["Decoding"]):
         settings, grammar = self._settings, self._grammar
         model_BV = logits_BV[: len(self.live)]
         if self._guided:
-            logits_BV = guide(logits_BV, grammar.in_image(), settings.guidance)
+            logits_BV = guide(logits_BV, grammar.in_codes(), settings.guidance)
         logits_BV = logits_BV.masked_fill(~grammar.allowed().to(logits_BV.device), float("-inf"))
         self._last = choose(logits_BV, settings.temperature, settings.top_k, settings.top_p, self._generators)
         eos = self._layout.control("eos")

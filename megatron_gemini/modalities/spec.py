@@ -106,6 +106,7 @@ class CodesSpec:
     length: settings -> codes of one item.
     begin, end: control tokens around a run; a plugin leaves them open and gets free ones.
     made_by: the program that adds codes to samples, for messages.
+    tokenizer: the setting of a run that names what turns codes into items; empty where the codes are what is wanted.
     """
 
     field: str
@@ -116,6 +117,7 @@ class CodesSpec:
     begin: str = ""
     end: str = ""
     made_by: str = ""
+    tokenizer: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class ModalitySpec(Generic[Settings, RawItem]):
     decode: a file's bytes -> the raw item; raises BadSample. prepare: -> the encoder's input. picture: of that, for
         reports.
     sizes: a file's bytes -> its sizes by name, such as "image width", for a report of shards; raises BadSample.
+    preview: a file's bytes -> uint8[H, W, 3], what a contact sheet of samples shows; raises BadSample.
     operations: by the name that a source's list of operations gives them.
     codes: how the model makes such items; None if it only reads them.
     """
@@ -147,5 +150,6 @@ class ModalitySpec(Generic[Settings, RawItem]):
     prepare: Callable[[RawItem, Settings], Prepared] | None = None
     picture: Callable[[Prepared, Settings], Picture] | None = None
     sizes: Callable[[bytes], Mapping[str, float]] | None = None
+    preview: Callable[[bytes], np.ndarray] | None = None
     operations: Mapping[str, ItemOperation[Settings, RawItem]] = field(default_factory=dict)
     codes: CodesSpec | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_gemini.data.loading.loader import Loader
+from megatron_gemini.generation.code_runs import drawn_modalities
 from megatron_gemini.modalities.image.code_tokenizer import ImageTokenizer, fingerprint
-from megatron_gemini.modalities.image.spec import IMAGE
 from megatron_gemini.registry import MODALITIES
 
 OWN = "the run's own tokenizer"
@@ -18,7 +18,7 @@ def check_codes(loader: Loader, image_tokenizer: ImageTokenizer | None) -> None:
     """
     makers: dict[str, dict[str, str]] = {}
     if image_tokenizer is not None:
-        makers[IMAGE.name] = {fingerprint(image_tokenizer): OWN}
+        makers |= {name: {fingerprint(image_tokenizer): OWN} for name in drawn_modalities()}
     for source in loader.sources:
         for (modality, maker), path in source.makers.items():
             if maker:

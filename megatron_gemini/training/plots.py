@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_gemini.contracts import TEXT
 from megatron_gemini.training.metrics import read_metrics
 
-_COLORS = {"": "#333333", "text": "#0072b2", "image": "#d55e00"}  # told apart also by the color-blind (Okabe, Ito)
-_OTHER_COLORS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_COLORS = {"": "#333333", TEXT: "#0072b2"}
+_OTHER_COLORS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # told apart by the color-blind (Okabe, Ito)
 
 
 def plot_losses(metrics_path: str | Path, out_png: str | Path) -> None:

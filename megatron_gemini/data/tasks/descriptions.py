@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from megatron_gemini.contracts import IMAGE, TEXT
+from megatron_gemini.contracts import TEXT
 from megatron_gemini.data.samples.kinds import item_kinds
 from megatron_gemini.data.samples.references import reference, shown
 from megatron_gemini.data.sources.columns import is_missing
@@ -18,6 +18,8 @@ from megatron_gemini.registry import MODALITIES
 if TYPE_CHECKING:
     from megatron_gemini.config.schema import Plain
 
+MMC4_ITEMS, OBELICS_ITEMS = "image_info", "images"
+"""The fields of a description that name media."""
 DOCUMENT_KEYS = ("items", "texts", "text_list")
 """Of which a document's description has one, by its layout."""
 Entry: TypeAlias = tuple[str, str]
@@ -59,25 +61,30 @@ def read_entry(item: Plain) -> Entry:
 
 
 def _mmc4(description: Mapping[str, Plain]) -> list[Entry]:
-    texts, images = _list(description, "text_list"), _list(description, "image_info")
+    texts, images = _list(description, "text_list"), _list(description, MMC4_ITEMS)
     before: dict[int, list[Entry]] = {}  # several images may belong to one sentence
     for image in images:
         place = image.get("matched_text_index") if isinstance(image, Mapping) else None
         if not isinstance(image, Mapping) or type(place) is not int or not 0 <= place < len(texts):
             raise BadSample("bad_json", f"an image without its place in the text: {shown(image)}")
-        before.setdefault(place, []).append(read_entry({IMAGE: image.get("image_name")}))
+        before.setdefault(place, []).append(read_entry({_seen(): image.get("image_name")}))
     return [entry for i, text in enumerate(texts) for entry in (*before.get(i, ()), read_entry({TEXT: text}))]
 
 
 def _obelics(description: Mapping[str, Plain]) -> list[Entry]:
-    texts, images = _list(description, "texts"), _list(description, "images")
+    texts, images = _list(description, "texts"), _list(description, OBELICS_ITEMS)
     if len(texts) != len(images):
         raise BadSample("bad_json", f"{len(texts)} texts and {len(images)} images; they stand beside each other")
     both = [
-        (TEXT, text) if text is not None and not is_missing(text) else (IMAGE, image)
+        (TEXT, text) if text is not None and not is_missing(text) else (_seen(), image)
         for text, image in zip(texts, images, strict=True)
     ]
     return [read_entry({kind: value}) for kind, value in both]
+
+
+def _seen() -> str:
+    """The modality that both layouts mean."""
+    return next(spec.name for spec in MODALITIES.entries() if OBELICS_ITEMS in spec.beside)
 
 
 def _list(description: Mapping[str, Plain], name: str) -> list[Plain]:

@@ -7,7 +7,7 @@ from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.samples.items import Example, Item, Text
 from megatron_gemini.data.samples.spec import FieldSpec, ReadItem, TaskSpec
 from megatron_gemini.data.sources.columns import RECORD
-from megatron_gemini.data.tasks.descriptions import DOCUMENT_KEYS, document_entries
+from megatron_gemini.data.tasks.descriptions import DOCUMENT_KEYS, MMC4_ITEMS, OBELICS_ITEMS, document_entries
 
 
 def read_items(data: bytes, read_item: ReadItem) -> list[Item]:
@@ -24,7 +24,7 @@ ITEMS = FieldSpec(
     decode=read_items,
     texts=texts,
     keys=DOCUMENT_KEYS,
-    reads=lambda: ("images", "image_info"),
+    reads=lambda: (OBELICS_ITEMS, MMC4_ITEMS),
 )
 INTERLEAVE = TaskSpec(
     "interleave",

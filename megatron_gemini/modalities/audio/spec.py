@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FP32 = 4
 FRAMES_PER_SECOND = 100
 INSPECTED_SECONDS = 3600.0  # a shard may hold recordings that are too long for the model at hand
+PREVIEW_MELS = 64
 
 
 def spans(grid_I3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,6 +67,19 @@ def sizes(data: bytes) -> dict[str, float]:
     return {"audio seconds": len(decode_audio(data, INSPECTED_SECONDS)) / SAMPLE_RATE}
 
 
+def preview(data: bytes) -> np.ndarray:
+    """A spectrogram: time to the right, pitch upwards, louder is brighter."""
+    import numpy as np
+
+    from megatron_gemini.modalities.audio.preprocess import decode_audio, log_mel
+
+    mel_LM = log_mel(decode_audio(data, INSPECTED_SECONDS), PREVIEW_MELS).numpy()
+    # From the noise up, and without the loudest clicks, each of which alone would darken all the rest.
+    low, high = np.percentile(mel_LM, [10, 99.8])
+    shade_ML = ((mel_LM.T[::-1] - low) / max(high - low, 1e-6)).clip(0, 1) * 255
+    return np.repeat(shade_ML.round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
 def prepare(sound: Audio, audio: AudioConfig) -> Prepared:
     """Log-mel frames, 100 a second."""
     from megatron_gemini.modalities.audio.preprocess import log_mel
@@ -103,5 +117,6 @@ AUDIO: ModalitySpec[AudioConfig, Audio] = ModalitySpec(
     prepare=prepare,
     picture=picture,
     sizes=sizes,
+    preview=preview,
     operations={"speed": ItemOperation(speed, random=True)},
 )

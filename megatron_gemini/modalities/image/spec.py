@@ -84,6 +84,12 @@ def sizes(data: bytes) -> dict[str, float]:
     return {"image width": width, "image height": height}
 
 
+def preview(data: bytes) -> np.ndarray:
+    from megatron_gemini.modalities.image.preprocess import decode_image
+
+    return decode_image(data)
+
+
 def prepare(image: Image, vision: VisionConfig) -> Prepared:
     """The image fitted to the patch grid and cut into patches."""
     return prepare_frames(image.pixels_HW3[None], 0.0, vision)
@@ -134,6 +140,7 @@ IMAGE: ModalitySpec[VisionConfig, Image] = ModalitySpec(
     prepare=prepare,
     picture=picture,
     sizes=sizes,
+    preview=preview,
     operations={"resize": ItemOperation(resize), "crop": ItemOperation(crop, random=True)},
     codes=CodesSpec(
         field="codes",
@@ -144,5 +151,6 @@ IMAGE: ModalitySpec[VisionConfig, Image] = ModalitySpec(
         begin="image_begin",
         end="image_end",
         made_by="tools/encode_images.py",
+        tokenizer="train.image_tokenizer",
     ),
 )

@@ -10,6 +10,8 @@ from megatron_gemini.modalities.spec import ItemOperation, ModalitySpec, Prepare
 from megatron_gemini.modalities.video.operations import frames, resize
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from megatron_gemini.modalities.video.item import Video
 
 INSPECTED_FRAMES = 8
@@ -27,6 +29,14 @@ def sizes(data: bytes) -> dict[str, float]:
 
     height, width = decode_video(data, INSPECTED_FRAMES)[0].shape[1:3]
     return {"video width": width, "video height": height}
+
+
+def preview(data: bytes) -> np.ndarray:
+    """The frame in the middle."""
+    from megatron_gemini.modalities.video.preprocess import decode_video
+
+    frames_FHW3, _ = decode_video(data, 3)
+    return frames_FHW3[len(frames_FHW3) // 2]
 
 
 def prepare(video: Video, vision: VisionConfig) -> Prepared:
@@ -49,5 +59,6 @@ VIDEO: ModalitySpec[VisionConfig, Video] = ModalitySpec(
     prepare=prepare,
     picture=picture,
     sizes=sizes,
+    preview=preview,
     operations={"resize": ItemOperation(resize), "frames": ItemOperation(frames)},
 )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gemini.contracts import IMAGE, TEXT, RowFormat
+from megatron_gemini.contracts import TEXT, RowFormat
 from megatron_gemini.data.packing.pack import check_fits, choose, fullest, pack
 from megatron_gemini.data.samples.document import Size, build_document
 from megatron_gemini.data.samples.items import Codes, Text
@@ -19,7 +19,7 @@ from megatron_gemini.modalities.video.item import Video
 from tests.tiny_shards import AUDIO, LAYOUT, VISION, Characters
 
 PLACEHOLDERS = {LAYOUT.control(name) for name in ("image", "video", "audio")}
-TEXT_WEIGHT, IMAGE_WEIGHT = 1.0, 0.25
+IMAGE, TEXT_WEIGHT, IMAGE_WEIGHT = "image", 1.0, 0.25
 FORM = RowFormat(target_weights={TEXT: TEXT_WEIGHT, IMAGE: IMAGE_WEIGHT})
 
 

@@ -33,7 +33,7 @@ class Tokens(Generator):
     def __init__(self, answers: Sequence[Answer] = (), draws: bool = True) -> None:
         self.layout = TokenLayout(5, (("image", 256),))
         self.answers = list(answers)
-        self.codes_per_image = int(draws)
+        self.codebook = 256 * draws
         self.asked: list[Sequence[Item]] = []
 
     def codes(self, images, batch_size=1):

@@ -8,9 +8,10 @@ import pytest
 
 from megatron_gemini.checkpoint.inference import load_for_inference
 from megatron_gemini.contracts import TokenLayout
-from megatron_gemini.data.samples.items import Text
+from megatron_gemini.data.samples.items import Codes, Text
 from megatron_gemini.generation.api import Answer, Drawing, Generator
 from megatron_gemini.generation.cache import KVCache
+from megatron_gemini.generation.code_runs import code_runs
 from megatron_gemini.generation.pieces import split_answer
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.modalities.image.item import Image
@@ -30,8 +31,9 @@ def test_an_answer_splits_into_texts_and_images_in_order() -> None:
     layout = TokenLayout(10, (("image", 6),))
     begin, end, code = layout.control("image_begin"), layout.control("image_end"), layout.code_range("image").start
     answer = [begin, code + 5, code, end, 3, 4, begin, code + 1, code + 2, end]
-    assert split_answer(layout, answer) == [(5, 0), [3, 4], (1, 2)]
-    assert split_answer(layout, []) == []
+    runs = code_runs(layout, {"image": 2})
+    assert split_answer(layout, runs, answer) == [Codes("image", (5, 0)), [3, 4], Codes("image", (1, 2))]
+    assert split_answer(layout, runs, []) == []
 
 
 def test_a_drawing_is_its_codes_decoded(generator: Generator) -> None:

@@ -134,10 +134,10 @@ def test_an_image_asked_of_a_model_that_cannot_draw_is_told_so(run_without_drawi
     asked = ["--checkpoint", str(run_without_drawings), "draw", "--max-tokens", "8", "--out", str(tmp_path / "x.png")]
     assert run_command(main, asked) == 2
     error = capsys.readouterr().err
-    assert "this model cannot draw" in error and "--answer image" not in error and error.count("\n") == 1
+    assert "this model makes no image" in error and "--answer image" not in error and error.count("\n") == 1
     assert run_command(main, [*asked[:-2], "--answer", "image"]) == 2
     error = capsys.readouterr().err
-    assert "this model cannot draw" in error and error.count("\n") == 1
+    assert "this model makes no image" in error and error.count("\n") == 1
 
 
 class Terminal(io.StringIO):

@@ -18,7 +18,7 @@ from megatron_gemini.modalities.image.item import Image
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.registry import CONNECTORS
 from tests.extension.reading import READING, ReadingConfig
-from tests.unit.generation.test_sample import CODES, LAYOUT, Letters, tiny_config, tiny_model
+from tests.unit.generation.test_sample import LAYOUT, RUNS, Letters, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_every_token_of_an_answer_reads_the_memory_of_its_prompt(model: Gemini, 
     """The log-probability of each token is that of the whole sequence, computed afresh with its images."""
     prompts = documents(model)
     said: dict[int, list[tuple[int, float]]] = {}
-    for step in Decoding(model, LAYOUT, prompts, SampleSettings(seed=3, guidance=guidance, max_tokens=12), CODES):
+    for step in Decoding(model, LAYOUT, prompts, SampleSettings(seed=3, guidance=guidance, max_tokens=12), RUNS):
         for sampled in step.tokens:
             said.setdefault(sampled.sequence, []).append((sampled.token, sampled.logprob))
     for number, prompt in enumerate(prompts):
@@ -67,6 +67,6 @@ def test_every_token_of_an_answer_reads_the_memory_of_its_prompt(model: Gemini, 
 
 def test_an_answer_depends_on_the_images_that_are_read(model: Gemini) -> None:
     settings = SampleSettings(temperature=0.0, max_tokens=20, answer="text")
-    first, second = (generate(model, LAYOUT, documents(model, seed), settings, CODES) for seed in (0, 1))
+    first, second = (generate(model, LAYOUT, documents(model, seed), settings, RUNS) for seed in (0, 1))
     assert first[1] == second[1], "this prompt has no image"
     assert (first[0], first[2]) != (second[0], second[2])

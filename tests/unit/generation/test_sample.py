@@ -15,6 +15,7 @@ from megatron_gemini.data.packing.pack import pack
 from megatron_gemini.data.samples.document import Document, build_document
 from megatron_gemini.data.samples.items import Codes, Item, Text
 from megatron_gemini.generation.choose import guide
+from megatron_gemini.generation.code_runs import code_runs
 from megatron_gemini.generation.sample import generate
 from megatron_gemini.generation.sequences import (
     CachedSequences,
@@ -35,6 +36,7 @@ from megatron_gemini.parallel.topology import Topology
 
 CODES = 4
 LAYOUT = TokenLayout(30, (("image", 12),))
+RUNS = code_runs(LAYOUT, {"image": CODES})
 
 
 class Letters:
@@ -107,29 +109,29 @@ def test_cached_logits_equal_recomputed_ones(kv_heads: int) -> None:
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_cached_generation_equals_uncached_generation(model: Gemini, guidance: float) -> None:
     settings = SampleSettings(top_k=20, top_p=0.95, seed=3, guidance=guidance, max_tokens=16)
-    cached = generate(model, LAYOUT, prompts(), settings, CODES)
-    recomputed = generate(model, LAYOUT, prompts(), dataclasses.replace(settings, cache=False), CODES)
+    cached = generate(model, LAYOUT, prompts(), settings, RUNS)
+    recomputed = generate(model, LAYOUT, prompts(), dataclasses.replace(settings, cache=False), RUNS)
     assert cached == recomputed
     assert len({tuple(answer) for answer in cached}) > 2, "the answers should differ, or nothing was compared"
 
 
 def test_a_sequence_does_not_depend_on_its_batch_mates(model: Gemini) -> None:
     settings = SampleSettings(guidance=1.5, max_tokens=16)
-    together = generate(model, LAYOUT, prompts(), settings, CODES, seeds=[10, 11, 12, 13, 14])
-    alone = [generate(model, LAYOUT, [d], settings, CODES, seeds=[10 + i])[0] for i, d in enumerate(prompts())]
+    together = generate(model, LAYOUT, prompts(), settings, RUNS, seeds=[10, 11, 12, 13, 14])
+    alone = [generate(model, LAYOUT, [d], settings, RUNS, seeds=[10 + i])[0] for i, d in enumerate(prompts())]
     assert together == alone
 
 
 def test_the_seed_decides(model: Gemini) -> None:
-    same = [generate(model, LAYOUT, prompts()[:2], SampleSettings(seed=5, max_tokens=12), CODES) for _ in range(2)]
-    other = generate(model, LAYOUT, prompts()[:2], SampleSettings(seed=6, max_tokens=12), CODES)
+    same = [generate(model, LAYOUT, prompts()[:2], SampleSettings(seed=5, max_tokens=12), RUNS) for _ in range(2)]
+    other = generate(model, LAYOUT, prompts()[:2], SampleSettings(seed=6, max_tokens=12), RUNS)
     assert same[0] == same[1] != other
 
 
 def test_an_asked_image_is_one_whole_image_and_guidance_changes_it(model: Gemini) -> None:
     settings = SampleSettings(answer="image", max_tokens=CODES + 3)
-    plain = generate(model, LAYOUT, prompts()[:4], settings, CODES)
-    guided = generate(model, LAYOUT, prompts()[:4], dataclasses.replace(settings, guidance=4.0), CODES)
+    plain = generate(model, LAYOUT, prompts()[:4], settings, RUNS)
+    guided = generate(model, LAYOUT, prompts()[:4], dataclasses.replace(settings, guidance=4.0), RUNS)
     for answer in plain + guided:
         begin, *codes, end = answer
         assert (begin, end) == (LAYOUT.control("image_begin"), LAYOUT.control("image_end"))
@@ -154,15 +156,15 @@ def test_guidance_leaves_text_alone() -> None:
 def test_twins_are_empty_prompts(model: Gemini) -> None:
     """Guidance of 0 on image codes draws what the empty prompt draws."""
     settings = SampleSettings(answer="image", guidance=0.0, temperature=0.0, max_tokens=CODES + 3)
-    drawn = generate(model, LAYOUT, prompts()[:2], settings, CODES)
-    empty = generate(model, LAYOUT, [document()], dataclasses.replace(settings, guidance=1.0), CODES)
+    drawn = generate(model, LAYOUT, prompts()[:2], settings, RUNS)
+    empty = generate(model, LAYOUT, [document()], dataclasses.replace(settings, guidance=1.0), RUNS)
     assert drawn == empty * 2
 
 
 def test_greedy_takes_the_likeliest_legal_token(model: Gemini) -> None:
     documents = prompts()[:1]
     settings = SampleSettings(temperature=0.0, max_tokens=6, answer="text")
-    answer = generate(model, LAYOUT, documents, settings, CODES)[0]
+    answer = generate(model, LAYOUT, documents, settings, RUNS)[0]
     sequences = RecomputedSequences(model, pack(documents, len(documents[0]), RowFormat()))
     legal = [*range(LAYOUT.text_size), LAYOUT.control("eos")]
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from megatron_gemini.generation.sequences import RecomputedSequences
 from megatron_gemini.generation.settings import SampleSettings
 from megatron_gemini.generation.steps import Decoding, Step
 from megatron_gemini.models.gemini import Gemini
-from tests.unit.generation.test_sample import CODES, LAYOUT, document, prompts, tiny_config, tiny_model
+from tests.unit.generation.test_sample import CODES, LAYOUT, RUNS, document, prompts, tiny_config, tiny_model
 
 EOS = LAYOUT.control("eos")
 
@@ -25,7 +25,7 @@ def model() -> Gemini:
 
 
 def begin(model: Gemini, settings: SampleSettings | None = None) -> Decoding:
-    return Decoding(model, LAYOUT, prompts(), settings or SampleSettings(max_tokens=30), CODES)
+    return Decoding(model, LAYOUT, prompts(), settings or SampleSettings(max_tokens=30), RUNS)
 
 
 def cached(decoding: Decoding) -> list[weakref.ref]:
@@ -58,7 +58,7 @@ def test_the_tokens_of_the_steps_are_the_answers(model: Gemini, guidance: float)
             answers[sampled.sequence].append(sampled.token)
             if sampled.finish:
                 ended[sampled.sequence] = sampled.finish
-    for i, whole in enumerate(generate(model, LAYOUT, prompts(), settings, CODES)):
+    for i, whole in enumerate(generate(model, LAYOUT, prompts(), settings, RUNS)):
         assert answers[i] == whole + [EOS] * (ended[i] == "eos")
         assert ended[i] == "eos" or len(whole) == 20
     assert set(ended.values()) == {"eos", "length"}, "both ends should occur, or one was not tested"
@@ -83,13 +83,13 @@ def test_the_log_probability_is_the_models_own(model: Gemini, cache: bool) -> No
 
 def test_rollouts_of_a_prompt_differ_by_their_seeds_only(model: Gemini) -> None:
     settings = SampleSettings(seed=20, max_tokens=12, answer="text")
-    decoding = Decoding(model, LAYOUT, prompts()[:2], settings, CODES, samples=3)
+    decoding = Decoding(model, LAYOUT, prompts()[:2], settings, RUNS, samples=3)
     together: dict[int, list[int]] = {}
     for step in decoding:
         for sampled in step.tokens:
             together.setdefault(sampled.sequence, []).append(sampled.token)
     for sequence, tokens in together.items():
-        alone = generate(model, LAYOUT, [prompts()[sequence // 3]], settings, CODES, seeds=[20 + sequence])[0]
+        alone = generate(model, LAYOUT, [prompts()[sequence // 3]], settings, RUNS, seeds=[20 + sequence])[0]
         assert [token for token in tokens if token != EOS] == alone
     assert len(together) == 6 and len({tuple(tokens) for tokens in together.values()}) > 4
 
@@ -106,7 +106,7 @@ def test_a_dropped_sequence_ends_and_the_others_go_on_as_if_nothing_had_been(mod
                 decoding.drop([1, 3])
                 decoding.drop([1])  # who cancels may do it twice
                 assert not {1, 3} & set(decoding.live)
-    whole = generate(model, LAYOUT, prompts(), settings, CODES)
+    whole = generate(model, LAYOUT, prompts(), settings, RUNS)
     for i, answer in enumerate(answers):
         expected = whole[i][:3] if i in (1, 3) else whole[i]
         assert [token for token in answer if token != EOS] == expected
@@ -119,7 +119,7 @@ def test_a_drawing_goes_on_with_its_own_twin_once_another_has_ended(
 ) -> None:
     """Each twin has the codes of its own sequence, and the guidance is strong enough that another's would show."""
     settings = SampleSettings(seed=3, guidance=100.0, max_tokens=CODES + 3, answer="image", cache=cache)
-    whole = generate(model, LAYOUT, prompts(), settings, CODES)
+    whole = generate(model, LAYOUT, prompts(), settings, RUNS)
     left = [i for i in range(len(prompts())) if i not in ended]
     answers: list[list[int]] = [[] for _ in prompts()]
     with begin(model, settings) as decoding:
@@ -234,12 +234,12 @@ def test_the_caller_may_train_between_two_steps(model: Gemini) -> None:
 
 
 def test_no_documents_make_no_steps(model: Gemini) -> None:
-    assert list(Decoding(model, LAYOUT, [], SampleSettings(), CODES)) == []
+    assert list(Decoding(model, LAYOUT, [], SampleSettings(), RUNS)) == []
 
 
 def test_a_sequence_that_is_not_there_cannot_be_dropped(model: Gemini) -> None:
     with pytest.raises(AssertionError, match="no such sequence"):
-        Decoding(model, LAYOUT, [document()], SampleSettings(), CODES).drop([1])
+        Decoding(model, LAYOUT, [document()], SampleSettings(), RUNS).drop([1])
 
 
 def test_an_impossible_image_is_refused_before_the_first_step(model: Gemini) -> None:

@@ -66,9 +66,17 @@ def test_a_sheet_shows_its_samples_in_order_and_a_reason_for_what_it_cannot_show
     levels = [20 * i for i in range(10)]
     samples = [(f"s{i}", {"png": flat(level), "txt": b"a caption"}) for i, level in enumerate(levels)]
     samples.append(("t", {"txt": b"no picture"}))
+    samples += [("v", {"mp4": sample(1)["mp4"]}), ("w", {"wav": sample(1)["wav"]}), ("x", {"wav": b"no sound"})]
     sheet = contact_sheet(Shards([write_tar(tmp_path / "x.tar", samples)]))
     assert sheet.size == (COLUMNS * (TILE + GAP) + GAP, 2 * (TILE + TEXT + GAP) + GAP)
     for i, level in enumerate(levels):
         middle = (GAP + i % COLUMNS * (TILE + GAP) + TILE // 2, GAP + i // COLUMNS * (TILE + TEXT + GAP) + TILE // 2)
         assert sheet.getpixel(middle) == (level,) * 3
-    assert sheet.getpixel((GAP + 2 * (TILE + GAP) + 5, GAP + TILE + TEXT + GAP + 5)) == (211, 211, 211)
+    grey = (211, 211, 211)
+    second = GAP + TILE + TEXT + GAP  # the top of the second row
+    corners = [sheet.getpixel((GAP + column * (TILE + GAP) + 5, second + 5)) for column in (2, 5)]
+    assert corners == [grey, grey]
+    clip, sound = (
+        np.asarray(sheet)[second : second + TILE, GAP + column * (TILE + GAP) :][:, :TILE] for column in (3, 4)
+    )
+    assert all((picture != 255).any() and not (picture == grey).all() for picture in (clip, sound))
