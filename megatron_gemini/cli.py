@@ -1,8 +1,8 @@
 """The console script, and how every entry point ends: with a status, and a mistake of the user's in one line.
 
-Exit status: 0 done; 2 a mistake in settings, files or data (`ValueError`, or a file that cannot be read or written),
-told in one line, with its traceback only after `--debug`; 3 a training run whose steps change no weight; 4 a rank that
-gave no sign of life; 1 anything else, with its traceback; 130 interrupted.
+Exit status: 0 done; 2 a mistake in settings, files or data (`ValueError`, or a file that cannot be read or written), or
+storage that does not answer, told in one line, with its traceback only after `--debug`; 3 a training run whose steps
+change no weight; 4 a rank that gave no sign of life; 1 anything else, with its traceback; 130 interrupted.
 
 In a job of several ranks all of them usually meet the same mistake. Rank 0 tells it at once; another rank first waits
 `PATIENCE` seconds, in which the launcher ends it if rank 0 failed too. So a shared mistake is told once, and one of a
@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from megatron_gemini import __version__, plugins
 from megatron_gemini.exit_status import FAILED, INTERRUPTED, MISTAKE, NOT_LEARNING, NotLearningError
+from megatron_gemini.modalities.bad_sample import DataUnreachable
 
 COMMANDS = {
     "plan": "find a layout of ranks for machines that are not there yet",
@@ -113,7 +114,7 @@ def _status(error: Exception) -> int:
     if isinstance(error, NotLearningError):
         return NOT_LEARNING
     # A full disk and a folder that is read-only are the user's to mend as much as a mistyped name. A connection is not.
-    mistake = isinstance(error, (ValueError, OSError)) and not isinstance(error, ConnectionError)
+    mistake = isinstance(error, (ValueError, OSError, DataUnreachable)) and not isinstance(error, ConnectionError)
     return MISTAKE if mistake else FAILED
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
 import stat
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,8 @@ from megatron_gemini.building.duplicates import difference_hash
 from megatron_gemini.building.fetch import Fetcher
 from megatron_gemini.building.filters import Filters
 from megatron_gemini.building.records import Record
-from megatron_gemini.modalities.bad_sample import BadSample, one_line
+from megatron_gemini.data.sources.storage import STRANGE_NAMES, patiently
+from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable, one_line
 from megatron_gemini.modalities.image.preprocess import decode_image
 from megatron_gemini.modalities.text.preprocess import decode_text
 
@@ -65,6 +68,8 @@ class Examiner:
             return self._examine(record)
         except BadSample as error:
             return Examined(record, error.reason, f"{record.image[:200]}: {error}")
+        except DataUnreachable:
+            raise
         except Exception as error:  # whatever a record holds, the build goes on with the next one
             return Examined(record, "record_failed", f"{record.image[:200]}: {type(error).__name__}: {one_line(error)}")
 
@@ -92,7 +97,14 @@ class Examiner:
 
 
 def read_file(path: str, max_bytes: int) -> bytes:
-    """A regular file of at most `max_bytes`. Raises BadSample: no_file, no_regular_file, file_too_large, read_error."""
+    """A regular file of at most `max_bytes`, asked again while the storage does not answer.
+
+    Raises BadSample: no_file, no_regular_file, file_too_large, read_error. Raises DataUnreachable after the last try.
+    """
+    return patiently(partial(_read_file, path, max_bytes), path)
+
+
+def _read_file(path: str, max_bytes: int) -> bytes:
     try:
         # A pipe or a device among the pictures must not make the build wait.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
@@ -105,6 +117,8 @@ def read_file(path: str, max_bytes: int) -> bytes:
     except FileNotFoundError:
         raise BadSample("no_file", "there is no such file") from None
     except OSError as error:
+        if error.errno not in (*STRANGE_NAMES, errno.ENXIO):  # the last: a socket
+            raise
         raise BadSample("read_error", str(error.strerror)) from None
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_gemini import __version__, cli
 from megatron_gemini.exit_status import NotLearningError
+from megatron_gemini.modalities.bad_sample import DataUnreachable
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -129,6 +130,11 @@ def test_an_argument_that_is_not_utf8_is_one_line():
 def test_a_run_that_does_not_learn_has_a_status_of_its_own(capsys):
     assert cli.run_command(raising(NotLearningError("steps 4 to 8 changed no weight")), []) == 3
     assert capsys.readouterr().err == "megatron-gemini: error: steps 4 to 8 changed no weight\n"
+
+
+def test_storage_that_stays_away_is_one_line(capsys):
+    assert cli.run_command(raising(DataUnreachable("'x.tar' cannot be read")), []) == 2
+    assert capsys.readouterr().err == "megatron-gemini: error: 'x.tar' cannot be read\n"
 
 
 def test_a_message_of_several_lines_becomes_one(capsys):

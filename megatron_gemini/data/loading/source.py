@@ -139,7 +139,7 @@ class DocumentSource:
     def unread_fields(self) -> list[str]:
         """Names that descriptions of documents or conversations have and nothing reads, found in some of the records.
 
-        A field that names media in a way of its own would otherwise be left out in silence.
+        A field that names media in a way of its own would otherwise be left out in silence. A number names none.
         """
         described = [field for field in self.schema.task.own_fields if field.keys and RECORD in field.members]
         read = {name for field in described for name in (*field.keys, *field.reads())}
@@ -149,7 +149,8 @@ class DocumentSource:
         for number in numbers:
             with contextlib.suppress(BadSample), guarded("read", self.label):
                 record = decode_json(self.shards.read(number, [RECORD]).get(RECORD, b"null"))
-                found |= dict.fromkeys(record if isinstance(record, dict) else ())
+                fields = record.items() if isinstance(record, dict) else ()
+                found |= dict.fromkeys(name for name, value in fields if isinstance(value, (str, list, dict)))
         return [name for name in found if name not in read]
 
     def check_shards(self) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from functools import partial
 
 from megatron_gemini.data.sources.index_cache import sample_key
-from megatron_gemini.data.sources.paths import is_url, open_binary
+from megatron_gemini.data.sources.paths import open_binary
 from megatron_gemini.data.sources.spec import Records
-from megatron_gemini.data.sources.storage import patiently
+from megatron_gemini.data.sources.storage import STRANGE_NAMES, is_url, patiently
 from megatron_gemini.data.sources.tar_index import MAX_MEMBER_BYTES
 from megatron_gemini.modalities.bad_sample import BadSample
 
@@ -64,8 +63,7 @@ def _read(folder: str, name: str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except OSError as error:
-        # What a record can cause by the name alone must end no run, so it is not taken for storage that is away.
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+        if error.errno not in STRANGE_NAMES:
             raise
         raise BadSample("attachment_refused", f"{path}: {error.strerror or type(error).__name__}") from None
     if len(data) > MAX_MEMBER_BYTES:

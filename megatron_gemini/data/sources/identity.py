@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_gemini.config.data import DataConfig
-from megatron_gemini.data.sources.paths import expand_shards, is_url, open_binary
+from megatron_gemini.data.sources.paths import expand_shards, open_binary
+from megatron_gemini.data.sources.storage import is_url
 
 BLOCK, BLOCKS = 4096, 16  # 64 KiB of a file: whole small ones, and a glance at a shard of a gigabyte
 THREADS = 16  # files of a network file system answer late, and many at a time

@@ -7,28 +7,19 @@ import glob
 import itertools
 import os
 import re
+import stat
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
+
+from megatron_gemini.data.sources.storage import MISTAKES, STRANGE_NAMES, is_url, patiently
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-# What fsspec opens without running a program or calling a host that the name alone chooses. Chained addresses (::)
-# are refused with the others: "simplecache::" writes files, and any scheme can stand behind it.
-STORES = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hdfs")
 _BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 _MAX_SHARDS = 1_000_000  # a range such as {0..999999999} would otherwise take all memory before anything is looked for
-
-
-def is_url(path: str) -> bool:
-    """Whether a path names an object store. Raises ValueError for a scheme that is not one of `STORES`."""
-    scheme, separator, _ = path.partition("://")
-    if not separator and not path.startswith("pipe:"):
-        return False
-    if scheme not in STORES or "::" in path:
-        raise ValueError(f"{path!r} is no path that data is read from; use a local one or {', '.join(STORES)}://...")
-    return True
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -46,24 +37,37 @@ def expand_shards(pattern: str) -> list[str]:
     """Paths of the shards, sorted: globs are matched, {000..015} counts with the width of its first number, {a,b} is a
     or b.
 
-    Raises ValueError when nothing matches, naming the nearest files that exist, and when a counted shard is missing.
+    Raises ValueError when nothing matches, naming the nearest files that exist, and when a counted shard is missing;
+    DataUnreachable for storage that does not answer.
     """
     if not pattern:
         raise ValueError("a data source has no shards; set its `shards` to a path such as data/train-{000..015}.tar")
     paths: list[str] = []
     for name in _expand_braces(pattern):
-        if is_url(name):
-            file_system, place = _store(name)
-            there = file_system.glob(place) if glob.has_magic(place) else [place] if file_system.isfile(place) else []
-            found = sorted(f"{name.partition('://')[0]}://{path.lstrip('/')}" for path in there)
-        elif glob.has_magic(name):
-            found = sorted(glob.glob(name))
-        else:
-            found = [name] if os.path.isfile(name) else []
+        found = patiently(partial(_matches, name), name, MISTAKES)
         if not found:
             raise ValueError(f"no shard matches {name!r}{'' if is_url(name) else _nearest(name)}")
         paths += found
     return sorted(dict.fromkeys(paths))
+
+
+def _matches(name: str) -> list[str]:
+    """What there is of a name or glob, sorted. Raises OSError, or an error of a store's client."""
+    if is_url(name):
+        file_system, place = _store(name)
+        there = file_system.glob(place) if glob.has_magic(place) else [place] if file_system.isfile(place) else []
+        return sorted(f"{name.partition('://')[0]}://{path.lstrip('/')}" for path in there)
+    if glob.has_magic(name):
+        return sorted(glob.glob(name))
+    # Not os.path.isfile, to which storage that fails is a file that is not there.
+    try:
+        return [name] if stat.S_ISREG(os.stat(name).st_mode) else []
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        if error.errno in STRANGE_NAMES:
+            return []
+        raise
 
 
 def _store(url: str) -> tuple[AbstractFileSystem, str]:

@@ -6,13 +6,13 @@ samples out, and the run could not be repeated.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from megatron_gemini.data.sources.paths import is_url
 from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable, one_line
 
 logger = logging.getLogger(__name__)
@@ -20,8 +20,23 @@ Read = TypeVar("Read")
 DELAYS = (0.5, 2.0, 8.0, 30.0)  # seconds before each further try
 MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """What another try would not change when files are first opened."""
+STRANGE_NAMES = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+"""What a file's name alone can cause; it must end no run, so it is not taken for storage that is away."""
+# What fsspec opens without running a program or calling a host that the name alone chooses. Chained addresses (::)
+# are refused with the others: "simplecache::" writes files, and any scheme can stand behind it.
+STORES = ("memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hdfs")
 sleep: Callable[[float], None] = time.sleep
 """Tests put another in its place."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names an object store. Raises ValueError for a scheme that is not one of `STORES`."""
+    scheme, separator, _ = path.partition("://")
+    if not separator and not path.startswith("pipe:"):
+        return False
+    if scheme not in STORES or "::" in path:
+        raise ValueError(f"{path!r} is no path that data is read from; use a local one or {', '.join(STORES)}://...")
+    return True
 
 
 def _nobody(reads: bool) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_gemini.data.sources.paths import is_url
 from megatron_gemini.data.sources.shards import Shards
 from megatron_gemini.data.sources.spec import FormatSpec
+from megatron_gemini.data.sources.storage import is_url
 from megatron_gemini.data.sources.tars import RemoteTars
 
 

@@ -1,10 +1,12 @@
 """Storage that fails for a moment costs no sample; storage that stays away ends the reading. Bad data are neither."""
 
 import errno
+import glob
 import io
 import json
 import logging
 import multiprocessing
+import os
 from types import SimpleNamespace
 
 import fsspec
@@ -12,6 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_gemini.building import examine
+from megatron_gemini.building.examine import read_file
+from megatron_gemini.building.fetch import Fetcher
+from megatron_gemini.building.filters import Filters
+from megatron_gemini.building.records import Record
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading import worker
 from megatron_gemini.data.loading.loader import Loader
@@ -19,7 +26,7 @@ from megatron_gemini.data.loading.workers import WorkerPool
 from megatron_gemini.data.sources import parquet, storage
 from megatron_gemini.data.sources.attachments import read_attachment
 from megatron_gemini.data.sources.parquet import Parquet
-from megatron_gemini.data.sources.paths import open_binary
+from megatron_gemini.data.sources.paths import expand_shards, open_binary
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.spec import FormatSpec
 from megatron_gemini.data.sources.table import Table
@@ -279,3 +286,53 @@ def test_a_format_of_a_plugin_needs_no_patience_of_its_own(tmp_path, slept):
             assert slept == [0.5, 2.0] and not loader.skipped
     finally:
         FORMATS.unregister("careless")
+
+
+@pytest.mark.parametrize(("pattern", "call"), [("x.tar", "stat"), ("{x,y}.tar", "stat"), ("*.tar", "glob")])
+def test_shards_are_looked_for_again_where_the_storage_fails(tmp_path, monkeypatch, slept, pattern, call):
+    (tmp_path / "x.tar").touch()
+    (tmp_path / "y.tar").touch()
+    module, left = (glob if call == "glob" else os), [2]
+    plain = getattr(module, call)
+
+    def flaky(name, *arguments, **options):
+        if str(name).startswith(str(tmp_path)) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return plain(name, *arguments, **options)
+
+    monkeypatch.setattr(module, call, flaky)
+    assert len(expand_shards(str(tmp_path / pattern))) == (1 if pattern == "x.tar" else 2)
+    assert slept == list(storage.DELAYS[:2])
+    left[0] = 99
+    with pytest.raises(DataUnreachable):
+        expand_shards(str(tmp_path / pattern))
+
+
+def test_a_build_asks_again_for_a_file_and_leaves_none_out(tmp_path, monkeypatch, slept):
+    path, plain, left = tmp_path / "a.png", os.open, [2]
+    path.write_bytes(b"picture")
+
+    def flaky(name, *arguments, **options):
+        if str(name) == str(path) and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", flaky)
+    assert read_file(str(path), 100) == b"picture"
+    assert slept == list(storage.DELAYS[:2])
+    left[0] = 99
+    with pytest.raises(DataUnreachable, match=r"a\.png' cannot be read"):
+        read_file(str(path), 100)
+    with pytest.raises(BadSample, match="too long"):  # by its name alone: no trouble of the storage
+        read_file(str(tmp_path / ("x" * 300)), 100)
+
+
+def test_a_build_ends_where_the_storage_stays_away(monkeypatch):
+    def away(path, max_bytes):
+        raise DataUnreachable("cannot be read")
+
+    monkeypatch.setattr(examine, "read_file", away)
+    with pytest.raises(DataUnreachable):
+        examine.Examiner(Filters(), Fetcher(), 100)(Record(0, "a.png", caption="x"))
