@@ -24,11 +24,26 @@ def module_of(path: Path, root: Path) -> str:
 def named_in(source: str, modules: Mapping[str, Path]) -> set[str]:
     """Modules among `modules` that a file imports, or names in a string, as the registry and launched tests do."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    # The registry writes places as f"{_M}.image.spec:IMAGE", with _M a constant of the same file.
+    texts = {
+        target.id: each.value.value
+        for each in tree.body
+        if isinstance(each, ast.Assign) and isinstance(each.value, ast.Constant) and isinstance(each.value.value, str)
+        for target in each.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
+        elif isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.FormattedValue) else part for part in node.values]
+            words = [texts.get(part.id, "") if isinstance(part, ast.Name) else "" for part in parts]
+            written = [str(part.value) if isinstance(part, ast.Constant) else "" for part in parts]
+            joined = "".join(a or b for a, b in zip(words, written, strict=True))
+            found.add(joined.partition(":")[0])
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value.partition(":")[0])
     return found & set(modules)

@@ -147,6 +147,21 @@ def test_a_list_of_the_users_own_replaces_the_usual_one():
     assert empty.token_L.tolist()[:3] == [LAYOUT.control(name) for name in ("bos", "user", "model")]
 
 
+def test_a_source_may_keep_its_prompts_where_the_run_drops_half_of_them():
+    begins = [LAYOUT.control(name) for name in ("bos", "user", "model")]
+
+    def emptied(form):
+        made = (document("generate", sample(3), ("decode", form, "tokenize"), seed) for seed in range(20))
+        return sum(each.token_L.tolist()[:3] == begins for each in made)
+
+    assert 0 < emptied("format") < 20
+    assert emptied("format(caption_dropout=0)") == 0
+
+
+def test_a_document_without_an_answer_is_learned_whole():
+    assert document("text", sample(3)).loss_L.tolist() == [0, *[1] * (len("number 3") + 1)]
+
+
 def test_only_what_stands_before_the_first_random_operation_is_fixed():
     operations = ("decode", "crop(smallest=0.2)", "prepare", "format", "tokenize")
     pipeline = OperationPipeline(operations, setting())

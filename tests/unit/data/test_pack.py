@@ -126,6 +126,7 @@ def test_loss_weights_go_by_the_modality_of_the_target():
     assert row.token_T[3:9].tolist() == [*control("model"), *answer]
     assert row.target_T[3:8].tolist() == answer
     assert row.weight_T[3:8].tolist() == [1, 0.25, 0.25, 1, 1]
+    assert row.modality_T.tolist() == [0, 0, 0, 0, 1, 1, *[0] * 6]
     assert row.weight_T.sum() == 3.5
 
 

@@ -168,6 +168,16 @@ def test_edge_rows_equal_the_reference(lengths, spans, padding):
     assert_equals_reference(*row(lengths, spans, padding))
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_rotation_within_flex_equals_rotation_before_it():
+    plan = plan_attention(*row([6, 4], [(1, 3)], 2))
+    cos_sin = rope_cos_sin(torch.arange(12) % 6, 8, 10000.0, torch.float32)
+    q, k, v = heads(12, 4, 1)
+    with torch.no_grad():
+        wanted = attention(apply_rope(q, cos_sin), apply_rope(k, cos_sin), v, plan)
+        torch.testing.assert_close(attention(q, k, v, plan, None, cos_sin, backend="flex"), wanted)
+
+
 def test_another_scale_is_used():
     assert_equals_reference(*row([6, 3], [], 0), scale=0.7)
 

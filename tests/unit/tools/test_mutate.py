@@ -9,7 +9,7 @@ import pytest
 
 from tools import mutate
 from tools.mutations import mutations_of
-from tools.nearest_tests import Imports
+from tools.nearest_tests import Imports, named_in
 
 
 def changes(source: str) -> set[tuple[str, str]]:
@@ -146,3 +146,9 @@ def test_the_table_has_counts_and_survivors() -> None:
     lines = list(mutate.table(results))
     assert "| `models` | 2 | 1 | 1 |" in lines
     assert lines[-1] == "| `megatron_gemini/models/a.py` | 7 | swap | `f(a \\| b, c) -> f(c, a \\| b)` |"
+
+
+def test_a_place_that_the_registry_writes_in_two_parts_is_found() -> None:
+    source = '_M = "megatron_gemini.modalities"\nENTRIES = {"x": f"{_M}.text.spec:TEXT"}\n'
+    there = {"megatron_gemini.modalities.text.spec": Path("spec.py")}
+    assert named_in(source, there) == set(there)

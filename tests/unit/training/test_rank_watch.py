@@ -96,6 +96,20 @@ def test_a_signal_shortens_the_patience(
     )
 
 
+def test_python_s_own_way_to_hear_of_signals_is_as_before_once_it_is_closed() -> None:
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    before = signal.set_wakeup_fd(writes)
+    try:
+        watch = RankWatch(0, 2, 600.0, lambda: 18, dist.HashStore()).start()
+        watch.close()
+        assert signal.set_wakeup_fd(before) == writes
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reads)
+        os.close(writes)
+
+
 def test_one_rank_and_a_limit_of_zero_watch_nobody() -> None:
     assert watch_ranks(0, 1, 600.0, lambda: 0) is None
     assert watch_ranks(0, 2, 0.0, lambda: 0) is None

@@ -161,3 +161,8 @@ def test_another_number_of_steps_says_what_the_schedule_does(made: Path, steps: 
     assert lines[0].startswith("settings that have changed: train.steps 100 -> ")
     assert re.search(said, lines[1])
     assert read_index(made).serial == 1
+
+
+def test_a_run_that_had_ended_is_told_the_rate_at_which_it_did() -> None:
+    assert "would have been" in resume._told_steps(with_("train", steps=61), with_("train", steps=80), 60)
+    assert "it ended at" in resume._told_steps(with_("train", steps=60), with_("train", steps=80), 60)
