@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,14 @@ def documents(model: Gemini, seed: int = 0) -> list[Document]:
         )
         for number, prompt in enumerate(prompts)
     ]
+
+
+def test_what_is_read_as_a_memory_has_one_placeholder_and_no_span(model: Gemini) -> None:
+    document = documents(model)[0]
+    (image,) = document.media
+    assert (image.memory, image.spans) == (np.prod(image.grid), ())
+    assert (document.token_L == LAYOUT.control("image")).sum() == 1
+    assert not document.span_L.any()
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

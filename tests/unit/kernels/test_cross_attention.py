@@ -230,6 +230,7 @@ def test_bfloat16_stays_near_the_reference():
     [
         ([1, 0, 2], [0, 0, 0], "segment_M has padding"),
         ([2, 1], [0, 0], "segment_M has document 1 after 2; sort"),
+        ([1, 2, 1, 2], [0, 0, 0, 0], "segment_M has document 1 after 2; sort"),
         ([1, 3], [0, 0], "segment_M has document 3, which segment_T lacks"),
         ([1, 1], [0], "after_M has 1 numbers and segment_M 2"),
         ([1, 1], [2, 1], "after_M has 1 after 2 in document 1; sort"),

@@ -241,3 +241,9 @@ def test_an_untied_head_is_a_weight_of_its_own():
     unused = torch.ones(LAYOUT.size, dtype=torch.bool)
     unused[DOCUMENTS[1].token_T] = False
     assert (embedding.grad[unused] == 0).all() and (head.grad[unused] != 0).any()
+
+
+def test_every_norm_of_the_decoder_begins_without_a_scale(model):
+    norms = {name: weight for name, weight in model.decoder.named_parameters() if "norm" in name}
+    assert len(norms) > CONFIG.model.layers
+    assert not any(weight.any() for weight in norms.values())

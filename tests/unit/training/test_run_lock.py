@@ -18,7 +18,7 @@ import torch
 
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training import run_lock
-from megatron_gemini.training.run_lock import DEAD, NAME, Holder, RunLock, locked
+from megatron_gemini.training.run_lock import DEAD, NAME, REFRESH, Holder, RunLock, locked
 from megatron_gemini.training.stop import started
 
 
@@ -163,3 +163,8 @@ def test_rank_0_has_the_lock_and_all_ranks_the_error(tmp_path: Path, monkeypatch
                 pass
         lock.check()  # who was refused has not released it
     assert not list(tmp_path.iterdir())
+
+
+def test_the_documents_say_when_a_lock_is_dead():
+    text = (Path(__file__).parents[3] / "docs/design.md").read_text()
+    assert f"{DEAD:.0f} seconds after its last sign, which a holder gives every {REFRESH:.0f} seconds" in text
