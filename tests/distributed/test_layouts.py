@@ -99,7 +99,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"context": 2, "pipeline": 2, "zero_stage": 3, "virtual_stages": 2, **BREADTH},
         {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **CPU, "toy_connectors": True},
         {"context": 2, "pipeline": 2, "zero_stage": 1, "virtual_stages": 2, **BREADTH, "toy_connectors": True},
-        {"tensor": 2, "pipeline": 2, "zero_stage": 3, **CPU, "roles": True},
+        {"tensor": 2, "pipeline": 2, "zero_stage": 1, **CPU, "roles": True},
         {"pipeline": 2, "zero_stage": 1, "virtual_stages": 2, **BREADTH, "roles": True},
     ],
     8: [
