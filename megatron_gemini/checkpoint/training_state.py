@@ -18,6 +18,7 @@ from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.extensions import Extensions, check_resumable
 from megatron_gemini.checkpoint.fragments import check_shapes, describe, fill
 from megatron_gemini.checkpoint.index import RunId, read_index, seal, write_text
+from megatron_gemini.checkpoint.init_from import initialize_roles
 from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, PieceJson, PieceReader
 from megatron_gemini.checkpoint.publish import publish, recover
 from megatron_gemini.engine.engine import Engine
@@ -160,12 +161,14 @@ def load(engine: Engine, directory: Path) -> RunState:
     _barrier()
     # First: that a plugin is missing says more than that a parameter is.
     check_resumable(directory, engine.config)
+    told = initialize_roles(engine)
     _check_origins(engine, directory)
     readers = {role: PieceReader(directory, role) for role in dict.fromkeys(role for role, _ in _saved(engine))}
     for role, part in _saved(engine):
         check_shapes(part.fragments, readers[role])
     progress = read_progress(directory)
     progress.run = RunId(parent=read_index(directory).run.id)
+    progress.told += told
     for role, part in _saved(engine):
         if isinstance(part, ZeroEngine) and progress.optimizer_steps:
             _begin_moments(part, role, readers[role], progress)
@@ -196,7 +199,10 @@ def _begin_moments(part: ZeroEngine, role: str, reader: PieceReader, progress: R
 
 
 def _check_origins(engine: Engine, directory: Path) -> None:
-    """Raise `ValueError` if a role that the checkpoint does not hold began as something else there than here."""
+    """Raise `ValueError` if a role that the checkpoint does not hold began as something else there than here.
+
+    The others take their weights from the checkpoint, and with them what is recorded there.
+    """
     recorded: dict[str, str] = {}
     if (directory / ROLES).is_file():
         try:
@@ -205,7 +211,9 @@ def _check_origins(engine: Engine, directory: Path) -> None:
             raise ValueError(f"{directory / ROLES} is not readable: {error}; the checkpoint is damaged") from error
     for name, role in engine.roles.items():
         there = recorded.get(name, role.origin)
-        if not role.in_checkpoints and there != role.origin:
+        if role.in_checkpoints:
+            role.origin = there
+        elif there != role.origin:
             raise ValueError(
                 f"in {directory} the role {name} is {there}, here it is {role.origin}; "
                 "give it the weights that the run began with"

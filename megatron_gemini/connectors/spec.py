@@ -31,6 +31,8 @@ class MemoryReader(Generic[Settings]):
     layers: (settings, model) -> indices of the decoder layers before which it is read. parameters: (settings, model,
         tensor-parallel ranks) -> of one such place, on one rank. saved_bytes: (settings, model, tokens of the stream,
         embeddings of the memory, tensor-parallel ranks, bytes of an element) -> what autograd keeps at one such place.
+    flops: (settings, model, tokens of a context rank, embeddings of the memory, how many of them a token sees on
+        average, tensor-parallel ranks) -> FLOPs of one forward at one such place, on one rank.
     build: (settings, model, layers) -> a module, called with the stream [S, D], the memory [M, D] of the row and the
         cross plan of attention (`kernels.attention.plan.plan_cross_attention`); it returns the new stream. Every rank
         that runs it computes a part of the memory's gradient: the parts of all ranks are summed.
@@ -41,6 +43,8 @@ class MemoryReader(Generic[Settings]):
     build: Callable[[Settings, ModelConfig, LayerFactory], nn.Module]
     # Only the planner asks. A reader that does not say it is planned as if it kept nothing, and may not fit then.
     saved_bytes: Callable[[Settings, ModelConfig, int, int, int, int], float] = lambda *sizes: 0.0
+    # The same: one that does not say it is planned as if it took no time.
+    flops: Callable[[Settings, ModelConfig, float, float, float, int], float] = lambda *sizes: 0.0
 
 
 @dataclass(frozen=True)

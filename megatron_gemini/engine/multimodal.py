@@ -63,8 +63,9 @@ class MultimodalEngine(Engine[StepRows, LossOutput]):
             shape = len(self.layers.stream(config.data.row_tokens)), config.model.width
             self.between = torch.empty(shape, dtype=self.dtype, device=device, requires_grad=True)
             self.pipeline = Pipeline(self.decoder, topology, config.parallel.schedule, self.between)
-        self.prepare: Callable[[list[StageInput]], None] = lambda rows: None
-        """What is done with a step's rows before the decoder sees them, as by the roles that its loss depends on."""
+        self.prepare: Callable[[list[StageInput]], None] | None = None
+        """What roles do with a step's rows before the decoder sees them. The batches are the decoder's own, so that
+        its loss finds in their columns what was put there. No gradient of a role passes to the encoders."""
 
     def _reading(self, stages: Sequence[Part]) -> dict[str, list[int]]:
         """By encoder whose connector gives a memory, the pipeline ranks with layers that read it."""
@@ -83,7 +84,7 @@ class MultimodalEngine(Engine[StepRows, LossOutput]):
         waiting.
         """
         rows = self._rows(step.rows, self.encoder_engines.forward(step, training=True))
-        self.prepare(rows)
+        self._prepare(rows)
         scale = self.topology.shard_size / weight  # DeepSpeed averages over the ranks that hold the same weights
         if self.pipeline is not None:
             self.pipeline.run(rows, collect, scale)
@@ -99,12 +100,17 @@ class MultimodalEngine(Engine[StepRows, LossOutput]):
             for part in self.parts:
                 stack.enter_context(part.evaluating())
             rows = self._rows(step.rows, self.encoder_engines.forward(step, training=False))
-            self.prepare(rows)
+            self._prepare(rows)
             if self.pipeline is not None:
                 self.pipeline.run(rows, collect, None)
                 return
             for row in rows:
                 collect(cast(LossOutput, self.decoder[0].forward(row=row)))
+
+    def _prepare(self, rows: Sequence[StageInput]) -> None:
+        if self.prepare is not None:
+            # The embeddings are leaves, on which gradients of a trained role would add up with those of the policy.
+            self.prepare([row.detached() for row in rows])
 
     def _rows(self, batches: Sequence[Batch], embeddings: Sequence[RowEmbeddings]) -> list[StageInput]:
         own_C = self.layers.context_positions(len(batches[0].token_T), self.device)

@@ -9,11 +9,14 @@ What a resume needs of a role:
 
 - A trained role is in every checkpoint, with its moments, like the policy.
 - A frozen role equals what it began as. It is left out of checkpoints, which would otherwise hold the same weights
-  every time, and a resumed run makes it again from the same origin: the seed, or the checkpoint of `weights`. Each
+  every time, and a resumed run makes it again from the same origin: the seed, or the checkpoints of `init_from`. Each
   checkpoint records the origin. Loading raises ValueError where it is another one, since the run would silently go on
   against another reference.
 - A frozen role with `saved` is in every checkpoint. That costs the bytes of its weights, and makes a run independent
-  of the origin, which may then be deleted.
+  of the origin, which may then be deleted. So may that of a trained role.
+
+What fills an engine fills its roles too: `checkpoint.init_from.initialize` at a run's beginning, and
+`checkpoint.training_state.load` where it goes on.
 """
 
 from __future__ import annotations
@@ -22,16 +25,11 @@ import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 
-from megatron_gemini.checkpoint.directory import held, resolve, verify
-from megatron_gemini.checkpoint.fragments import check_shapes, fill
-from megatron_gemini.checkpoint.index import INDEX, file_hash
-from megatron_gemini.checkpoint.pieces import PieceReader
+from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.engine.groups import EngineGroups
@@ -57,7 +55,8 @@ class RoleSpec(Generic[Output]):
     place: "pipeline" divides it into as many stages as the policy; "last" puts the whole beside the policy's last one.
     between: a tensor of the shape and dtype of what its stages hand on; None: as the policy's.
     trained: else it is frozen. zero_stage: of its own; None: the policy's. lr_scale: multiple of the policy's rate.
-    weights: a run or step directory of this project, whose model it begins as; None: initial values of the run's seed.
+    init_from: weights that it begins with, by a map of names as in a run's own `init_from`; a reward model takes the
+        decoder of a policy, and keeps a head of its own. What none of them names has initial values of the run's seed.
     saved: whether checkpoints hold it though it is frozen.
     """
 
@@ -68,7 +67,7 @@ class RoleSpec(Generic[Output]):
     trained: bool = False
     zero_stage: int | None = None
     lr_scale: float = 1.0
-    weights: Path | None = None
+    init_from: tuple[InitFromConfig, ...] = ()
     saved: bool = False
 
 
@@ -76,8 +75,7 @@ class Role(Generic[Output]):
     """A role's stages on this rank, ready to run. Collective: all ranks make and run it in the same order.
 
     settings: DeepSpeed's dictionary of the policy's engine. trained: the engines that take part in the norm and the
-        update. origin: what it began as, in words that tell it from any other beginning.
-    Raises ValueError for weights that are not there, damaged, or of another model.
+        update. origin: what it began as, in words that tell it from any other beginning; empty until it is filled.
     """
 
     def __init__(
@@ -97,9 +95,7 @@ class Role(Generic[Output]):
         ]
         self.trained = [engine for engine in self.engines if isinstance(engine, ZeroEngine)]
         self.in_checkpoints = spec.trained or spec.saved
-        self.origin = f"the initial values of seed {config.train.seed}"
-        if spec.weights is not None:
-            self.origin = self._read(_same_on_all_ranks(spec.weights))
+        self.origin = "" if spec.init_from else f"the initial values of seed {config.train.seed}"
         self._pipeline: Pipeline[Output] | None = None
         if spec.place == "pipeline" and topology.pipeline_size > 1:
             from megatron_gemini.engine.pipeline import Pipeline  # its schedules take long to import
@@ -128,6 +124,7 @@ class Role(Generic[Output]):
         self._run(rows, collect, scale)
 
     def _run(self, rows: Sequence[Row], collect: Callable[[Output], None], scale: float | None) -> None:
+        assert self.origin, f"the role {self.spec.name} has not been filled: initialize the engine, or load it"
         if self._pipeline is not None:
             self._pipeline.run(rows, collect, scale)
             return
@@ -137,36 +134,3 @@ class Role(Generic[Output]):
                 if scale is not None and isinstance(engine, ZeroEngine):
                     engine.backward(cast(HasLoss, output).loss * scale, boundary=index == len(rows) - 1)
                 collect(output)
-
-    def _read(self, directory: Path) -> str:
-        """Begin as the checkpoint's policy; returns what tells this checkpoint from any other."""
-        if self.topology.rank == 0:  # one is enough: its error ends the job
-            verify(directory)
-        with held(directory):
-            # Its index holds the hashes of all its files, so a copy elsewhere counts as the same.
-            origin = f"a checkpoint whose {INDEX} has the SHA-256 {file_hash(directory / INDEX)}"
-            reader = PieceReader(directory)
-            for engine in self.engines:
-                check_shapes(engine.fragments, reader)
-                fill(engine.fragments, reader)
-        # A trained engine's fragments are masters, of which the weights that its forward reads may be copies.
-        for engine in self.trained:
-            engine.wrapper.publish_masters()
-            engine.wrapper.put_back()
-        return origin
-
-
-def _same_on_all_ranks(path: Path) -> Path:
-    """The step directory that rank 0 finds: a run that goes on there may give each rank another newest one."""
-    if not dist.is_initialized():
-        return resolve(path)
-    found: list[Path | str] = [""]
-    if dist.get_rank() == 0:
-        try:
-            found = [resolve(path)]
-        except ValueError as error:
-            found = [str(error)]
-    dist.broadcast_object_list(found)
-    if isinstance(found[0], str):
-        raise ValueError(found[0])
-    return found[0]

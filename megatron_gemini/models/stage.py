@@ -72,6 +72,14 @@ class StageInput:
             found[name] = (memory.e_MD, plan)
         return found
 
+    def detached(self) -> StageInput:
+        """The same row, plan and columns, for a model whose gradients do not go to the encoders."""
+        embeddings = self.embeddings and Embeddings(self.embeddings.position_O, self.embeddings.e_OD.detach())
+        memories = {name: Memory(memory.token_M, memory.e_MD.detach()) for name, memory in self.memories.items()}
+        row = StageInput(self.batch, embeddings, self.own_C, memories)
+        row.plan = self.plan  # made once for both
+        return row
+
     def own(self, x_T: torch.Tensor) -> torch.Tensor:
         """What is this context rank's of a tensor over the row."""
         return x_T if self.own_C is None else x_T.index_select(0, self.own_C)

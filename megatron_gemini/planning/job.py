@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_gemini.config.layout import data_size
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.parameters import Stage, connector_parameters, encoder_parameters, stages
+from megatron_gemini.planning.roles import PlannedRole, role_stages
 from megatron_gemini.planning.zero_state import ZeroPlan
+from megatron_gemini.registry import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,32 @@ class Job:
         return self.stages[pipeline_rank :: self.config.parallel.pipeline]
 
     @cached_property
+    def _roles(self) -> list[PlannedRole]:
+        """Of the objective, each with all of its stages."""
+        config, objective = self.config, self.config.objective
+        found = []
+        for size in OBJECTIVES.get(objective.kind).roles(objective, config):
+            stage = config.engine.zero_stage if size.zero_stage is None else size.zero_stage
+            zero = self._zero(stage, self.data * config.parallel.context)
+            found.append(PlannedRole(size, role_stages(size, config, self.vocabulary), zero))
+        return found
+
+    def roles_of(self, pipeline_rank: int) -> list[PlannedRole]:
+        """The roles of which a pipeline rank has stages, with these."""
+        ranks, found = self.config.parallel.pipeline, []
+        for role in self._roles:
+            last = role.size.place == "last"
+            mine = role.stages[pipeline_rank::ranks] if not last else role.stages * (pipeline_rank == ranks - 1)
+            found += [dataclasses.replace(role, stages=mine)] if mine else []
+        return found
+
+    @cached_property
     def places(self) -> list[int]:
         """Pipeline ranks of which every other one is a copy that keeps fewer microbatches in flight."""
         seen: dict[tuple[tuple[int, bool, bool], ...], int] = {}
         for rank in range(self.config.parallel.pipeline):
-            kind = tuple((len(stage.layers), stage.first, stage.last) for stage in self.stages_of(rank))
+            here = [*self.stages_of(rank), *(stage for role in self.roles_of(rank) for stage in role.stages)]
+            kind = tuple((len(stage.layers), stage.first, stage.last) for stage in here)
             seen.setdefault(kind, rank)
         return list(seen.values())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.planning.activations import (
     RowShare,
@@ -16,7 +19,14 @@ from megatron_gemini.planning.activations import (
 from megatron_gemini.planning.footprint import Bytes, Footprint
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.parameters import Stage, reading_layers, vocabulary_parameters
-from megatron_gemini.planning.zero_state import BUCKET, update_buffers, zero_buffers, zero_state
+from megatron_gemini.planning.roles import PlannedRole
+from megatron_gemini.planning.zero_state import (
+    BUCKET,
+    frozen_state,
+    update_buffers,
+    zero_buffers,
+    zero_state,
+)
 from megatron_gemini.registry import ENCODERS, OBJECTIVES
 
 LIBRARIES = 2.0e9
@@ -50,12 +60,36 @@ def rank_footprint(job: Job, pipeline_rank: int) -> Footprint:
     for stage in stages:
         state += zero_state(stage.parameters, stage.largest, job.zero)  # every virtual stage has an engine
     state += _encoder_state(job)
-    working = _activations(job, stages, in_flight(job, pipeline_rank))
-    passes = _zero_buffers(job, stages) + _backward_buffers(job, stages)
-    update = max(update_buffers(stage.parameters, stage.largest, job.zero) for stage in stages)
+    roles = job.roles_of(pipeline_rank)
+    for role in roles:
+        for stage in role.stages:
+            trained = zero_state(stage.parameters, stage.largest, role.zero)
+            state += trained if role.size.trained else frozen_state(stage.parameters, role.zero)
+    working = _activations(job, pipeline_rank)
+    passes = _zero_buffers(job, stages) + _backward_buffers(job, job.config.model, stages)
+    for role in roles:
+        passes = _with_role(passes, job, role)
+    updated = [(job.zero, stages), *((role.zero, role.stages) for role in roles if role.size.trained)]
+    update = max(update_buffers(stage.parameters, stage.largest, zero) for zero, each in updated for stage in each)
     # The update comes when the activations are gone. So only what it takes beyond them adds to the peak.
     buffers = LIBRARIES + max(passes, update - working.gpu.activations)
     return state + working + Footprint(Bytes(buffers=buffers))
+
+
+def _with_role(passes: float, job: Job, role: PlannedRole) -> float:
+    """Bytes that there are for a moment in the passes of the policy and of a role, which follow each other."""
+    zero, size = role.zero, role.size
+    # A frozen one has no buckets of gradients, and of the lower stages none gathers.
+    each = [
+        zero_buffers(stage.parameters, stage.largest, zero, bucket=BUCKET if size.trained else 0)
+        for stage in role.stages
+        if size.trained or zero.gathers
+    ]
+    kept = sum(each) if zero.stage == 3 else 0.0  # ZeRO-3 leaves buckets and weights where they are between passes
+    own = 0.0 if zero.stage == 3 else max(each, default=0.0)
+    if size.decoder is not None:
+        own += _backward_buffers(job, size.decoder, role.stages)
+    return kept + max(passes, own)
 
 
 def _encoder_state(job: Job) -> Footprint:
@@ -63,18 +97,51 @@ def _encoder_state(job: Job) -> Footprint:
     zero = job.encoder_engines_zero
     # A frozen encoder is divided under ZeRO-3 alone. A frozen connector is whole on every rank even there: gradients of
     # its encoder pass through it outside of the engine's forward, where nothing would gather its weights.
-    divided = Bytes(weights=sum(job.frozen) * zero.element / (zero.ranks if zero.stage == 3 else 1))
-    state = Footprint(host=divided) if zero.offload_parameters else Footprint(divided)
+    state = frozen_state(sum(job.frozen), zero)
     state += Footprint(Bytes(weights=job.frozen_connectors * zero.element))
     for parameters in job.trained:
         state += zero_state(parameters, 0, zero)
     return state
 
 
-def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
+def _activations(job: Job, pipeline_rank: int) -> Footprint:
     """What autograd keeps: of the decoder during its passes, of encoders and connectors before and after them."""
-    config, share = job.config, RowShare.of(job.config)
-    mode, model = config.engine.recompute, config.model
+    stages, waiting, config = job.stages_of(pipeline_rank), in_flight(job, pipeline_rank), job.config
+    kept, host = _decoder_kept(job, config.model, stages, waiting)
+    if stages[-1].last:
+        share = RowShare.of(config)
+        own = OBJECTIVES.get(config.objective.kind).loss_bytes
+        kept += _losses_alive(job) * own(config.objective, config.model, share.context, share.element)
+    for role in job.roles_of(pipeline_rank):  # whose passes come before the policy's
+        mine, there = _role_kept(job, role, waiting)
+        kept, host = max(kept, mine), max(host, there)
+    over_the_step, after = _encoder_activations(job)
+    return Footprint(
+        Bytes(activations=over_the_step + max(kept + _embeddings(job, stages), after)), Bytes(activations=host)
+    )
+
+
+def _role_kept(job: Job, role: PlannedRole, waiting: int) -> tuple[float, float]:
+    """As `_decoder_kept`; of a head alone nothing."""
+    model = role.size.decoder
+    if model is None:
+        return 0.0, 0.0
+    if not role.size.trained:  # without a graph a layer is gone before the next one begins
+        return layer_saved(model, RowShare.of(job.config), "none"), 0.0
+    return _decoder_kept(job, model, role.stages, waiting if role.size.place == "pipeline" else 1)
+
+
+def _losses_alive(job: Job) -> int:
+    """Rows whose loss waits for its backward."""
+    parallel = job.config.parallel
+    # Breadth-first runs the last stage's forward of every row before the first backward; the others, one by one.
+    return job.microbatches if parallel.schedule == "breadth_first" and parallel.pipeline > 1 else 1
+
+
+def _decoder_kept(job: Job, model: ModelConfig, stages: list[Stage], waiting: int) -> tuple[float, float]:
+    """(bytes on the GPU, bytes on the host) of a decoder's layers and head while so many forwards wait."""
+    config, share = dataclasses.replace(job.config, model=model), RowShare.of(job.config)
+    mode = config.engine.recompute
     passes = waiting / len(stages)  # of every stage
     layers = sum(len(stage.layers) for stage in stages) * passes
     kept = layers * layer_saved(model, share, mode) + layer_recomputed(model, share, mode)
@@ -88,15 +155,8 @@ def _activations(job: Job, stages: list[Stage], waiting: int) -> Footprint:
         kept -= max(0.0, layers - 2) * inputs  # the one in use, and the one that is fetched ahead
     if stages[-1].last:
         rows = vocabulary_parameters(model, job.vocabulary, share.tensor) // model.width
-        deferred = config.parallel.schedule == "breadth_first"
-        # Breadth-first runs the last stage's forward of every row before the first backward; the others, one by one.
-        alive = job.microbatches if deferred and config.parallel.pipeline > 1 else 1
-        own = OBJECTIVES.get(config.objective.kind).loss_bytes(config.objective, model, share.context, share.element)
-        kept += alive * (loss_saved(model, rows, share, deferred) + own)
-    over_the_step, after = _encoder_activations(job)
-    return Footprint(
-        Bytes(activations=over_the_step + max(kept + _embeddings(job, stages), after)), Bytes(activations=host)
-    )
+        kept += _losses_alive(job) * loss_saved(model, rows, share, config.parallel.schedule == "breadth_first")
+    return kept, host
 
 
 def _embeddings(job: Job, stages: list[Stage]) -> float:
@@ -162,9 +222,9 @@ def _zero_buffers(job: Job, stages: list[Stage]) -> float:
     return sum(decoder) + encoders
 
 
-def _backward_buffers(job: Job, stages: list[Stage]) -> float:
+def _backward_buffers(job: Job, model: ModelConfig, stages: list[Stage]) -> float:
     """Gradients of a layer while it runs, of the stream at both ends of a stage, and of the logits."""
-    model, share = job.config.model, RowShare.of(job.config)
+    share = RowShare.of(job.config)
     # The MLP's backward holds most: gradients of gate, up and their product, and of four streams around it.
     inner = 3 * share.context * model.mlp_width / share.tensor + 4 * share.context * model.width
     weight = max(stage.largest for stage in stages)

@@ -66,11 +66,15 @@ def _machine(plan: LayoutPlan) -> str:
     undivided = dataclasses.replace(job.config, parallel=ParallelConfig())
     decoder = sum(stage.parameters for stage in stages(undivided, job.vocabulary))
     encoders = sum(job.trained) + sum(job.frozen) + job.frozen_connectors
+    once = dataclasses.replace(job, config=undivided, world=1)
+    beside = [(role.size.name, sum(stage.parameters for stage in role.stages)) for role in once.roles_of(0)]
+    roles = "".join(f", {name} {parameters / 1e9:.3f} B" for name, parameters in beside)
     return (
         f"{job.world} {machine.gpu.name} of {show_size(machine.gpu_memory)} ({USABLE:.0%} of it usable), "
         f"{machine.gpus_per_node} a host of {show_size(machine.host_memory)}\n"
         f"decoder {decoder / 1e9:.3f} B parameters with a vocabulary of {job.vocabulary:,}, encoders "
-        f"{encoders / 1e9:.3f} B; {job.config.train.rows_per_step} rows of {job.config.data.row_tokens:,} tokens a step"
+        f"{encoders / 1e9:.3f} B{roles}; "
+        f"{job.config.train.rows_per_step} rows of {job.config.data.row_tokens:,} tokens a step"
     )
 
 

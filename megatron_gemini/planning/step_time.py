@@ -2,18 +2,26 @@
 
 An estimate that ranks layouts. Collectives of tensor and context parallelism count as if nothing hid them. What ZeRO-3
 gathers, and what its hooks take of the host, counts as far as it is longer than the same microbatch's arithmetic. The
-arithmetic of encoders, connectors and readers of memories is not in it: the data decides.
+arithmetic of encoders and connectors is not in it: the data decides. Of roles the arithmetic counts, and not what they
+send.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_gemini.config.engine import ParallelConfig
+from megatron_gemini.config.model import ModelConfig
+from megatron_gemini.config.run import RunConfig
 from megatron_gemini.models.flops import model_flops_per_token
 from megatron_gemini.planning.hardware import ARITHMETIC, HOOK, HOST, LINKS, Gpu
 from megatron_gemini.planning.job import Job
+from megatron_gemini.planning.memory import MEDIA
+from megatron_gemini.planning.parameters import Stage, reading_layers
 from megatron_gemini.planning.traffic import held, traffic
+from megatron_gemini.registry import CONNECTORS
 
 UPDATE = 30
 """Bytes that Adam moves a parameter: reads of weight, two moments and gradient, writes of the first three and bf16."""
@@ -53,25 +61,52 @@ def visible_keys(job: Job) -> float:
 
 
 def model_flops(job: Job) -> float:
-    """FLOPs that the model needs for a step, without recomputation and encoders."""
-    tokens = job.config.train.rows_per_step * job.config.data.row_tokens
-    return tokens * model_flops_per_token(job.config.model, job.vocabulary, visible_keys(job))
+    """FLOPs that the model and its roles need for a step, without recomputation and encoders."""
+    config = job.config
+    alone = dataclasses.replace(
+        config, parallel=ParallelConfig(), engine=dataclasses.replace(config.engine, recompute="none")
+    )
+    return config.train.rows_per_step * rank_flops(Job(alone, 1, job.vocabulary), 0)
 
 
 def rank_flops(job: Job, pipeline_rank: int) -> float:
-    """FLOPs of one microbatch on a rank, with what is recomputed."""
-    config, stages = job.config, job.stages_of(pipeline_rank)
-    model = config.model
+    """FLOPs of one microbatch on a rank, with what is recomputed, in the decoders of the policy and its roles."""
+    found = _decoder_flops(job, job.config.model, job.stages_of(pipeline_rank), trained=True)
+    for role in job.roles_of(pipeline_rank):
+        if role.size.decoder is not None:
+            found += _decoder_flops(job, role.size.decoder, role.stages, role.size.trained)
+    return found
+
+
+def _decoder_flops(job: Job, model: ModelConfig, stages: list[Stage], trained: bool) -> float:
+    config = job.config
     queries, seen = model.heads * model.head_width, visible_keys(job)
-    layer = model_flops_per_token(dataclasses.replace(model, layers=1), 0, seen)
-    if config.engine.recompute != "none":  # the attention's forward again
+    passes = 3 if trained else 1  # a backward does twice what a forward does
+    layer = model_flops_per_token(dataclasses.replace(model, layers=1), 0, seen) * passes / 3
+    if trained and config.engine.recompute != "none":  # the attention's forward again
         layer += 2 * model.width * (queries + 2 * model.kv_heads * model.head_width) + 4 * queries * seen
-    if config.engine.recompute == "full":
+    if trained and config.engine.recompute == "full":
         # And the rest, but for the layer's last product: nobody reads what comes out of a layer that is computed again.
         layer += 2 * model.width * (queries + 2 * model.mlp_width)
-    head = 6 * model.width * job.vocabulary if stages[-1].last else 0
+    head = 2 * passes * model.width * job.vocabulary if stages[-1].last else 0
     tokens = config.data.row_tokens / config.parallel.context / config.parallel.tensor
-    return tokens * (sum(len(stage.layers) for stage in stages) * layer + head)
+    found = tokens * (sum(len(stage.layers) for stage in stages) * layer + head)
+    layers = [number for stage in stages for number in stage.layers]
+    return found + passes * reader_flops(dataclasses.replace(config, model=model), layers)
+
+
+def reader_flops(config: RunConfig, layers: Iterable[int]) -> float:
+    """FLOPs on a rank of one forward of what reads memories before these layers, of one row."""
+    tokens, memory = config.data.row_tokens / config.parallel.context, MEDIA * config.data.row_tokens
+    # A document has a quarter of the row's memory, of which a token sees on average the half that is before it.
+    seen, found, here = memory / 8, 0.0, set(layers)
+    for name, reading in reading_layers(config).items():
+        section = config.encoders[name].connector
+        reads = CONNECTORS.get(section.kind).reads
+        if reads is not None:
+            of_one = reads.flops(section, config.model, tokens, memory, seen, config.parallel.tensor)
+            found += len(here.intersection(reading)) * of_one
+    return found
 
 
 class Links:
@@ -134,6 +169,9 @@ def _update(job: Job, rank: int, gpu: Gpu, links: Links) -> float:
         return 0.0
     parameters = sum(stage.parameters for stage in job.stages_of(rank)) / job.zero.ranks
     parameters += sum(job.trained) / job.world
+    for role in job.roles_of(rank):
+        if role.size.trained and role.zero.offload_optimizer:
+            parameters += sum(stage.parameters for stage in role.stages) / role.zero.ranks
     # ZeRO-3 sums gradients on the host: they come back to the GPU and go again with every further microbatch.
     moves = 1 + (2 * (job.microbatches - 1) if job.zero.stage == 3 else 0)
     copied = parameters * (4 * moves + job.zero.element)

@@ -78,6 +78,12 @@ def zero_state(parameters: int, largest: int, plan: ZeroPlan) -> Footprint:
     )
 
 
+def frozen_state(parameters: int, plan: ZeroPlan) -> Footprint:
+    """The state of an engine that is not trained: weights alone, which ZeRO-3 divides and the other stages do not."""
+    weights = Bytes(weights=parameters * plan.element / (plan.ranks if plan.stage == 3 else 1))
+    return Footprint(host=weights) if plan.offload_parameters else Footprint(weights)
+
+
 def zero_buffers(parameters: int, largest: int, plan: ZeroPlan, held: int | None = None, bucket: int = BUCKET) -> float:
     """Bytes on the GPU while forwards and backwards run: buckets of gradients, and weights that ZeRO-3 has gathered.
 

@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 from megatron_gemini.checkpoint import training_state
 from megatron_gemini.checkpoint.fragments import describe
+from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.checkpoint.pieces import WEIGHT
+from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
 from megatron_gemini.engine import engine as engine_module
@@ -139,10 +141,10 @@ def norm_of(engine: Engine, out: Path | None) -> float:
 class TinyEngine:
     """The policy at ZeRO-1, its reference at ZeRO-3, a value model at ZeRO-2."""
 
-    def __init__(self, config: RunConfig, weights: Path | None = None, saved: bool = False) -> None:
+    def __init__(self, config: RunConfig, *init_from: InitFromConfig, saved: bool = False) -> None:
         topology = topology_of({})
         self.engine = WholeModelEngine(Policy, config, topology, torch.device("cpu"), step=ROWS)
-        spec = RoleSpec("reference", lambda number: Words(), zero_stage=3, weights=weights, saved=saved)
+        spec = RoleSpec("reference", lambda number: Words(), zero_stage=3, init_from=init_from, saved=saved)
         self.reference = self.engine.add_role(spec)
         self.value = self.engine.add_role(
             RoleSpec("value", lambda number: Value(), place="last", trained=True, zero_stage=2, lr_scale=0.5)
@@ -170,7 +172,8 @@ def tiny(out: Path) -> dict[str, object]:
     again = TinyEngine(TINY)
     training_state.load(again.engine, saved)
     found["resumed"] = again.step(STEPS)
-    another = TinyEngine(TINY, weights=saved)
+    another = TinyEngine(TINY, InitFromConfig(str(saved)))
+    found["told"] = initialize(another.engine)
     write(another.engine, out / "from a checkpoint", "weight")
     try:
         training_state.load(another.engine, saved)

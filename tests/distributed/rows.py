@@ -60,8 +60,9 @@ class Letters:
 
 def with_layout(**layout: Any) -> RunConfig:
     """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (encoders), frozen_connectors,
-    toy_connectors (see `with_toys`), encoder_engines_zero."""
+    toy_connectors (see `with_toys`), encoder_engines_zero. roles are none of it."""
     given = dict(layout)
+    given.pop("roles", None)  # `layout_roles` makes them, and no setting
     tied, frozen = given.pop("tied", True), given.pop("frozen", "")
     sizes = {"mlp_width": given.pop("mlp_width", CONFIG.model.mlp_width)}
     encoder_engines = dataclasses.replace(CONFIG.encoder_engines, zero_stage=given.pop("encoder_engines_zero", -1))

@@ -30,11 +30,13 @@ import torch
 
 from megatron_gemini.checkpoint.pieces import WEIGHT, PieceReader
 from megatron_gemini.models.gemini import Gemini
+from megatron_gemini.models.stage import DecoderStage
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
+from tests.distributed.layout_roles import CRITIC, LR_SCALE, WeighedLoss, weigh
 from tests.distributed.rows import CONFIG, LAYOUT, loss_of, rows, total_weight, with_layout
-from tests.distributed.train_layouts import MORE, STEPS, begins
+from tests.distributed.train_layouts import MORE, NOT_PLAIN, STEPS, begins
 
 pytestmark = pytest.mark.timeout(1800)  # the first case of a world size waits for the launch of them all
 ROOT = Path(__file__).parents[2]
@@ -97,6 +99,8 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"context": 2, "pipeline": 2, "zero_stage": 3, "virtual_stages": 2, **BREADTH},
         {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **CPU, "toy_connectors": True},
         {"context": 2, "pipeline": 2, "zero_stage": 1, "virtual_stages": 2, **BREADTH, "toy_connectors": True},
+        {"tensor": 2, "pipeline": 2, "zero_stage": 1, **CPU, "roles": True},
+        {"pipeline": 2, "zero_stage": 1, "virtual_stages": 2, **BREADTH, "roles": True},
     ],
     8: [
         {"tensor": 2, "pipeline": 2, "zero_stage": 3, **CPU},
@@ -138,28 +142,46 @@ def nvme_builds() -> bool:
 
 @functools.cache
 def oracle(
-    tied: bool, frozen: str, frozen_connectors: str, toys: bool, mlp_width: int
+    tied: bool, frozen: str, frozen_connectors: str, toys: bool, mlp_width: int, roles: bool
 ) -> tuple[list[list[float]], list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """([loss, norm] a step, gradients a step, final weights) of the plain loop."""
+    """([loss, norm] a step, gradients a step, final weights) of the plain loop; the critic's names begin so.
+
+    Its loss joins the policy's, without a gradient for the encoders, which are the policy's.
+    """
     config = with_layout(tied=tied, toy_connectors=toys, mlp_width=mlp_width)
     model = Gemini(config, LAYOUT, LayerFactory(Topology.serial()), loss_of(config))
+    losses = (WeighedLoss(loss_of(config)), loss_of(config))
     initialize(model, CONFIG.train.seed)
     for encoder in frozen.split():
         model.encoders[encoder].requires_grad_(False)
     for connector in frozen_connectors.split():
         model.connectors[connector].requires_grad_(False)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for n, p in trained.items() if p.ndim >= 2 and "embedding" not in n]
-    others = [p for n, p in trained.items() if p.ndim < 2 or "embedding" in n]
+    named = dict(model.named_parameters())
+    critic, reference = (DecoderStage(config, LAYOUT, LayerFactory(Topology.serial()), loss=loss) for loss in losses)
+    for role in (critic, reference) if roles else ():
+        initialize(role, CONFIG.train.seed)
+    if roles:
+        named |= {f"{CRITIC}:{n}": p for n, p in critic.named_parameters()}
+    trained = {n: p for n, p in named.items() if p.requires_grad}
     groups = [
-        {"params": matrices, "weight_decay": CONFIG.optimizer.weight_decay},
-        {"params": others, "weight_decay": 0},
+        {
+            "params": [parameter],
+            "weight_decay": CONFIG.optimizer.weight_decay if parameter.ndim >= 2 and "embedding" not in n else 0,
+            "lr": CONFIG.optimizer.lr * (LR_SCALE if n.startswith(CRITIC) else 1),
+        }
+        for n, parameter in trained.items()
     ]
     optimizer = torch.optim.AdamW(groups, lr=CONFIG.optimizer.lr, betas=(0.9, 0.95), eps=1e-4)
     curve, gradients = [], []
     for step in range(STEPS):
         everything = rows(step, config.encoders)
-        loss = sum(model(row).loss for row in everything) / total_weight(everything)
+        loss = sum(model(row).loss for row in everything)
+        if roles:
+            with torch.no_grad():
+                inputs = [model._encode(row) for row in everything]
+                weigh(inputs, [reference(row=row) for row in inputs])
+            loss = loss + sum(critic(row=row).loss for row in inputs)
+        loss = loss / total_weight(everything)
         optimizer.zero_grad()
         loss.backward()
         gradients.append({n: p.grad.clone() for n, p in trained.items()})
@@ -167,13 +189,23 @@ def oracle(
         optimizer.step()
         curve.append([loss.item(), norm.item()])
     assert sum(norm > CONFIG.engine.gradient_clipping for _, norm in curve) > STEPS // 2
-    return curve, gradients, {name: p.detach() for name, p in model.named_parameters()}
+    return curve, gradients, {name: p.detach() for name, p in named.items()}
 
 
 def oracle_of(layout: dict) -> tuple:
     frozen = (layout.get("frozen", ""), layout.get("frozen_connectors", ""))
     toys = layout.get("toy_connectors", False)
-    return oracle(layout.get("tied", True), *frozen, toys, layout.get("mlp_width", CONFIG.model.mlp_width))
+    width = layout.get("mlp_width", CONFIG.model.mlp_width)
+    return oracle(layout.get("tied", True), *frozen, toys, width, layout.get("roles", False))
+
+
+def whole(directory: Path, layout: dict) -> dict[str, torch.Tensor]:
+    """The parameters that the pieces of a folder make, those of the critic with its name before them."""
+    found = {}
+    for role in ("", CRITIC) if "roles" in layout else ("",):
+        reader = PieceReader(directory, role)
+        found |= {f"{role}:{n}".removeprefix(":"): reader.read(WEIGHT, n) for n in reader.names()}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -208,22 +240,20 @@ def test_loss_and_norm_are_those_of_the_plain_loop(world: int, layout: dict, res
 @pytest.mark.parametrize(("world", "layout"), CASES)
 def test_gradients_are_those_of_the_plain_loop(world: int, layout: dict, results: Any) -> None:
     for step, expected in enumerate(oracle_of(layout)[1]):
-        reader = PieceReader(results(world, layout)["pieces"] / f"gradients-{step}")
-        assert set(reader.names()) == set(expected)
+        found = whole(results(world, layout)["pieces"] / f"gradients-{step}", layout)
+        assert set(found) == set(expected)
         for parameter, gradient in expected.items():
-            found, largest = reader.read(WEIGHT, parameter), float(gradient.abs().max())
-            worst = float((found - gradient).abs().max())
+            largest, worst = float(gradient.abs().max()), float((found[parameter] - gradient).abs().max())
             assert worst <= 1e-5 * max(largest, 1e-3), f"step {step}, {parameter}: off by {worst}, largest {largest}"
 
 
 @pytest.mark.parametrize(("world", "layout"), CASES)
 def test_the_final_weights_are_those_of_the_plain_loop(world: int, layout: dict, results: Any) -> None:
-    reader, weights = PieceReader(Path(results(world, layout)["checkpoint"])), oracle_of(layout)[2]
-    assert set(reader.names()) == set(weights)
+    found, weights = whole(Path(results(world, layout)["checkpoint"]), layout), oracle_of(layout)[2]
+    assert set(found) == set(weights)
     for parameter, expected in weights.items():
-        found = reader.read(WEIGHT, parameter)
         torch.testing.assert_close(
-            found, expected, rtol=0, atol=1e-2 * CONFIG.optimizer.lr, msg=lambda m, p=parameter: f"{p}: {m}"
+            found[parameter], expected, rtol=0, atol=1e-2 * CONFIG.optimizer.lr, msg=lambda m, p=parameter: f"{p}: {m}"
         )
 
 
@@ -234,11 +264,7 @@ def test_a_resumed_run_goes_on_to_the_bit(world: int, layout: dict, results: Any
     assert [[x.hex() for x in row] for row in result["resumed"]] == [[x.hex() for x in row] for row in result["onward"]]
 
 
-MOVED = [
-    case
-    for case in CASES
-    if case.values[0] > 2 and not {"tied", "frozen", "frozen_connectors", "toy_connectors"} & set(case.values[1])
-]
+MOVED = [case for case in CASES if case.values[0] > 2 and not NOT_PLAIN & set(case.values[1])]
 
 
 @pytest.mark.parametrize(("world", "layout"), MOVED)

@@ -122,6 +122,9 @@ def test_a_role_can_begin_as_the_policy_of_a_checkpoint(out):
     checkpoint = tensors(Path(found(out, "tiny")[0]["checkpoint"]))
     loaded = tensors(out / "tiny" / "from a checkpoint", "reference")
     assert all(torch.equal(loaded[name], weight) for name, weight in checkpoint.items())
+    for result in found(out, "tiny"):
+        (line,) = result["told"]
+        assert line.startswith("initialized the role reference (")
 
 
 def test_going_on_against_another_reference_is_an_error(out):

@@ -28,13 +28,17 @@ from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.engine import engine as engine_module
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
 from megatron_gemini.engine.multimodal import MultimodalEngine
+from megatron_gemini.models.stage import LossOutput
 from megatron_gemini.parallel.topology import Topology, build_topology
 from megatron_gemini.training.quiet import quiet_warnings
+from tests.distributed.layout_roles import add_roles, train_roles
 from tests.distributed.process_groups import groups_left_at_the_end
 from tests.distributed.rows import LAYOUT, loss_of, rows, step_rows, total_weight, with_layout
 
 STEPS = 10
 MORE = 2
+NOT_PLAIN = {"tied", "frozen", "frozen_connectors", "toy_connectors", "roles"}
+"""Of a layout that trains another model than the plain one."""
 
 
 def topology_of(layout: dict) -> Topology:
@@ -54,12 +58,13 @@ def on_disk(layout: dict, out: Path) -> dict:
 def keep_gradients(engine: MultimodalEngine, directory: Path) -> None:
     """Write the gradients that the norm of this step is taken of."""
     directory.mkdir(parents=True, exist_ok=True)
-    owned = [fragment for part in engine.parts for fragment in part.owned()]
+    parts = [("", part) for part in engine.parts]
+    parts += [(role.spec.name, part) for role in engine.roles.values() for part in role.trained]
+    owned = [(describe(fragment, role), fragment) for role, part in parts for fragment in part.owned()]
     stem = directory / f"rank-{engine.topology.rank:05d}"
-    tensors = {f"{WEIGHT}/{f.name}": f.gradient().narrow(0, 0, f.count).float().clone() for f in owned}
+    tensors = {f"{WEIGHT}/{p.name}": f.gradient().narrow(0, 0, f.count).float().clone() for p, f in owned}
     save_file(tensors, stem.with_suffix(".safetensors"))
-    pieces = [describe(fragment).to_json() for fragment in owned]
-    stem.with_suffix(".json").write_text(json.dumps({"pieces": pieces}))
+    stem.with_suffix(".json").write_text(json.dumps({"pieces": [piece.to_json() for piece, _ in owned]}))
 
 
 def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = None) -> list[list[float]]:
@@ -71,7 +76,13 @@ def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = N
         mine = step_rows(everything, topology)
         losses: list[float] = []
         weight = total_weight(everything)
-        engine.forward_backward(mine, weight, lambda output, to=losses: to.append(float(output.loss.detach())))
+
+        def collect(output: LossOutput, to: list[float] = losses) -> None:
+            to.append(float(output.loss.detach()))
+
+        if engine.roles:
+            train_roles(engine, weight, collect)
+        engine.forward_backward(mine, weight, collect)
 
         def norm(*arguments: Any, step: int = step) -> torch.Tensor:
             if keep is not None:
@@ -88,7 +99,7 @@ def train(engine: MultimodalEngine, first: int, last: int, keep: Path | None = N
 def begins(layout: dict) -> bool:
     """Whether a run of the layout also begins by `init_from`. Not all do: the groups of every engine leave threads that
     poll, which slow down the layouts that follow."""
-    if {"tied", "toy_connectors", "recompute"} & set(layout):
+    if {"tied", "toy_connectors", "roles", "recompute"} & set(layout):
         return False
     return "frozen" in layout or (layout["zero_stage"] == 3 and layout.get("tensor") == layout.get("pipeline") == 2)
 
@@ -98,7 +109,10 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     config, topology = with_layout(**on_disk(layout, out)), topology_of(on_disk(layout, out))
 
     def build() -> MultimodalEngine:
-        return MultimodalEngine(config, LAYOUT, topology, device, loss_of(config))
+        engine = MultimodalEngine(config, LAYOUT, topology, device, loss_of(config))
+        if "roles" in layout:
+            add_roles(engine, config)
+        return engine
 
     engine = build()
     curve = train(engine, 0, STEPS, out)
@@ -108,9 +122,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     again = build()
     training_state.load(again, path)
     result = {"curve": curve, "onward": onward, "resumed": train(again, STEPS, STEPS + MORE), "checkpoint": str(path)}
-    if elsewhere is not None and not {"tied", "frozen", "frozen_connectors", "toy_connectors"} & set(
-        layout
-    ):  # it is of the plain model
+    if elsewhere is not None and not NOT_PLAIN & set(layout):
         other = build()
         training_state.load(other, elsewhere)
         result["moved"] = train(other, STEPS, STEPS + MORE)

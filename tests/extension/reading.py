@@ -49,6 +49,14 @@ def reader_saved(
     return (tokens * (model.width + 2 * heads) + memory * (model.width + 2 * heads)) * element
 
 
+def reader_flops(
+    section: ReadingConfig, model: ModelConfig, tokens: float, memory: float, seen: float, tensor: int
+) -> float:
+    """Queries and outputs of the tokens, keys and values of the memory, and two products with what a token sees."""
+    heads = model.heads * model.head_width / tensor
+    return 2 * heads * (2 * model.width * (tokens + memory) + 2 * tokens * seen)
+
+
 READING = ConnectorSpec(
     name="reading",
     section=ReadingConfig,
@@ -61,5 +69,6 @@ READING = ConnectorSpec(
         parameters=lambda section, model, tensor: 4 * model.width * model.heads * model.head_width,
         build=build_reader,
         saved_bytes=reader_saved,
+        flops=reader_flops,
     ),
 )

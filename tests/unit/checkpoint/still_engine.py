@@ -19,13 +19,13 @@ class StillEngine(Engine):
 
     def __init__(self, config: RunConfig, layout: TokenLayout) -> None:
         super().__init__(config, Topology.serial(), torch.device("cpu"))
-        settings = {"zero_optimization": {"stage": 0}}
+        self.settings = {"zero_optimization": {"stage": 0}}
         self.frozen = [
             FrozenEngine(
                 lambda: Gemini(config, layout, LayerFactory(self.topology)),
                 config,
                 EngineGroups(),
-                settings,
+                self.settings,
                 self.device,
             )
         ]

@@ -7,6 +7,7 @@ embeddings of a memory.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from megatron_gemini.config.encoders import ConnectorConfig, EncoderConfig
 from megatron_gemini.config.objective import ObjectiveConfig
+from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Chosen
 from megatron_gemini.connectors.spec import ConnectorSpec, MemoryReader
 from megatron_gemini.contracts import RowFormat
@@ -24,7 +26,7 @@ from megatron_gemini.modalities.spec import EncoderSpec
 from megatron_gemini.modalities.transformer import linear
 from megatron_gemini.models.heads import NextTokenLoss
 from megatron_gemini.models.stage import LossOutput
-from megatron_gemini.objectives.spec import ObjectiveSpec
+from megatron_gemini.objectives.spec import ObjectiveSpec, RoleSize
 from megatron_gemini.parallel.parameters import constant, declare
 from megatron_gemini.registry import CONNECTORS, ENCODERS, OBJECTIVES
 
@@ -103,6 +105,8 @@ RECALL = ConnectorSpec(
         saved_bytes=lambda s, model, tokens, memory, tensor, element: (
             (tokens * (3 * model.width + memory) + memory * model.width) * element
         ),
+        # The queries, their products with the whole memory, and the sum of it.
+        flops=lambda s, model, tokens, memory, seen, tensor: 2 * tokens * model.width * (model.width + 2 * memory),
     ),
 )
 
@@ -185,12 +189,43 @@ QUIET = ObjectiveSpec(
 )
 
 
+@dataclass(frozen=True)
+class PreferredConfig(ObjectiveConfig):
+    """A loss that a reference and a value model take part in."""
+
+    kind: str = "preferred"
+    reward_layers: int = 2
+    """Layers of the reward model."""
+
+
+def preferred_roles(section: PreferredConfig, config: RunConfig) -> list[RoleSize]:
+    """One of each kind: the policy's decoder frozen, another decoder with a head, a trained copy, a head alone."""
+    smaller = dataclasses.replace(config.model, layers=section.reward_layers, width=32)
+    return [
+        RoleSize("reference", zero_stage=3, decoder=config.model),
+        RoleSize("reward", place="last", decoder=smaller, head=smaller.width),
+        RoleSize("critic", trained=True, zero_stage=2, decoder=config.model, head=config.model.width),
+        RoleSize("value", place="last", trained=True, zero_stage=1, head=7),
+    ]
+
+
+PREFERRED = ObjectiveSpec(
+    name="preferred",
+    section=PreferredConfig,
+    rows=lambda section: RowFormat(),
+    per_step=lambda config: ("train.rows_per_step", config.train.rows_per_step),
+    build=no_build,
+    roles=preferred_roles,
+)
+
+
 def register() -> None:
     """As a plugin's module does when it is imported."""
     ENCODERS.register("series", SERIES)
     CONNECTORS.register("halve", HALVE)
     CONNECTORS.register("recall", RECALL)
     OBJECTIVES.register("quiet", QUIET)
+    OBJECTIVES.register("preferred", PREFERRED)
 
 
 def unregister() -> None:
@@ -200,6 +235,7 @@ def unregister() -> None:
         (CONNECTORS, "halve"),
         (CONNECTORS, "recall"),
         (OBJECTIVES, "quiet"),
+        (OBJECTIVES, "preferred"),
     ):
         registry.unregister(name)
 
