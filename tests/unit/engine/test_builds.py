@@ -32,6 +32,15 @@ def test_each_environment_has_a_folder_and_each_version_in_it(monkeypatch: pytes
             assert build_folder() != ours and build_folder().parent == ours.parent
 
 
+def test_a_link_to_an_environment_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """torch compares the paths of the sources, which begin with the link: both would build in the other's folder."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    (tmp_path / "link").symlink_to(sys.prefix)
+    ours = build_folder()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "link"))
+    assert build_folder() != ours
+
+
 def test_the_users_own_folder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     use_own_build_folder()
