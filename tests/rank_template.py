@@ -1,6 +1,6 @@
 """A process that has imported what a rank needs, and forks one whenever it is asked: imports are 6 s of CPU time.
 
-    python -m tests.rank_template
+    python -m tests.rank_template RANK
 
 It reads a request a line: {"module", "arguments", "environment", "log"}. The fork runs the module as `python -m` does,
 in that environment, with its output at the end of the log. Its process id is answered at once, in a line, and its
@@ -17,18 +17,23 @@ import select
 import signal
 import sys
 import warnings
+from importlib import import_module
 from typing import Any, NoReturn
 
 from megatron_gemini.training.quiet import quiet_warnings
 
+FOREIGN = ("deepspeed", "megatron.core.parallel_state")
+OURS = ("megatron_gemini.objectives.packed", "megatron_gemini.training.loop", "tests.distributed.train_layouts")
+OF_RANK_0 = ("matplotlib.figure",)  # which draws the curves
 
-def import_what_a_rank_needs() -> None:
+
+def import_what_a_rank_needs(rank: int) -> None:
     with warnings.catch_warnings():  # a fork chooses by itself what it does not want to hear
         quiet_warnings()
-        import deepspeed  # noqa: F401
-        import megatron.core.parallel_state  # noqa: F401
-
-    import tests.distributed.rows  # noqa: F401
+        for name in FOREIGN:
+            import_module(name)
+    for name in (*OURS, *(OF_RANK_0 if rank == 0 else ())):
+        import_module(name)
 
 
 def become(request: dict[str, Any]) -> NoReturn:
@@ -67,7 +72,7 @@ def status_of(child: int) -> int:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
-    import_what_a_rank_needs()
+    import_what_a_rank_needs(int(sys.argv[1]))
     gc.collect()
     gc.freeze()  # the forks' collections leave its memory alone
     if os.path.exists("/proc/self/task"):

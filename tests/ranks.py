@@ -34,7 +34,7 @@ def template(rank: int) -> tuple[IO[bytes], IO[bytes]]:
     One for each rank, so that ranks have other hash seeds, as those of a job have: what they send in the order of a set
     must hang here too.
     """
-    command = [sys.executable, "-m", "tests.rank_template"]
+    command = [sys.executable, "-m", "tests.rank_template", str(rank)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
     )
