@@ -16,8 +16,9 @@ import pytest
 
 from tests.end_to_end.conftest import Start
 from tests.end_to_end.dataset import settings, write_config
-from tests.end_to_end.launches import Launch
+from tests.end_to_end.launches import TRAIN, Launch
 from tests.processes import HANGS_AFTER
+from tests.ranks import run_ranks
 
 STEPS = 120
 RUNNER, LAUNCH = "deepspeed.launcher.runner", "deepspeed.launcher.launch"
@@ -130,7 +131,8 @@ def losses(output: Path) -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def uninterrupted(start: Start, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    Chain(start, config, output).finish("deepspeed")
+    ended = run_ranks(TRAIN, 2, *Chain(start, config, output).arguments, log=output.with_suffix(".log"))
+    assert ended.status == 0, ended.output
     return output
 
 
