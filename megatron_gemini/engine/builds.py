@@ -25,7 +25,8 @@ def build_folder() -> Path:
     """Where this environment's operators are built: the user's TORCH_EXTENSIONS_DIR, or a folder of its own.
 
     torch has one folder for all environments of a Python version, and compares the paths of the sources. So two
-    checkouts with an environment each built each other's operators again at every start.
+    checkouts with an environment each built each other's operators again at every start. An environment that is
+    reached by a link counts as another, since the paths differ.
     """
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given:
@@ -34,7 +35,7 @@ def build_folder() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    environment = (os.path.realpath(sys.prefix), sys.version, torch.__version__, version("deepspeed"))
+    environment = (sys.prefix, sys.version, torch.__version__, version("deepspeed"))
     key = hashlib.sha256("\0".join(environment).encode()).hexdigest()[:12]
     return Path(get_default_build_root()) / f"megatron-gemini-{python}-{key}"
 

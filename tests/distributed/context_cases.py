@@ -28,6 +28,7 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
 from tests.attention_rows import row
+from tests.distributed.process_groups import groups_left_at_the_end
 from tests.distributed.rows import CONFIG, LAYOUT, T, loss_of
 from tests.distributed.train_layouts import topology_of
 
@@ -111,18 +112,23 @@ def result(model: str, given: Batch, topology: Topology, recompute: str) -> dict
     return {"sums": sums, **{f"grad/{name}": grad.contiguous() for name, grad in grads.items()}}
 
 
+def one_layout(layout: str, settings: dict[str, Any], out: Path) -> None:
+    topology = topology_of(settings)
+    for model in MODELS:
+        for name in ROWS:
+            found = result(model, batch(name), topology, settings.get("recompute", "none"))
+            if topology.rank == 0:
+                save_file(found, out / f"{layout}-{model}-{name}.safetensors")
+
+
 def main() -> None:
     out, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     quiet_warnings()
     dist.init_process_group("gloo")
     for layout, settings in layouts.items():
-        topology = topology_of(settings)
-        for model in MODELS:
-            for name in ROWS:
-                found = result(model, batch(name), topology, settings.get("recompute", "none"))
-                if topology.rank == 0:
-                    save_file(found, out / f"{layout}-{model}-{name}.safetensors")
+        with groups_left_at_the_end():
+            one_layout(layout, settings, out)
     leave()
 
 

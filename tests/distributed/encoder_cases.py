@@ -33,9 +33,11 @@ from megatron_gemini.models.encoding_plan import check_media
 from megatron_gemini.models.placement import Embeddings, place
 from megatron_gemini.parallel.context.positions import stream_positions
 from megatron_gemini.parallel.encoders.assignment import rank_at
-from megatron_gemini.parallel.topology import Topology, build_topology
+from megatron_gemini.parallel.topology import Topology
 from megatron_gemini.training.quiet import quiet_warnings
+from tests.distributed.process_groups import groups_left_at_the_end
 from tests.distributed.rows import CONFIG, LAYOUT, T, rows, step_rows, with_frozen
+from tests.distributed.train_layouts import topology_of
 
 STEPS, ROWS, LR = 3, 4, 1e-2
 PLAIN = {
@@ -258,29 +260,31 @@ def missing_rows(topology: Topology) -> list[int]:
     return shared.readers
 
 
+def one_case(ranks: str, name: str, out: Path) -> None:
+    config = case_config(ranks, name)
+    topology = topology_of(CASES[ranks][name].get("parallel", {}))
+    here = (topology.pipeline_rank, topology.data_rank, topology.context_rank, topology.tensor_rank)
+    assert rank_at(topology, *here) == topology.rank
+    stem = out / f"{name}-{topology.rank}"
+    save_file(train(config, topology), stem.with_suffix(".safetensors"))
+    if ranks == "4":
+        told = {**disagreements(topology), "readers": missing_rows(topology)}
+        stem.with_suffix(".json").write_text(json.dumps(told))
+    if ranks == "1":
+        save_file(gradients_with_dummies(ranks, name), f"{stem}-dummies.safetensors")
+
+
 def main() -> None:
     out, *names = sys.argv[1:]
     quiet_warnings()
     device = choose_device()
     join(device)
-    from megatron.core import parallel_state
-
     ranks = str(torch.distributed.get_world_size())
     for name in names:
-        config = case_config(ranks, name)
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        topology = build_topology(config.parallel, "gloo")
-        here = (topology.pipeline_rank, topology.data_rank, topology.context_rank, topology.tensor_rank)
-        assert rank_at(topology, *here) == topology.rank
-        stem = Path(out) / f"{name}-{topology.rank}"
-        save_file(train(config, topology), stem.with_suffix(".safetensors"))
-        if ranks == "4":
-            told = {**disagreements(topology), "readers": missing_rows(topology)}
-            stem.with_suffix(".json").write_text(json.dumps(told))
-        if ranks == "1":
-            save_file(gradients_with_dummies(ranks, name), f"{stem}-dummies.safetensors")
+        with groups_left_at_the_end():
+            one_case(ranks, name, Path(out))
     if ranks == "2":
+        topology = topology_of({})
         save_file(gathers(topology), Path(out) / f"gathers-{topology.rank}.safetensors")
     leave()
 

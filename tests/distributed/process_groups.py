@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,3 +24,4 @@ def groups_left_at_the_end() -> Iterator[None]:
     cached = {value for value in vars(groups).values() if isinstance(value, ProcessGroup)}
     for group in set(distributed_c10d._world.pg_map) - before - cached:
         dist.destroy_process_group(group)
+    gc.collect()  # engines hold theirs in cycles, and the threads go with the last reference

@@ -24,6 +24,7 @@ from megatron_gemini.parallel.context.positions import context_positions
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.context_cases import MODELS, PADDED, ROWS, batch, metadata, run
 from tests.distributed.rows import T
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
@@ -50,11 +51,9 @@ def results(tmp_path_factory):
 
     @functools.cache
     def of(ranks: int) -> Path:
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += ["-m", "tests.distributed.context_cases", str(folder), json.dumps(LAYOUTS[ranks])]
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        given = (folder, json.dumps(LAYOUTS[ranks]))
+        ended = run_ranks("tests.distributed.context_cases", ranks, *given, log=folder / f"{ranks}.log")
+        assert ended.status == 0, ended.output
         return folder
 
     return of

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +25,8 @@ from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.registry import ENCODERS
 from tests.distributed.encoder_cases import CASES, LR, PLAIN, STEPS, case_config, pretend_loss, rows_of
 from tests.distributed.rows import CONFIG, T
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 Frozen = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, float], ...]]
 """Encoders and connectors that are not trained, and learning rates by the beginning of names."""
 ALL = [
@@ -49,11 +46,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def launch(ranks: str) -> Path:
         out = base / ranks
         out.mkdir()
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-        command += ["-m", "tests.distributed.encoder_cases", str(out), *CASES[ranks]]
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+        ended = run_ranks("tests.distributed.encoder_cases", int(ranks), out, *CASES[ranks], log=out / "log")
+        assert ended.status == 0, ended.output
         return out
 
     return launch

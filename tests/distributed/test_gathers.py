@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, int]]:
     out = tmp_path_factory.mktemp("gathers") / "out.json"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command += ["-m", "tests.distributed.gather_counts", str(out)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    ended = run_ranks("tests.distributed.gather_counts", 4, out, log=out.with_suffix(".log"))
+    assert ended.status == 0, ended.output
     return {
         (case["layout"]["schedule"], case["layout"]["virtual_stages"]): case for case in json.loads(out.read_text())
     }

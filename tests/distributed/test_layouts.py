@@ -12,16 +12,13 @@ of all ranks, to 1e-5; final weights to a hundredth of the learning rate, with A
 rounding of a gradient near zero does not turn into a step. For gradients, 1e-5 is of the largest value of their
 parameter.
 
-Layouts of one world size share a launch, since most of a launch's time goes into imports.
+Layouts of one world size share a launch.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +34,9 @@ from megatron_gemini.parallel.topology import Topology
 from tests.distributed.layout_roles import CRITIC, LR_SCALE, WeighedLoss, weigh
 from tests.distributed.rows import CONFIG, LAYOUT, loss_of, rows, total_weight, with_layout
 from tests.distributed.train_layouts import MORE, NOT_PLAIN, STEPS, begins
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(1800)  # the first case of a world size waits for the launch of them all
-ROOT = Path(__file__).parents[2]
 CPU = {"offload_optimizer": "cpu"}
 ALL_CPU = {"offload_optimizer": "cpu", "offload_parameters": "cpu"}
 BREADTH = {"schedule": "breadth_first"}
@@ -124,13 +121,10 @@ CASES = [
 
 def launch(ranks: int, layouts: list[dict], out: Path, elsewhere: str = "") -> list[dict]:
     """What `train_layouts` found on `ranks` gloo ranks; elsewhere: a checkpoint to go on from as well."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "tests.distributed.train_layouts", str(out), json.dumps(layouts)]
-    command += [elsewhere] if elsewhere else []
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:  # not an exception: every case would launch again
-        return [{"failed": done.stdout[-2000:] + done.stderr[-8000:]}] * len(layouts)
+    given = (out, json.dumps(layouts), *([elsewhere] if elsewhere else []))
+    ended = run_ranks("tests.distributed.train_layouts", ranks, *given, log=out.with_suffix(".log"))
+    if ended.status:  # not an exception: every case would launch again
+        return [{"failed": ended.output[-10000:]}] * len(layouts)
     return json.loads(out.read_text())
 
 

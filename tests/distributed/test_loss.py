@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,8 +18,8 @@ from tests.distributed.loss_cases import (
     draw_pairs,
     image_tokenizer,
 )
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 MODES = ("now", "deferred", "partial", "log_probability")
 
 
@@ -32,11 +27,8 @@ MODES = ("now", "deferred", "partial", "log_probability")
 def results(request, tmp_path_factory):
     """(every rank's tensors, every rank's error); one launch for all cases."""
     out = tmp_path_factory.mktemp("loss")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    command += ["-m", "tests.distributed.loss_cases", str(out)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    ended = run_ranks("tests.distributed.loss_cases", request.param, out, log=out / "log")
+    assert ended.status == 0, ended.output
     ranks = range(request.param)
     return [load_file(out / f"rank{r}.safetensors") for r in ranks], [(out / f"rank{r}.txt").read_text() for r in ranks]
 

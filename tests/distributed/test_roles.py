@@ -6,9 +6,6 @@ The oracle is a plain loop in torch over the same rows, of which it shares the m
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,18 +20,14 @@ from megatron_gemini.parallel.tensor.layers import LayerFactory
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.role_cases import LR, PIPELINES, ROWS, STEPS, TINY, Policy, T, Value, Words, tiny_rows
 from tests.distributed.rows import LAYOUT, with_layout
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("roles")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "tests.distributed.role_cases", str(folder)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    ended = run_ranks("tests.distributed.role_cases", 2, folder, log=folder / "log")
+    assert ended.status == 0, ended.output
     return folder
 
 

@@ -7,9 +7,6 @@ every rank reads one of them, and four are divided.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,8 +17,8 @@ from megatron_gemini.parallel.parameters import placement_of
 from megatron_gemini.parallel.topology import Topology
 from tests.distributed.rows import CONFIG, LAYOUT
 from tests.distributed.tensor_cases import CASES, media_gradient, run
+from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 RANKS = [2, pytest.param(4, marks=pytest.mark.long)]
 each_case = pytest.mark.parametrize("name", CASES)
 with_and_without = pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
@@ -31,12 +28,9 @@ with_and_without = pytest.mark.parametrize("sequence", [False, True], ids=["tens
 def results(request, tmp_path_factory):
     """(ranks, folder of what they gathered); one launch for all cases."""
     out = tmp_path_factory.mktemp("tensor")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(request.param)]
-    command += ["-m", "tests.distributed.tensor_cases", str(out), *CASES]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    assert "FutureWarning" not in done.stderr, done.stderr
+    ended = run_ranks("tests.distributed.tensor_cases", request.param, out, *CASES, log=out / "log")
+    assert ended.status == 0, ended.output
+    assert "FutureWarning" not in ended.output, ended.output
     return request.param, out
 
 

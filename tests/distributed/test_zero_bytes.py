@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_gemini.planning.zero_state import ZeroPlan, zero_state
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.long
-ROOT, RANKS = Path(__file__).parents[2], 2
+RANKS = 2
 ENGINES: list[dict[str, Any]] = [
     {"precision": precision, "zero_stage": stage, "offload_optimizer": offload}
     for precision in ("bf16", "fp32")
@@ -26,11 +23,9 @@ ENGINES: list[dict[str, Any]] = [
 def counted(tmp_path_factory) -> list[list[list[int]]]:
     """[bytes, parameters, largest] of every engine, rank by rank."""
     out = tmp_path_factory.mktemp("zero") / "out.json"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += ["-m", "tests.distributed.zero_bytes", str(out), json.dumps(ENGINES)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    given = (out, json.dumps(ENGINES))
+    ended = run_ranks("tests.distributed.zero_bytes", RANKS, *given, log=out.with_suffix(".log"))
+    assert ended.status == 0, ended.output
     return json.loads(out.read_text())
 
 

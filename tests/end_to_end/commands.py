@@ -1,4 +1,4 @@
-"""Many commands from one start of Python: imports cost seconds, a fork costs nothing.
+"""Many commands, one after the other.
 
     python -m tests.end_to_end.commands CASES.json
 
@@ -72,12 +72,6 @@ def run_forked(case: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    import deepspeed  # noqa: F401 - what takes seconds, once for all
-
-    import megatron_gemini.objectives.pretrain  # noqa: F401
-    from megatron_gemini.training.quiet import quiet_warnings
-
-    quiet_warnings()
     cases = json.loads(Path(sys.argv[1]).read_text())
     print(json.dumps([run_forked(case) for case in cases]))
 

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.dataset import write_data
-from tests.end_to_end.launches import ROOT, Launch, environment, launcher
+from tests.end_to_end.launches import Launch, launcher
+from tests.ranks import Ended, run_alone
 
 Start = Callable[..., Launch]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    status: int
-    output: str
 
 
 def run_commands(cases: Sequence[tuple[Sequence[object], str]], folder: Path) -> list[Ended]:
@@ -32,10 +22,9 @@ def run_commands(cases: Sequence[tuple[Sequence[object], str]], folder: Path) ->
         for number, (arguments, accident) in enumerate(cases)
     ]
     (folder / "cases.json").write_text(json.dumps(described))
-    command = [sys.executable, "-m", "tests.end_to_end.commands", str(folder / "cases.json")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    statuses = json.loads(done.stdout.splitlines()[-1])
+    done = run_alone("tests.end_to_end.commands", folder / "cases.json", log=folder / "commands.log")
+    assert done.status == 0, done.output
+    statuses = json.loads(done.output.splitlines()[-1])
     return [Ended(status, Path(str(case["log"])).read_text()) for status, case in zip(statuses, described, strict=True)]
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from tests.processes import HANGS_AFTER, alive, alive_at_last, wait_until
+
 ROOT = Path(__file__).parents[2]
 TRAIN = "megatron_gemini.train"
-STARTS_WITHIN, STOPS_WITHIN = 180.0, 120.0  # seconds, by a busy machine: they only end what would hang
 
 
 def launcher(kind: str, ranks: int = 2, module: str = TRAIN) -> list[str]:
@@ -30,9 +32,12 @@ def launcher(kind: str, ranks: int = 2, module: str = TRAIN) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below those that the system gives away: ranks import for seconds before they take theirs, and gloo takes many."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def environment() -> dict[str, str]:
@@ -82,29 +87,28 @@ class Launch:
         trainers = [process for process in self.processes() if "RANK" in _environment(process)]
         return sorted(trainers, key=lambda process: int(_environment(process)["RANK"]))
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = STARTS_WITHIN) -> None:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the running command does."""
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"nothing within {seconds} s:\n{self.output}"
-            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output}"
+
+        def ended_or_holds() -> bool:
             self.processes()
-            time.sleep(0.02)
+            return self.process.poll() is not None or condition()
+
+        assert wait_until(ended_or_holds), f"nothing within {HANGS_AFTER} s:\n{self.output}"
+        assert condition(), f"ended with {self.process.returncode}:\n{self.output}"
 
     def signal_group(self, number: int) -> None:
         """As a terminal does at Ctrl-C: to all that share the command's process group."""
         os.killpg(self.process.pid, number)
 
-    def wait(self, seconds: float = STARTS_WITHIN) -> int:
+    def wait(self) -> int:
         """Exit status of the command, once no process of it is left."""
-        began = time.monotonic()
         try:
-            status = self.process.wait(seconds)
+            status = self.process.wait(HANGS_AFTER)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
-        while left := self.processes():
-            assert time.monotonic() < began + seconds, f"{left} left after {seconds} s:\n{self.output}"
-            time.sleep(0.05)
+            raise AssertionError(f"still running after {HANGS_AFTER} s:\n{self.output}") from None
+        left = alive_at_last(self.processes())
+        assert not left, f"{left} left after {HANGS_AFTER} s:\n{self.output}"
         return status
 
     def end(self) -> None:
@@ -118,13 +122,6 @@ def _default_signals() -> None:
     """As in a terminal: what nohup, or a shell in the background, ignores would stay ignored in every child."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _environment(process: psutil.Process) -> dict[str, str]:

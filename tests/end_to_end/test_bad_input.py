@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_gemini.training.run_lock import RunLock
-from tests.end_to_end.conftest import Ended, Start, run_commands
+from tests.end_to_end.conftest import Start, run_commands
 from tests.end_to_end.dataset import settings, write_config, write_tar
+from tests.ranks import Ended
 
 # (arguments, what the line says); {folder} holds the files that `mistakes` writes
 CASES: dict[str, tuple[list[str], str]] = {

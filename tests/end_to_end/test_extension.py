@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import Ended, Start, run_commands
+from tests.end_to_end.conftest import run_commands
 from tests.end_to_end.dataset import NAMES, settings, write_config
-from tests.end_to_end.launches import ROOT, environment
+from tests.end_to_end.launches import TRAIN
+from tests.ranks import Ended, run_alone, run_ranks
 
 PLUGIN = ("--plugin", "tests.extension.plugin")
 FRAMES = ("--plugin", "tests.end_to_end.frames")
@@ -59,10 +58,11 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, start: Start) -> Path:
+def trained(folder: Path) -> Path:
     """The run after two steps on four ranks."""
-    launch = start("torchrun", "--config", folder / "run.yaml", *PLUGIN, "--train.steps", STEPS, ranks=4)
-    assert launch.wait() == 0, launch.output
+    given = ("--config", folder / "run.yaml", *PLUGIN, "--train.steps", STEPS)
+    ended = run_ranks(TRAIN, 4, *given, log=folder / "ranks.log")
+    assert ended.status == 0, ended.output
     return folder / "run"
 
 
@@ -93,10 +93,9 @@ def test_losses_on_four_ranks_and_after_the_resume_are_those_of_a_plain_loop(
     folder: Path, trained: Path, ended: dict[str, Ended]
 ) -> None:
     assert ended["resumed"].status == 0, ended["resumed"].output
-    command = [sys.executable, "-m", "tests.end_to_end.plain_loop", "--config", str(folder / "run.yaml")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    expected = json.loads(done.stdout)
+    done = run_alone("tests.end_to_end.plain_loop", "--config", folder / "run.yaml", log=folder / "plain.log")
+    assert done.status == 0, done.output
+    expected = json.loads(done.output.splitlines()[-1])
     assert [record["loss"] for record in records(trained)] == pytest.approx(expected, rel=1e-5)
     assert len(expected) == MORE
 

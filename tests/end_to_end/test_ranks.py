@@ -14,6 +14,8 @@ from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from tests.end_to_end.conftest import Start
 from tests.end_to_end.dataset import CODES, settings, write_config
+from tests.end_to_end.launches import TRAIN
+from tests.ranks import run_ranks
 
 STEPS = 8
 LAUNCHERS = ("alone", "deepspeed", "torchrun")
@@ -41,14 +43,18 @@ def config(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(start: Start, config: Path) -> dict[str, tuple[str, list[float]]]:
     """(output, losses) by launcher, and of two tensor-parallel ranks."""
     found = {}
-    for kind in (*LAUNCHERS, "tensor"):
-        output = config.parent / kind
-        options = ("--parallel.tensor", "2", "--data.workers", "1") if kind == "tensor" else ()
-        launch = start("torchrun" if options else kind, "--config", config, "--train.output_dir", output, *options)
+    for kind in LAUNCHERS:
+        launch = start(kind, "--config", config, "--train.output_dir", config.parent / kind)
         assert launch.wait() == 0, launch.output
-        records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        found[kind] = (launch.output, [record["loss"] for record in records])
-    return found
+        found[kind] = (launch.output, losses(config.parent / kind))
+    given = ("--config", config, "--train.output_dir", config.parent / "tensor", "--parallel.tensor", "2")
+    ended = run_ranks(TRAIN, 2, *given, "--data.workers", "1", log=config.parent / "tensor.log")
+    assert ended.status == 0, ended.output
+    return {**found, "tensor": (ended.output, losses(config.parent / "tensor"))}
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_rank_with_text_only_does_not_hang(runs: dict[str, tuple[str, list[float]]], config: Path) -> None:

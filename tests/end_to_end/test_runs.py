@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_gemini.checkpoint.pieces import PieceReader
-from tests.end_to_end.conftest import Ended, run_commands
+from tests.end_to_end.conftest import run_commands
 from tests.end_to_end.dataset import settings, write_config, write_tar
+from tests.ranks import Ended
 
 ENGINES: dict[str, list[Any]] = {
     "zero 0": ["--engine.zero_stage", 0, "--engine.offload_optimizer", "none"],

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.dataset import settings, write_config
-from tests.end_to_end.launches import ROOT, STARTS_WITHIN, TRAIN, environment, free_port
+from tests.end_to_end.launches import ROOT, TRAIN, environment, free_port
+from tests.processes import HANGS_AFTER, wait_until
 
 
 @dataclass
@@ -29,10 +30,8 @@ class Pair:
         return self.metrics.read_text().count("\n") if self.metrics.exists() else 0
 
     def wait_until_trained(self) -> None:
-        end = time.monotonic() + STARTS_WITHIN
-        while self.steps() < 30:
-            assert time.monotonic() < end and all(rank.poll() is None for rank in self.ranks), self.log.read_text()
-            time.sleep(0.05)
+        wait_until(lambda: self.steps() >= 30 or any(rank.poll() is not None for rank in self.ranks))
+        assert self.steps() >= 30, self.log.read_text()
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def test_a_rank_that_is_stopped_is_named_with_its_last_step(pair: Pair, stopped:
     if asked:
         time.sleep(0.5)  # the other now waits in a collective, where no handler of Python's runs
         other.send_signal(asked)
-    assert other.wait(STARTS_WITHIN) == 4, pair.log.read_text()
+    assert other.wait(HANGS_AFTER) == 4, pair.log.read_text()
     said = [line for line in pair.log.read_text().splitlines() if "error" in line]
     assert len(said) == 1, pair.log.read_text()
     assert f"rank {stopped} (process {pair.ranks[stopped].pid} on " in said[0]

@@ -54,7 +54,6 @@ def test_every_command_of_the_recipe_works_in_its_order(folder: Path) -> None:
             env={**environment(), "PYTHONPATH": os.fspath(ROOT)},
             capture_output=True,
             text=True,
-            timeout=120,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         outputs.append(done.stdout)

@@ -150,7 +150,7 @@ print(len(found))
 """
     specs = ("ENCODERS", "MODALITIES", "CONNECTORS", "OBJECTIVES")
     result = subprocess.run(
-        [sys.executable, "-c", f"SPECS = {specs!r}\n{code}"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", f"SPECS = {specs!r}\n{code}"], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) >= len(specs)

@@ -214,7 +214,7 @@ def test_every_entry_point_takes_plugins(entry, module, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     wrong = ["--encoders.vision.connector.kind", "mixer", "--encoders.vision.connector.hedas", "3"]
     command = [sys.executable, "-m", *entry.split(), "--plugin", "mixer_plugin", *wrong]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stderr) == (
         2,
         "megatron-gemini: error: --encoders.vision.connector.hedas is no setting; did you mean "
@@ -225,7 +225,7 @@ def test_every_entry_point_takes_plugins(entry, module, tmp_path):
 @pytest.mark.parametrize("entry", ["megatron_gemini.generate", "megatron_gemini.evaluate"])
 def test_entry_points_that_open_a_checkpoint_take_plugins(entry):
     command = [sys.executable, "-m", entry, "--plugin", "no_such_plugin", "--checkpoint", "nowhere"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
     assert "the plugin no_such_plugin is not there" in result.stderr and result.stderr.count("\n") == 1
 
@@ -235,7 +235,7 @@ def test_entry_points_that_open_a_checkpoint_take_plugins(entry):
 )
 def test_help_says_that_there_are_plugins(arguments):
     command = [sys.executable, "-m", "megatron_gemini.cli", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and "--plugin" in result.stdout
 
 

@@ -5,7 +5,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from megatron_gemini.building.parallel import Workers
+from tests.processes import alive_at_last, wait_until
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,13 +48,9 @@ def test_no_worker_outlives_a_parent_that_was_killed(tmp_path):
         "for _ in Workers(note, 2, 60.0).map(iter(int, 1)): pass\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    while len(list(tmp_path.iterdir())) < 2:
-        assert parent.poll() is None
-        time.sleep(0.05)
+    assert wait_until(lambda: len(list(tmp_path.iterdir())) >= 2 or parent.poll() is not None)
+    workers = psutil.Process(parent.pid).children()
+    assert {int(path.name) for path in tmp_path.iterdir()} <= {worker.pid for worker in workers}
     parent.kill()
     parent.wait()
-    workers = [int(path.name) for path in tmp_path.iterdir()]
-    end = time.monotonic() + 100
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not alive_at_last(workers)

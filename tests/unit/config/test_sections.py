@@ -348,5 +348,5 @@ def test_the_whole_configuration_and_its_specs_are_there_without_torch_and_media
         "import sys; from megatron_gemini.config.load import load_config; load_config([])\n"
         "print(sorted({'torch', 'numpy', 'av', 'soundfile', 'soxr', 'PIL', 'tyro'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr

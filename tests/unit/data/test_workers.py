@@ -18,6 +18,7 @@ from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.loading.workers import _Running
 from megatron_gemini.data.packing.wire import from_bytes, parse_header, to_bytes
+from tests.processes import HANGS_AFTER, alive_at_last, wait_until
 from tests.tiny_shards import FORM, LAYOUT, Characters, run_config, sample, texts, write_tar
 from tests.unit.data.test_loader import content, steps
 
@@ -54,10 +55,8 @@ def child_name(child):
 
 def left_of(before):
     """Processes beyond those of `before`, once they have had the time to end."""
-    end = time.monotonic() + 100
-    while (left := set(workers()) - set(before)) and time.monotonic() < end:
-        time.sleep(0.02)
-    return left
+    wait_until(lambda: not set(workers()) - set(before))
+    return set(workers()) - set(before)
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +262,11 @@ def test_no_process_outlives_its_rank_not_even_one_that_hangs(tmp_path, end):
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     ready = child.stdout.readline()
-    session = {process.pid for process in psutil.process_iter() if _session(process) == child.pid}
-    assert child.wait(20) == (-signal.SIGKILL if end == "kill" else 0), child.stderr.read()
+    session = [process for process in psutil.process_iter() if _session(process) == child.pid]
+    assert child.wait(HANGS_AFTER) == (-signal.SIGKILL if end == "kill" else 0), child.stderr.read()
     assert ready == "ready\n"
     assert len(session) >= 4  # the rank, the server of its workers, and two workers
-    deadline = time.monotonic() + 100
-    while any(psutil.pid_exists(pid) for pid in session) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in session if psutil.pid_exists(pid)]
+    assert not alive_at_last(session)
 
 
 def _session(process):

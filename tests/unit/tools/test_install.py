@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[3]
 def bash(commands: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = f"set -euo pipefail; . {ROOT}/tools/install.sh; {commands}"
     return subprocess.run(
-        ["bash", "-c", script], env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True, timeout=60
+        ["bash", "-c", script], env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True
     )
 
 

@@ -30,7 +30,7 @@ def test_peak_memory_is_this_processs_own_and_remembers_what_was_freed():
         "import torch; from megatron_gemini.training.throughput import _peak_resident_bytes as peak\n"
         "before = peak(); held = torch.ones(200 << 20, dtype=torch.uint8); del held; print(before, peak())"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     before, after = map(int, result.stdout.split())
     assert after - before > 150 << 20
     if sys.platform == "linux":
