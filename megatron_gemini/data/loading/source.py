@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.run import RunConfig
+from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import TokenLayout
 from megatron_gemini.data.loading.order import Order
 from megatron_gemini.data.operations.pipeline import OperationPipeline
@@ -150,7 +151,7 @@ class DocumentSource:
             with contextlib.suppress(BadSample), guarded("read", self.label):
                 record = decode_json(self.shards.read(number, [RECORD]).get(RECORD, b"null"))
                 fields = record.items() if isinstance(record, dict) else ()
-                found |= dict.fromkeys(name for name, value in fields if isinstance(value, (str, list, dict)))
+                found |= dict.fromkeys(name for name, value in fields if _holds_text(value))
         return [name for name in found if name not in read]
 
     def check_shards(self) -> None:
@@ -175,6 +176,12 @@ class DocumentSource:
                 raise ValueError(
                     f"no sample of {path!r} can be used for {self.task} ({found}); the last one: {last}"
                 ) from last
+
+
+def _holds_text(value: Plain) -> bool:
+    if isinstance(value, (list, dict)):
+        return any(map(_holds_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str)
 
 
 def _check_settings(task: TaskSpec, label: str, config: RunConfig) -> None:
