@@ -160,7 +160,10 @@ def test_a_record_in_a_tar_names_its_own_member_by_the_path_it_had(tmp_path):
 
 
 def test_a_field_that_nothing_reads_is_told_once_a_source(tmp_path, caplog):
-    records = [llava("what?", pictures=["a.png"], id=3, score=0.5, places=[[1, 2]]), llava("<image>?", image="a.png", id=4)] * 20
+    records = [
+        llava("what?", pictures=["a.png"], id=3, score=0.5, places=[[1, 2]]),
+        llava("<image>?", image="a.png", id=4),
+    ] * 20
     lines(tmp_path, *records)
     source = SourceConfig(shards=str(tmp_path / "x.jsonl"), task="chat", name="mine", filters=("id >= 0",))
     with caplog.at_level(logging.WARNING):
