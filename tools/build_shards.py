@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_gemini.building.captions import CaptionOrigin
+from megatron_gemini.modalities.bad_sample import DataUnreachable
 
 if TYPE_CHECKING:
     from megatron_gemini.building.filters import Filters
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         _build(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DataUnreachable) as error:
         print(f"build_shards: {' '.join(str(error).split()) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_gemini.modalities.bad_sample import DataUnreachable
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return _inspect(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DataUnreachable) as error:
         print(f"inspect_shards: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -30,7 +30,7 @@ from megatron_gemini.data.samples.decode_json import decode_json
 from megatron_gemini.data.sources.columns import RECORD
 from megatron_gemini.data.sources.records import open_records
 from megatron_gemini.data.sources.schema import Schema
-from megatron_gemini.modalities.bad_sample import BadSample, guarded
+from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable, guarded
 from megatron_gemini.modalities.text.preprocess import check_text
 from megatron_gemini.registry import TASKS
 
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     try:
         run(given)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DataUnreachable) as error:
         print(f"train_sentencepiece: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -116,6 +116,8 @@ def _read_file(path: str, max_bytes: int) -> bytes:
             return file.read(max_bytes)
     except FileNotFoundError:
         raise BadSample("no_file", "there is no such file") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise BadSample("no_regular_file", "it is no regular file") from None
     except OSError as error:
         if error.errno not in (*STRANGE_NAMES, errno.ENXIO):  # the last: a socket
             raise

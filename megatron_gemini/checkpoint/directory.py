@@ -81,10 +81,12 @@ class Newest:
 def newest(run: Path) -> Newest:
     """The complete checkpoint that was published last.
 
-    Raises ValueError where the one that `latest` names is there with a damaged index.
+    Raises ValueError where the one that `latest` names is there with a damaged index, and where `latest` is a folder.
     """
     folder, warnings = run / "checkpoints", list[str]()
     pointer = folder / "latest"
+    if pointer.is_dir():
+        raise ValueError(f"{pointer} is a folder, in the place of a file with the name of a checkpoint; remove it")
     for _ in range(ATTEMPTS):
         named, steps = _named(pointer), complete_steps(run)
         if _named(pointer) == named:  # and no run has saved between the two looks
@@ -98,6 +100,8 @@ def newest(run: Path) -> Newest:
             _check_index(folder / named)
         what = "has no index.json" if (folder / named).exists() else "is not there"
         warnings.append(f"{pointer} names {named}, which {what}")
+    elif pointer.exists() and not STEP.fullmatch(named):
+        warnings.append(f"{pointer} is damaged: it names no checkpoint")
     warnings += [f"{each} is not complete and is left out" for each in broken if each.name != named]
     return Newest(path, index, warnings)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -219,3 +221,11 @@ def cut(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
         shard.narrow(dim, 0, kept).copy_(whole.narrow(dim, begin, kept))
         whole = shard
     return whole.reshape(-1)[piece.start : piece.start + piece.count]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file that others may read if the umask lets them: the library's are the owner's alone."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path)
+    path.chmod(mode)

@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_gemini.checkpoint import directory as layout
 from megatron_gemini.checkpoint.extensions import Extensions, check_resumable
 from megatron_gemini.checkpoint.fragments import check_shapes, describe, fill
 from megatron_gemini.checkpoint.index import RunId, read_index, seal, write_text
 from megatron_gemini.checkpoint.init_from import initialize_roles
-from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, PieceJson, PieceReader
+from megatron_gemini.checkpoint.pieces import MOMENTS, WEIGHT, PieceJson, PieceReader, write_tensors
 from megatron_gemini.checkpoint.publish import publish, recover
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.module_engine import ModuleEngine
@@ -126,7 +125,7 @@ def _write_rank(engine: Engine, stem: Path, progress: RunState) -> None:
                 tensors[f"{kind}/{piece.name}"] = held.detach().to("cpu", torch.float32).clone()
         if isinstance(part, ZeroEngine):
             part.wrapper.put_back()
-    save_file(tensors, stem.with_suffix(".safetensors"))
+    write_tensors(stem.with_suffix(".safetensors"), tensors)
     # Each rank writes the state of its own data lanes too, so that nothing has to be gathered.
     write_text(stem.with_suffix(".json"), json.dumps({"pieces": pieces, "data": progress.data}))
 

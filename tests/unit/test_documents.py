@@ -65,6 +65,12 @@ def test_every_example_of_extending_is_in_the_file_that_it_names():
         assert example in (ROOT / name).read_text(), f"{name} no longer has what docs/extending.md shows of it"
 
 
+def test_the_first_example_of_a_file_runs_as_it_is_shown():
+    """Names behind TYPE_CHECKING stand in annotations, which Python 3.11 evaluates without this line."""
+    first = dict(reversed(EXAMPLE.findall(EXTENDING.read_text())))
+    assert {name for name, example in first.items() if "from __future__ import annotations" not in example} == set()
+
+
 def test_extending_shows_every_file_that_the_plugin_registers_from():
     shown = {name for name, _ in EXAMPLE.findall(EXTENDING.read_text())}
     tree = ast.parse(PLUGIN.read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,6 @@ def _one(name: str, value: Plain) -> str:
         )
     if isinstance(value, float) and value.is_integer():  # what pandas makes of whole numbers beside a missing one
         return str(int(value))
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     raise BadSample("bad_text", f"{name} holds {str(value)[:80]!r}, which is no text")

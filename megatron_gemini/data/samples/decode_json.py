@@ -18,7 +18,8 @@ Json: TypeAlias = "Plain | Mapping[str, Json] | Sequence[Json]"
 def decode_json(data: bytes) -> Plain:
     """Any JSON value. Raises BadSample: bad_json."""
     try:
-        return cast("Plain", json.loads(data))
+        # Of bytes, json would guess the encoding, and read UTF-16 here that no text may be in.
+        return cast("Plain", json.loads(data.decode("utf-8-sig")))
     # Deep nesting is a RecursionError, and a number of more than 4,300 digits a ValueError that JSON does not name.
     except (ValueError, RecursionError) as error:
         raise BadSample("bad_json", f"not JSON: {one_line(error)}") from None

@@ -100,6 +100,8 @@ def _expand_braces(pattern: str) -> list[str]:
 
 def _nearest(name: str) -> str:
     """What exists that the user may have meant, as the end of an error message."""
+    if os.path.isdir(name):
+        return f"; it is a folder: write {name.rstrip('/')}/* for the files in it"
     folder = Path(name).parent
     while not folder.is_dir():
         if "*" not in folder.name and "?" not in folder.name:

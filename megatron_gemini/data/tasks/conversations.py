@@ -52,6 +52,10 @@ def conversation(description: Plain) -> list[SpokenTurn]:
     if not isinstance(description, list):
         raise BadSample("bad_json", f"a conversation needs a list of {' or '.join(CONVERSATION_KEYS)}")
     said = [_message(message) for message in description]
+    named = {kind for _, entries in said for kind, value in entries if value != _MARK}
+    if twice := [kind for kind in beside if kind in named]:
+        fields = ", ".join(MODALITIES.get(twice[0]).beside)
+        raise BadSample("bad_json", f"the messages name items of {twice[0]}, and so do {fields} beside them; keep one")
     _place(beside, said)
     turns: list[SpokenTurn] = []
     for role, entries in said:
@@ -98,11 +102,16 @@ def _message(message: Plain) -> tuple[str, list[Entry]]:
     if not isinstance(role, str) or (role not in _ASSISTANT and role not in _USER):
         raise BadSample("bad_json", f"the role {shown(role)!r} is none of {', '.join(_USER + _ASSISTANT)}")
     content = message.get("content", message.get("value"))
+    beside = media_beside(message)
     if isinstance(content, str):
-        return role, _marked(content)
-    if not isinstance(content, list) or not content:
+        entries = _marked(content)
+    elif isinstance(content, list) and content:
+        entries = [each for part in content for each in _part(part)]
+    else:
         raise BadSample("bad_json", "the content of a message is text or a list of parts")
-    return role, [each for part in content for each in _part(part)]
+    if beside:  # of this message alone, and of all its marks
+        _place(beside, [(_ASKING[0], entries)])
+    return role, entries
 
 
 def _marked(text: str) -> list[Entry]:

@@ -11,6 +11,19 @@ _FIRST_PAGE, _LAST_PAGE = 2, 4  # of a stream, as flags
 _VBRI = 36  # bytes before this tag, in the first frame
 
 
+def declared_bytes(data: bytes) -> int:
+    """Bytes that the header of a WAV, RF64, Wave64 or AIFF file says the whole has; 0 for any other."""
+    if data[:4] == b"RIFF":
+        return int.from_bytes(data[4:8], "little") + 8
+    if data[:4] == b"RF64" and data[12:16] == b"ds64":  # EBU Tech 3306
+        return int.from_bytes(data[20:28], "little") + 8
+    if data[:4] == b"riff":  # Sony's Wave64: behind a GUID, and it counts itself
+        return int.from_bytes(data[16:24], "little")
+    if data[:4] == b"FORM":
+        return int.from_bytes(data[4:8], "big") + 8
+    return 0
+
+
 def check_ogg_end(data: bytes) -> None:
     """Refuses an Ogg file whose last page is cut, or that has a stream without a last page.
 

@@ -15,6 +15,7 @@ import soxr
 import torch
 
 from megatron_gemini.modalities.audio.compressed import check_kind, decode_to_end
+from megatron_gemini.modalities.audio.file_end import declared_bytes
 from megatron_gemini.modalities.bad_sample import BadSample, one_line
 
 SAMPLE_RATE = 16_000
@@ -67,14 +68,10 @@ def _uncompressed(data: bytes, max_seconds: float) -> tuple[np.ndarray, int] | N
         seconds = file.frames / file.samplerate
         if seconds > max_seconds:
             raise BadSample("audio_too_long", f"the audio lasts {seconds:.1f} s; the limit is {max_seconds:g} s")
-        # libsndfile silently shortens a WAV whose data is shorter than its header says; the RIFF size still tells.
+        # libsndfile silently shortens what is shorter than its header says.
         # Programs that write to a pipe leave the size at 0 or at the largest value.
-        if data[:4] == b"RIFF":
-            declared = int.from_bytes(data[4:8], "little") + 8
-            if len(data) < declared < _NO_SIZE:
-                raise BadSample(
-                    "audio_truncated", f"the WAV file has {len(data)} of the {declared} bytes in its header"
-                )
+        if len(data) < (declared := declared_bytes(data)) < _NO_SIZE:
+            raise BadSample("audio_truncated", f"the file has {len(data)} of the {declared} bytes in its header")
         try:
             samples_LC = file.read(frames=file.frames, dtype="float32", always_2d=True)
         except Exception as error:

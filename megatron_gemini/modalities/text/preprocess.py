@@ -25,6 +25,8 @@ def decode_text(data: bytes) -> str:
         text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
         raise BadSample("bad_text", "the text is not UTF-8") from None
+    if "\0" in text:
+        raise BadSample("bad_text", "the text has NUL characters, as UTF-16 read as UTF-8; write it as UTF-8")
     if not text:
         raise BadSample("empty_text", "the text is empty")
     return text

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_gemini.checkpoint import directory
 from megatron_gemini.checkpoint.index import RunId, read_index, seal
+from megatron_gemini.checkpoint.pieces import write_tensors
 from megatron_gemini.checkpoint.publish import publish, recover, remove
 
 
@@ -221,3 +223,29 @@ def test_an_index_knows_the_run_and_counts(tmp_path: Path) -> None:
     assert [index.serial for index in indices] == [1, 2]
     assert all(index.run == run_id for index in indices)
     assert RunId().id != RunId().id
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../../other/checkpoints/step-00000006"])
+def test_a_latest_that_names_no_checkpoint_is_told(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path, 2, RunId())
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    found = directory.newest(tmp_path)
+    assert found.path is not None and found.path.name == "step-00000002"
+    assert len(found.warnings) == 1 and found.warnings[0].endswith("latest is damaged: it names no checkpoint")
+
+
+def test_a_folder_in_the_place_of_latest_is_refused_at_the_start(tmp_path: Path) -> None:
+    save(tmp_path, 2, RunId())
+    (tmp_path / "checkpoints" / "latest").unlink()
+    (tmp_path / "checkpoints" / "latest").mkdir()
+    with pytest.raises(ValueError, match=r"latest is a folder, .*; remove it"):
+        directory.newest(tmp_path)
+
+
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

@@ -170,3 +170,23 @@ def test_a_field_that_nothing_reads_is_told_once_a_source(tmp_path, caplog):
         Loader(run_config([source], lanes=1, row_tokens=128), 0, 1, LAYOUT, Characters(), FORM).next()
     told = [record.message for record in caplog.records if "nothing reads" in record.message]
     assert told == ["mine: nothing reads the fields pictures of its records"]
+
+
+@pytest.mark.parametrize("fields", [{"images": ["a.png"]}, {"image": "a.png"}])
+@pytest.mark.parametrize("text", ["what?", "<image>what?"])
+def test_a_field_of_a_message_is_placed_in_it(tmp_path, fields, text):
+    (tmp_path / "a.png").write_bytes(png())
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    asked = {"role": "user", "content": text, **fields}
+    lines(tmp_path, {"messages": [*said, asked, {"role": "assistant", "content": "red"}]})
+    made = document(source_of(tmp_path / "x.jsonl"))
+    assert made.startswith("||hello|hi|") and made.endswith("what?|red|") and made.count("#") == 4
+
+
+def test_an_item_that_a_part_and_a_field_name_is_a_bad_sample(tmp_path):
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "red"}]
+    lines(tmp_path, {"messages": said, "images": ["a.png"]})
+    (tmp_path / "a.png").write_bytes(png())
+    with pytest.raises(BadSample, match="the messages name items of image, and so do image, images beside them"):
+        document(source_of(tmp_path / "x.jsonl"))

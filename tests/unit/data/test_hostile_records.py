@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections import Counter
 
@@ -11,9 +12,13 @@ from megatron_gemini.config.data import SourceConfig
 from megatron_gemini.config.encoders import AudioConfig
 from megatron_gemini.data.loading.loader import Loader
 from megatron_gemini.data.operations.spec import OperationSpec
+from megatron_gemini.data.samples.captions import captions
 from megatron_gemini.data.samples.decode import SampleDecoder
+from megatron_gemini.data.samples.decode_json import decode_json
+from megatron_gemini.data.sources.columns import Structure
 from megatron_gemini.evaluation.validation import read_examples
 from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable, guarded
+from megatron_gemini.modalities.text.preprocess import decode_text
 from megatron_gemini.modalities.text.tokenizer import TextTokenizer
 from megatron_gemini.registry import OPERATIONS
 from tests.tiny_checkpoint import train_text_model
@@ -148,3 +153,21 @@ def test_the_number_of_bad_samples_is_that_of_the_list_below_it(tmp_path):
     first, *rows = str(error.value).splitlines()
     assert sum(int(row.split()[-1]) for row in rows) == int(first.split()[0]) > 0
     assert not any("filtered" in row for row in rows)
+
+
+@pytest.mark.parametrize("data", ["hi there".encode("utf-16-le"), b"a\0b", b"\0\0"])
+def test_a_text_with_nul_characters_is_no_text(data):
+    with pytest.raises(BadSample, match="NUL characters"):
+        decode_text(data)
+
+
+def test_json_in_another_encoding_is_refused():
+    assert decode_json(b"\xef\xbb\xbf[1]") == [1]
+    with pytest.raises(BadSample, match="not JSON"):
+        decode_json('{"text": "a"}'.encode("utf-16"))
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_no_caption(value):
+    with pytest.raises(BadSample, match="which is no text"):
+        captions([("text", Structure(json.dumps(value).encode()))])

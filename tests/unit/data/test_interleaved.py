@@ -44,6 +44,8 @@ def test_the_layouts_of_conversations_say_the_same():
         {"text_list": ["a"], "image_info": [{"image_name": "x"}]},
         {"text_list": ["a"], "image_info": [None]},
         {"text_list": [], "image_info": []},
+        {"texts": ["a", "b"], "images": ["0.png", None]},
+        {"text_list": ["a"], "images": ["0.png"], "image_info": []},
         {"items": [{"sound": "a"}]},
     ],
 )

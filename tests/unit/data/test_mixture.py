@@ -93,6 +93,14 @@ def test_weights_change_at_their_steps():
     assert {source for source, _ in draw(mix, 30, row=5)} == {1}
 
 
+def test_a_phase_begins_with_the_row_of_its_step_whichever_lane_draws_it():
+    """Row r of lane l is row lanes * r + l of the run: with 8 lanes and 2 rows a step, lane 7 begins in step 3."""
+    config = data(PhaseConfig(3, (0.0, 1.0)))
+    both = [Finite("a"), Finite("b")]
+    shares = [mixture(both, lane, 8, config, rows_per_step=2).shares(0) for lane in range(8)]
+    assert shares == [[0.5, 0.5]] * 6 + [[0.0, 1.0]] * 2
+
+
 def test_a_curriculum_that_does_not_fit_the_sources_is_refused():
     with pytest.raises(ValueError, match="gives 1 weights from step 5 on, and there are 2"):
         data(PhaseConfig(5, (1.0,)))

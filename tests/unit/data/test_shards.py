@@ -257,3 +257,9 @@ def test_only_the_shards_used_last_are_kept_in_memory(tmp_path, monkeypatch):
         assert len(shards._open) <= 2
     with pytest.raises(IndexError):
         shards.key(25)
+
+
+def test_a_folder_in_the_place_of_a_shard_is_called_one(tmp_path):
+    (tmp_path / "x.parquet").mkdir()
+    with pytest.raises(ValueError, match=r"matches .*; it is a folder: write .*x\.parquet/\* for the files in it"):
+        expand_shards(str(tmp_path / "x.parquet"))

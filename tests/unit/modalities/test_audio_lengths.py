@@ -176,3 +176,16 @@ def test_the_cover_of_a_sound_is_never_decoded(tmp_path):
     grown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     kilobytes = 1 if sys.platform != "darwin" else 1024
     assert int(grown) < 100_000 * kilobytes, "the picture takes 430 MB"
+
+
+@pytest.mark.parametrize("form", ["WAV", "RF64", "W64", "AIFF"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_a_file_that_is_shorter_than_its_header_says_was_cut(form, share):
+    file = io.BytesIO()
+    wave = np.sin(np.arange(16000) / 20).astype(np.float32)
+    soundfile.write(file, wave, SAMPLE_RATE, format=form, subtype="PCM_16")
+    data = file.getvalue()
+    assert len(decode_audio(data, 5.0)) == 16000
+    with pytest.raises(BadSample) as error:
+        decode_audio(data[: int(len(data) * share)], 5.0)
+    assert error.value.reason == "audio_truncated"
