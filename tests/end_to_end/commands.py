@@ -37,16 +37,16 @@ def signal_in_save() -> None:
 
 def kill_in_second_save() -> None:
     """SIGKILL half-way through the second checkpoint's weights."""
-    save_file, calls = training_state.save_file, []
+    write_tensors, calls = training_state.write_tensors, []
 
-    def killed(tensors: Any, path: Path) -> None:
-        save_file(tensors, path)
+    def killed(path: Path, tensors: Any) -> None:
+        write_tensors(path, tensors)
         calls.append(path)
         if len(calls) == 2:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    training_state.save_file = killed  # type: ignore[assignment]
+    training_state.write_tensors = killed  # type: ignore[assignment]
 
 
 ACCIDENTS: dict[str, Callable[[], None]] = {"": lambda: None}

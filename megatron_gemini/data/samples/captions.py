@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_gemini.data.samples.decode_json import decode_json
-from megatron_gemini.data.sources.columns import Structure, is_missing
+from megatron_gemini.data.samples.references import shown
+from megatron_gemini.data.sources.columns import FileName, Structure, is_missing
 from megatron_gemini.modalities.bad_sample import BadSample
 from megatron_gemini.modalities.text.preprocess import decode_text
 
@@ -27,6 +28,8 @@ def captions(found: Sequence[tuple[str, bytes]]) -> list[str]:
 
 
 def _contents(name: str, given: bytes) -> Iterator[bytes]:
+    if isinstance(given, FileName):
+        raise BadSample("bad_text", f"{name} names the file {shown(given.decode(errors='replace'))}, which is no text")
     if not isinstance(given, Structure):
         yield given
         return

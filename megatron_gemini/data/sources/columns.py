@@ -20,6 +20,10 @@ class Words(bytes):
     """A column's text, in UTF-8. Where an item of a modality is wanted, it may be a file's name or a data URL."""
 
 
+class FileName(Words):
+    """The path of a mapping that names a file, as tables of the Hugging Face hub hold images: no text to learn."""
+
+
 class Structure(bytes):
     """A column's list, mapping or number, as JSON. Text that looks the same is `Words`."""
 
@@ -34,6 +38,8 @@ def column_bytes(value: Cell) -> bytes | None:
         value = value["bytes"]
     elif isinstance(value, Mapping) and value and value.keys() <= {"bytes", "path"} and value.get("bytes") is None:
         value = value.get("path")
+        if isinstance(value, str):
+            return FileName(value.encode("utf-8", "surrogatepass"))
     if value is None or is_missing(value):
         return None
     if isinstance(value, bytes):

@@ -82,7 +82,9 @@ class Parquet(Table):
         there = self._columns[file]
         wanted = there if RECORD in names else [name for name in there if name in columns.values()]
         try:
-            record = {name: table.column(name)[number - begins[group]].as_py() for name in wanted}
+            record = {
+                name: table.column(name)[number - begins[group]].as_py(maps_as_pydicts="lossy") for name in wanted
+            }
         except UnicodeDecodeError:
             raise BadSample("bad_text", f"{self.key(sample)}: a text column is not UTF-8") from None
         found = {name: column_bytes(named_cell(record, places.get(name, [name]))) for name in names}

@@ -53,7 +53,8 @@ def conversation(description: Plain) -> list[SpokenTurn]:
         raise BadSample("bad_json", f"a conversation needs a list of {' or '.join(CONVERSATION_KEYS)}")
     said = [_message(message) for message in description]
     named = {kind for _, entries in said for kind, value in entries if value != _MARK}
-    if twice := [kind for kind in beside if kind in named]:
+    # Where marks say which of them is which, both may name some.
+    if twice := [kind for kind in beside if kind in named and kind not in _marks(said)]:
         fields = ", ".join(MODALITIES.get(twice[0]).beside)
         raise BadSample("bad_json", f"the messages name items of {twice[0]}, and so do {fields} beside them; keep one")
     _place(beside, said)

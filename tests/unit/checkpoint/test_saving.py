@@ -39,7 +39,7 @@ def test_roles_that_are_not_readable_are_one_line(engine: StillEngine, tmp_path:
 @pytest.mark.parametrize(
     ("module", "name", "stub"),
     [
-        (training_state, "save_file", full_in_rust),
+        (training_state, "write_tensors", full_in_rust),
         (training_state, "write_text", full),
         (training_state, "seal", full),
         (training_state.shutil, "copyfile", full),

@@ -15,7 +15,7 @@ from megatron_gemini.data.operations.spec import OperationSpec
 from megatron_gemini.data.samples.captions import captions
 from megatron_gemini.data.samples.decode import SampleDecoder
 from megatron_gemini.data.samples.decode_json import decode_json
-from megatron_gemini.data.sources.columns import Structure
+from megatron_gemini.data.sources.columns import Structure, column_bytes
 from megatron_gemini.evaluation.validation import read_examples
 from megatron_gemini.modalities.bad_sample import BadSample, DataUnreachable, guarded
 from megatron_gemini.modalities.text.preprocess import decode_text
@@ -171,3 +171,9 @@ def test_json_in_another_encoding_is_refused():
 def test_a_number_that_is_not_finite_is_no_caption(value):
     with pytest.raises(BadSample, match="which is no text"):
         captions([("text", Structure(json.dumps(value).encode()))])
+
+
+@pytest.mark.parametrize("value", [{"path": "a.png", "bytes": None}, {"path": "x.txt"}])
+def test_the_name_of_a_file_is_no_caption(value):
+    with pytest.raises(BadSample, match=r"text names the file .*, which is no text"):
+        captions([("text", column_bytes(value))])

@@ -192,3 +192,9 @@ def test_row_groups_are_kept_by_their_bytes_and_large_ones_are_shuffled_in_small
     monkeypatch.setattr(parquet_files, "MAX_GROUP_BYTES", one - 1)
     with pytest.raises(ValueError, match=r"a row group of .* has .* bytes; write it with at most"):
         Parquet([str(path)], ["text"])
+
+
+def test_a_column_of_maps_is_read_by_key(tmp_path):
+    maps = pa.array([[("de", "rot"), ("en", "red")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"text": maps}), tmp_path / "x.parquet")
+    assert Parquet([str(tmp_path / "x.parquet")], ["text"]).read(0, ["text"]) == {"text": b'{"de": "rot", "en": "red"}'}
