@@ -193,6 +193,7 @@ def test_a_conversation_is_learned_on_the_assistants_turns():
         (("decode", "resize(token=3)", "format", "tokenize"), "'token' is no argument .* did you mean tokens?"),
         (("decode", "resize(tokens=many)", "format", "tokenize"), "tokens is 'many'; it must be a number"),
         (("decode", "crop(smallest=2)", "format", "tokenize"), "smallest is 2; it must be above 0"),
+        (("decode", "format(caption_dropout=2)", "tokenize"), "caption_dropout is 2; it is a share, at most 1"),
         (("resize", "decode", "format", "tokenize"), "must begin with decode"),
         (("decode", "tokenize", "format"), "must begin with decode"),
         (("decode", "os.system(x=1)", "format", "tokenize"), "is written like resize"),

@@ -36,3 +36,9 @@ def test_a_large_vocabulary_takes_layers_from_the_last_stage():
 def test_more_stages_than_layers_are_an_error():
     with pytest.raises(ValueError, match=r"5 stages need as many layers, but there are 4"):
         split_layers(4, 5, 1.0, 0.0)
+
+
+def test_long_rows_make_layers_dearer_beside_the_head() -> None:
+    model = ModelConfig(width=64, layers=12, heads=4, kv_heads=1, head_width=16, mlp_width=128)
+    last = [len(stage_layers(model, 32_000, row_tokens, 3)[-1]) for row_tokens in (64, 1 << 20)]
+    assert last == [1, 4]
