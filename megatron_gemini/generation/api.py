@@ -124,7 +124,7 @@ class Generator:
             for answer in parts
         ]
 
-    def _is_drawing(self, part: object) -> TypeGuard[Codes]:
+    def _is_drawing(self, part: str | list[int] | Codes) -> TypeGuard[Codes]:
         return isinstance(part, Codes) and part.target in self._drawn
 
     @torch.inference_mode()
