@@ -112,27 +112,8 @@ def name(layout: dict) -> str:
     return ",".join(f"{key}={value}" for key, value in layout.items())
 
 
-ELSEWHERE = {"zero_stage": 3, **CPU}
-"""The layout of two ranks whose checkpoint those of more ranks go on from."""
-COMBINED: dict[int, list[dict[str, Any]]] = {
-    4: [
-        {"tensor": 2, "sequence": True, "zero_stage": 2, **CPU},  # with recomputation besides
-        {"pipeline": 2, "zero_stage": 2, **CPU},  # over two data ranks too: ZeRO-3 with a stage of the encoders' own
-        {"tensor": 2, "pipeline": 2, "zero_stage": 3, **CPU},  # with the toy connectors, and with recomputation besides
-        {"tensor": 2, "sequence": True, "pipeline": 2, "zero_stage": 3, **ALL_CPU},  # the same
-    ]
-}
-"""Of these the parts are in other layouts, together with more: they run with the long tests."""
-
-
-def is_long(world: int, layout: dict) -> bool:
-    return world in (1, 8) or layout in COMBINED.get(world, [])
-
-
 CASES = [
-    pytest.param(
-        world, layout, id=f"{world}-{name(layout)}", marks=[pytest.mark.long] if is_long(world, layout) else []
-    )
+    pytest.param(world, layout, id=f"{world}-{name(layout)}", marks=[pytest.mark.long] if world in (1, 8) else [])
     for world, layouts in LAYOUTS.items()
     for layout in layouts
 ]
@@ -222,30 +203,18 @@ def whole(directory: Path, layout: dict) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
-    """results(world, layout): what its launch found. The layouts of a world size whose tests were chosen are launched
-    together, when the first is asked for."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """results(world, layout): what its launch found; launched when first asked for, once a world size."""
     folder = tmp_path_factory.mktemp("layouts")
-    calls = [
-        item.callspec.params
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.module is request.module
-    ]
-    chosen = {
-        world: [each for each in layouts if {"world": world, "layout": each} in calls]
-        for world, layouts in LAYOUTS.items()
-    }
-    if (chosen[4] or chosen[8]) and ELSEWHERE not in chosen[2]:
-        chosen[2].append(ELSEWHERE)
 
     @functools.cache
     def of_world(world: int) -> dict[str, dict]:
         if world == 1 and not nvme_builds():
             pytest.skip("offload to NVMe needs libaio's headers and a compiler")
-        elsewhere = "" if world <= 2 else of_world(2)[name(ELSEWHERE)].get("checkpoint", "")
-        found = launch(world, chosen[world], folder / f"{world}.json", elsewhere)
+        elsewhere = "" if world <= 2 else of_world(2)[name({"zero_stage": 3, **CPU})].get("checkpoint", "")
+        found = launch(world, LAYOUTS[world], folder / f"{world}.json", elsewhere)
         pieces = [folder / f"{world}-{number}" for number in range(len(found))]
-        pairs = zip(chosen[world], found, pieces, strict=True)
+        pairs = zip(LAYOUTS[world], found, pieces, strict=True)
         return {name(layout): result | {"pieces": where} for layout, result, where in pairs}
 
     def result(world: int, layout: dict) -> dict:
