@@ -28,6 +28,7 @@ from megatron_gemini.modalities.image.preprocess import decode_image, signed_pix
 from megatron_gemini.modalities.image.spec import IMAGE
 
 logger = logging.getLogger(__name__)
+ENDINGS = IMAGE.members  # what this objective trains on is images, whatever else the samples hold
 
 
 class ImageLoader:
@@ -51,10 +52,10 @@ class ImageLoader:
             (number, sample)
             for number, shards in enumerate(self.shards)
             for sample in range(len(shards))
-            if any(ending in shards.endings(sample) for ending in IMAGE.members)
+            if any(ending in shards.endings(sample) for ending in ENDINGS)
         ]
         if not self.samples:
-            endings = ", ".join(IMAGE.members)
+            endings = ", ".join(ENDINGS)
             raise ValueError(f"data.sources ({', '.join(_paths(config.data.sources))}) hold no image ({endings})")
         self.skipped: Counter[str] = Counter()
         self._bad: dict[int, BadSample] = {}
@@ -126,7 +127,7 @@ class ImageLoader:
                 number, sample = self.samples[chosen]
                 with guarded("decode", self.shards[number].key(sample)):
                     # One image of a sample, in the first of the known formats that it has.
-                    ending = [ending for ending in IMAGE.members if ending in self.shards[number].endings(sample)][:1]
+                    ending = [ending for ending in ENDINGS if ending in self.shards[number].endings(sample)][:1]
                     (data,) = list(self.shards[number].read(sample, ending).values())[:1]
                     image = square_image(decode_image(data), self.config.image_tokenizer.image_size)
             except BadSample as error:
