@@ -62,7 +62,8 @@ def read_entry(item: Plain) -> Entry:
 
 def _mmc4(description: Mapping[str, Plain]) -> list[Entry]:
     texts, images = _list(description, "text_list"), _list(description, MMC4_ITEMS)
-    if description.get(OBELICS_ITEMS):
+    others = description.get(OBELICS_ITEMS)
+    if isinstance(others, list) and any(each is not None for each in others):
         raise BadSample("bad_json", f"it has both {MMC4_ITEMS} and {OBELICS_ITEMS}; keep one of them")
     before: dict[int, list[Entry]] = {}  # several images may belong to one sentence
     for image in images:
@@ -78,7 +79,7 @@ def _obelics(description: Mapping[str, Plain]) -> list[Entry]:
     if len(texts) != len(images):
         raise BadSample("bad_json", f"{len(texts)} texts and {len(images)} images; they stand beside each other")
     for text, image in zip(texts, images, strict=True):
-        if image is not None and text is not None and not is_missing(text):
+        if image is not None and not is_missing(image) and text is not None and not is_missing(text):
             raise BadSample("bad_json", f"a text and an image at one place: {shown(text)}; one of them is null")
     both = [
         (TEXT, text) if text is not None and not is_missing(text) else (_seen(), image)

@@ -15,6 +15,13 @@ def test_the_layouts_of_documents_say_the_same():
     assert document_entries({"items": own}) == document_entries(own) == document_entries(obelics) == EXPECTED
 
 
+def test_what_pandas_writes_for_a_missing_image_is_no_image_beside_a_text():
+    missing = float("nan")
+    obelics = {"texts": [missing, "a", "b", None], "images": ["0.png", missing, None, "1.png"]}
+    assert document_entries(obelics) == EXPECTED
+    assert document_entries({"text_list": ["a"], "image_info": [], "images": missing}) == [("text", "a")]
+
+
 def test_an_image_of_mmc4_stands_before_its_sentence():
     images = [{"image_name": "1.png", "matched_text_index": 1}, {"image_name": "0.png", "matched_text_index": 0}]
     entries = document_entries({"text_list": ["a", "b"], "image_info": images, "url": "http://x"})
