@@ -44,6 +44,8 @@ def expand_shards(pattern: str) -> list[str]:
         raise ValueError("a data source has no shards; set its `shards` to a path such as data/train-{000..015}.tar")
     paths: list[str] = []
     for name in _expand_braces(pattern):
+        if is_url(name):
+            _store(name)  # a client that is not installed is not waited for
         found = patiently(partial(_matches, name), name, MISTAKES)
         if not found:
             raise ValueError(f"no shard matches {name!r}{'' if is_url(name) else _nearest(name)}")

@@ -338,3 +338,13 @@ def test_a_build_ends_where_the_storage_stays_away(monkeypatch):
     monkeypatch.setattr(examine, "read_file", away)
     with pytest.raises(DataUnreachable):
         examine.Examiner(Filters(), Fetcher(), 100)(Record(0, "a.png", caption="x"))
+
+
+def test_a_client_that_is_not_installed_is_told_at_once(monkeypatch, slept):
+    def absent(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", absent)
+    with pytest.raises(ValueError, match="needs a client that is not installed"):
+        expand_shards("s3://bucket/x.tar")
+    assert slept == []
