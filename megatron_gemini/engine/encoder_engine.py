@@ -101,8 +101,9 @@ class EncoderEngine:
     @contextlib.contextmanager
     def _held(self, forwards: int) -> Iterator[None]:
         """Under ZeRO-3, weights that several forwards need are gathered once for all of them."""
-        # A single forward needs each layer once: DeepSpeed gathers and releases one after another, in less memory.
-        if not self.engine.gathers or forwards < 2:
+        # A single forward needs each layer once: DeepSpeed gathers and releases one after another, in less memory. Of
+        # few weights, all in one go are faster.
+        if not self.engine.gathers or (forwards < 2 and not self.engine.keeps):
             yield
             return
         self.engine.hold()

@@ -144,12 +144,13 @@ class WholeModelEngine(Engine[Sequence[Microbatch], Loss], Generic[Microbatch, L
 
     def forward_backward(self, step: Sequence[Microbatch], weight: float, collect: Callable[[Loss], None]) -> None:
         scale = self.topology.data_size / weight  # DeepSpeed averages over the data-parallel ranks
-        for index, batch in enumerate(step):
-            output = self.whole.forward(batch)
-            self.whole.backward(output.loss * scale, boundary=index == len(step) - 1)
-            collect(output)
+        with self.whole.kept():
+            for index, batch in enumerate(step):
+                output = self.whole.forward(batch)
+                self.whole.backward(output.loss * scale, boundary=index == len(step) - 1)
+                collect(output)
 
     def evaluate(self, step: Sequence[Microbatch], collect: Callable[[Loss], None]) -> None:
-        with self.whole.evaluating():
+        with self.whole.evaluating(), self.whole.kept():
             for batch in step:
                 collect(self.whole.forward(batch))

@@ -35,7 +35,7 @@ class FrozenEngine(ModuleEngine[P, Output]):
         super().__init__(config, groups, zero_stage(settings), device)
         self.divided = self.stage == 3  # ZeRO-1 and 2 divide what is not there
         self.deepspeed: CallableEngine[P, Output] | None = None
-        self.gathers = self.stage == 3
+        self.gathers, self.keeps = self.stage == 3, False
         settings = without_optimizer(settings)
         with self.alone():
             self.module = self.build(build, settings, trained=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.groups import EngineGroups, ModelParallelUnit
-from megatron_gemini.engine.internals import gathering
+from megatron_gemini.engine.internals import gathering, ranges
 from megatron_gemini.engine.internals.fragments import Fragment
 from megatron_gemini.engine.internals.partitioned import fill_initial_values
 from megatron_gemini.engine.internals.types import CallableEngine
@@ -45,20 +45,24 @@ class ModuleEngine(ABC, Generic[P, Output]):
     """A module on the ranks of `groups`. stage: ZeRO's.
 
     module: its parameters have the names of the whole model. deepspeed: None where DeepSpeed has nothing to do.
-    fragments: this rank's pieces of the parameters. gathers: whether weights are gathered before use.
-    divided: whether each data rank has pieces of its own; else all have the same.
+    fragments: this rank's pieces of the parameters. gathers: whether weights are gathered before use. keeps: whether
+    they are few enough to stay gathered through a step. divided: whether each data rank has pieces of its own; else all
+    have the same.
     """
 
     module: nn.Module
     deepspeed: CallableEngine[P, Output] | None
     fragments: list[Fragment]
     gathers: bool
+    keeps: bool
     divided: bool
 
     def __init__(self, config: RunConfig, groups: EngineGroups, stage: int, device: torch.device) -> None:
         self.config, self.groups, self.stage, self.device = config, groups, stage, device
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.unit = ModelParallelUnit(groups) if groups.data_group is not None else None
+        if device.type == "cpu":
+            ranges.leave_out()
 
     @abstractmethod
     def forward(self, *inputs: P.args, **named: P.kwargs) -> Output:
@@ -106,6 +110,18 @@ class ModuleEngine(ABC, Generic[P, Output]):
         """End `hold`."""
         assert self.deepspeed is not None
         gathering.release(self.deepspeed)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """All forwards and backwards of a step, or of an evaluation: weights stay gathered inside, if it `keeps`."""
+        if not self.keeps:
+            yield
+            return
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
 
     def owned(self) -> list[Fragment]:
         """The pieces that this rank answers for, so that every element of the model is one rank's, once.

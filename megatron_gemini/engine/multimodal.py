@@ -89,10 +89,11 @@ class MultimodalEngine(Engine[StepRows, LossOutput]):
         if self.pipeline is not None:
             self.pipeline.run(rows, collect, scale)
         else:
-            for index, row in enumerate(rows):
-                output = cast(LossOutput, self.decoder[0].forward(row=row))  # the whole decoder gives a loss
-                self.decoder[0].backward(output.loss * scale, boundary=index == len(rows) - 1)
-                collect(output)
+            with self.decoder[0].kept():
+                for index, row in enumerate(rows):
+                    output = cast(LossOutput, self.decoder[0].forward(row=row))  # the whole decoder gives a loss
+                    self.decoder[0].backward(output.loss * scale, boundary=index == len(rows) - 1)
+                    collect(output)
         self.encoder_engines.backward()
 
     def evaluate(self, step: StepRows, collect: Collect) -> None:
@@ -104,6 +105,7 @@ class MultimodalEngine(Engine[StepRows, LossOutput]):
             if self.pipeline is not None:
                 self.pipeline.run(rows, collect, None)
                 return
+            stack.enter_context(self.decoder[0].kept())
             for row in rows:
                 collect(cast(LossOutput, self.decoder[0].forward(row=row)))
 

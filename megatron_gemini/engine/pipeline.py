@@ -7,6 +7,7 @@ they are used, where torch keeps those of all microbatches for ever.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Generic, TypedDict, TypeVar, cast
@@ -175,6 +176,16 @@ class Pipeline(Generic[Output]):
         """
         for one in self.stages:
             one.begin(len(rows), collect, scale is not None)
+        with contextlib.ExitStack() as kept:
+            # Breadth-first a stage is held for its own microbatches alone, which are all in a row.
+            for one in () if self.schedule == "breadth_first" else self.stages:
+                kept.enter_context(one.engine.kept())
+            self._run(rows, scale)
+        # What torch keeps of a step until the next one: inputs and outputs of all microbatches.
+        for one in self.stages:
+            one.clear_runtime_states()
+
+    def _run(self, rows: Sequence[Row], scale: float | None) -> None:
         key = (len(rows), scale is not None)
         if key not in self._schedules:
             self._schedules[key] = self._new_schedule(*key)
@@ -187,9 +198,6 @@ class Pipeline(Generic[Output]):
             schedule._loss_fn = lambda output, _: output[0] * scale
             # torch looks a target up for every loss; here the loss is the last stage's output, and needs none.
             schedule._step_microbatches(kwarg_mbs=inputs, target_mbs=[None] * len(rows), return_outputs=False)
-        # What torch keeps of a step until the next one: inputs and outputs of all microbatches.
-        for one in self.stages:
-            one.clear_runtime_states()
 
     def _new_schedule(self, microbatches: int, backward: bool) -> schedules._PipelineSchedule:
         # A schedule is forward-only if it is made without a loss; `run` puts the real one in its place.

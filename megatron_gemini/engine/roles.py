@@ -129,8 +129,9 @@ class Role(Generic[Output]):
             self._pipeline.run(rows, collect, scale)
             return
         for engine in self.engines:  # one, or none
-            for index, row in enumerate(rows):
-                output = cast(Output, engine.forward(row=row))
-                if scale is not None and isinstance(engine, ZeroEngine):
-                    engine.backward(cast(HasLoss, output).loss * scale, boundary=index == len(rows) - 1)
-                collect(output)
+            with engine.kept():
+                for index, row in enumerate(rows):
+                    output = cast(Output, engine.forward(row=row))
+                    if scale is not None and isinstance(engine, ZeroEngine):
+                        engine.backward(cast(HasLoss, output).loss * scale, boundary=index == len(rows) - 1)
+                    collect(output)

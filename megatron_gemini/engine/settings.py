@@ -8,9 +8,13 @@ from typing import TypeAlias
 
 from megatron_gemini.config.engine import EngineConfig
 
+LIVE = 300_000_000
+"""Elements of weights that ZeRO-3 leaves gathered between uses, where a user's JSON does not say fewer."""
+
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 JsonObject: TypeAlias = dict[str, Json]
 
+_KEPT = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
 # There once a run: the policy's engine has them.
 _ONCE = ("tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "comms_logger")
 
@@ -41,6 +45,18 @@ def size_swap_buffers(settings: JsonObject, largest: int) -> None:
     if offload.get("device") == "nvme":
         # In whole blocks: DeepSpeed's asynchronous IO moves 1,024 bytes, or a multiple of that, at a time.
         offload.setdefault("buffer_size", -(-largest // 1024) * 1024)
+
+
+def most_kept(settings: JsonObject) -> int:
+    """The largest number of parameters that an engine leaves gathered from a step's first use to its last.
+
+    DeepSpeed itself leaves as many between a forward and its backward. None where the weights lie elsewhere, which is
+    asked for to save memory.
+    """
+    if "offload_param" in section(settings, "zero_optimization"):
+        return 0
+    given = [section(settings, "zero_optimization").get(key) for key in _KEPT]
+    return min([LIVE, *(int(value) for value in given if isinstance(value, int | float))])
 
 
 def at_stage(engine: EngineConfig, stage: int) -> EngineConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -17,7 +18,7 @@ from megatron_gemini.engine.internals.types import CallableEngine
 from megatron_gemini.engine.module_engine import ModuleEngine, Output, P, TypedModule
 from megatron_gemini.engine.norm import clip_gradients
 from megatron_gemini.engine.optimizer import build_optimizer, parameter_groups
-from megatron_gemini.engine.settings import JsonObject, section, size_swap_buffers, zero_stage
+from megatron_gemini.engine.settings import JsonObject, most_kept, section, size_swap_buffers, zero_stage
 
 
 class ZeroEngine(ModuleEngine[P, Output]):
@@ -60,6 +61,8 @@ class ZeroEngine(ModuleEngine[P, Output]):
         # One rank alone has all weights whole, unless they lie elsewhere.
         one_piece = groups.data_size == 1 and config.engine.offload_parameters == "none"
         self.gathers = self.stage == 3 and not one_piece
+        whole = sum(math.prod(fragment.shard_shape) for fragment in self.fragments)
+        self.keeps = self.gathers and whole <= most_kept(settings)
         if self.stage == 3 and one_piece:
             gathering.keep_whole(self.deepspeed)
 

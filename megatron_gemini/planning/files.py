@@ -10,8 +10,9 @@ from typing import cast
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.schema import Plain
 from megatron_gemini.engine.deepspeed_config import decided_values, merge, read_json
+from megatron_gemini.engine.settings import LIVE
 from megatron_gemini.planning.search import LayoutPlan
-from megatron_gemini.planning.zero_state import BUCKET, LIVE
+from megatron_gemini.planning.zero_state import BUCKET
 
 # DeepSpeed multiplies them out: with all three written, another number of rows would be a contradiction.
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -1,6 +1,6 @@
 """What a GPU and its node can do. Peaks and links from NVIDIA's data sheets; what of them is reached is assumed.
 
-Only `HOOK` has been measured by this project: estimates rank layouts, they do not promise throughput.
+Only `HOOK` and `KEPT` have been measured by this project: estimates rank layouts, they do not promise throughput.
 """
 
 from __future__ import annotations
@@ -47,5 +47,7 @@ LINKS = 0.7
 HOOK = 3e-4
 """Seconds of the host that ZeRO-3's hooks take for each module with parameters in each pass. Measured on a CPU by
 tools/bench/zero_hooks.py; on a GPU arithmetic may hide them."""
+KEPT = 8e-5
+"""The same where the weights stay gathered, and only what takes up the gradients is left. Measured by the same."""
 HOST = 0.5
 """Share of the host memory's rate that the CPU's Adam reaches."""

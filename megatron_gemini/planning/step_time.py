@@ -16,11 +16,11 @@ from megatron_gemini.config.engine import ParallelConfig
 from megatron_gemini.config.model import ModelConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.models.flops import model_flops_per_token
-from megatron_gemini.planning.hardware import ARITHMETIC, HOOK, HOST, LINKS, Gpu
+from megatron_gemini.planning.hardware import ARITHMETIC, HOOK, HOST, KEPT, LINKS, Gpu
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.memory import MEDIA
 from megatron_gemini.planning.parameters import Stage, reading_layers
-from megatron_gemini.planning.traffic import held, traffic
+from megatron_gemini.planning.traffic import held, kept, traffic
 from megatron_gemini.registry import CONNECTORS
 
 UPDATE = 30
@@ -153,14 +153,15 @@ def _of_rank(job: Job, rank: int, gpu: Gpu, links: Links) -> StepTime:
 
 
 def _hooks(job: Job, rank: int) -> float:
-    """Seconds of the host for one microbatch under ZeRO-3; weights that are held, or whole anyway, need no hooks."""
+    """Seconds of the host for one microbatch under ZeRO-3; weights that are whole anyway need no hooks."""
     config, stages = job.config, job.stages_of(rank)
-    if not job.zero.gathers or held(job):
+    if not job.zero.gathers:
         return 0.0
+    each = KEPT if held(job) or kept(job, stages) else HOOK
     # Modules with parameters of a layer: the attention's input and output, the MLP, and the two norms of its heads.
     modules = (5 if config.model.qk_norm else 3) * sum(len(stage.layers) for stage in stages)
     passes = 2 if config.engine.recompute == "none" else 3
-    return passes * (modules + stages[0].first + 2 * stages[-1].last) * HOOK
+    return passes * (modules + stages[0].first + 2 * stages[-1].last) * each
 
 
 def _update(job: Job, rank: int, gpu: Gpu, links: Links) -> float:

@@ -5,8 +5,10 @@ A ring of n ranks moves (n - 1) / n of what is gathered or scattered, and twice 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_gemini.engine.settings import LIVE
 from megatron_gemini.planning.activations import RowShare
 from megatron_gemini.planning.job import Job
 from megatron_gemini.planning.parameters import Stage, key_heads_read
@@ -15,8 +17,8 @@ from megatron_gemini.planning.zero_state import ZeroPlan
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes sent. tensor, context, pipeline: of one microbatch. gathers and reductions of ZeRO-3 and ZeRO-2 come with
-    every microbatch too (`data`), those of the other stages, and a held stage's gathers, once a step (`step`)."""
+    """Bytes sent. tensor, context, pipeline: of one microbatch. Gathers and reductions of ZeRO-3 and ZeRO-2 come with
+    every microbatch too (`data`). Those of the other stages, and gathers for all microbatches, come once (`step`)."""
 
     tensor: float
     context: float
@@ -47,8 +49,9 @@ def traffic(job: Job, pipeline_rank: int) -> Traffic:
     # A hidden state to the next stage, a gradient to the one before; the first and the last stage have one neighbor.
     sent = sum((number < last) + (number > 0) for number in numbers) if last else 0
     parameters = sum(stage.parameters for stage in stages)
-    each, once = _zero(parameters, job.zero, held(job))
-    encoders = sum(sum(_zero(count, job.encoder_engines_zero, once=True)) for count in job.trained)
+    gathers = 2 if held(job) else 1 if kept(job, stages) else 0
+    each, once = _zero(parameters, job.zero, gathers)
+    encoders = sum(sum(_zero(count, job.encoder_engines_zero, gathers=2)) for count in job.trained)
     return Traffic(tensor, context, sent * share.stream * model.width * share.element, each, once + encoders)
 
 
@@ -75,12 +78,21 @@ def held(job: Job) -> bool:
     return job.config.parallel.schedule == "breadth_first" and job.config.parallel.pipeline > 1
 
 
-def _zero(parameters: int, zero: ZeroPlan, once: bool) -> tuple[float, float]:
-    """(bytes every microbatch, bytes once a step) for gradients and weights. once: gathered once for all of them."""
+def kept(job: Job, stages: Sequence[Stage]) -> bool:
+    """Whether a rank's engines are so small that they keep ZeRO-3's weights gathered through a step."""
+    few = max(stage.parameters for stage in stages) <= LIVE
+    return few and job.zero.gathers and not job.zero.offload_parameters and not held(job)
+
+
+def _zero(parameters: int, zero: ZeroPlan, gathers: int) -> tuple[float, float]:
+    """(bytes every microbatch, bytes once a step) for gradients and weights.
+
+    gathers: of the weights in a step, for all microbatches; 0: two for each of them.
+    """
     whole = ring(zero.ranks) * parameters * zero.element
     # ZeRO-3 gathers weights in the forward and in the backward, and reduces gradients: three passes (ZeRO, section 7).
     if zero.stage == 3:
-        return (whole, 2 * whole) if once else (3 * whole, 0.0)
+        return (whole, gathers * whole) if gathers else (3 * whole, 0.0)
     if zero.stage == 2:
         return 2 * whole, whole
     return 0.0, (3 if zero.stage else 2) * whole

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_gemini.engine.settings import LIVE
 from megatron_gemini.planning.footprint import Bytes, Footprint
 
 FP32 = 4
 BUCKET = 50_000_000
 """Elements of gradients reduced at once, and of weights fetched ahead; `deepspeed_settings` tells DeepSpeed so."""
-LIVE = 300_000_000
-"""Elements of weights that ZeRO-3 leaves gathered between uses; `deepspeed_settings` tells DeepSpeed so."""
 ALLREDUCE = 500_000_000
 """Elements that DeepSpeed flattens for one all-reduce where ZeRO does not reduce (ZeRO-0, and ZeRO-1 in bf16)."""
 

@@ -22,8 +22,13 @@ from tests.distributed.rows import LAYOUT, loss_of, rows, step_rows, total_weigh
 from tests.distributed.train_layouts import topology_of
 
 CASES = [
-    {"pipeline": 2, "zero_stage": 3, "schedule": schedule, "virtual_stages": virtual}
-    for schedule, virtual in (("1f1b", 1), ("breadth_first", 1), ("breadth_first", 2))
+    {"pipeline": 2, "zero_stage": 3, "schedule": schedule, "virtual_stages": virtual, "few_live": few_live}
+    for schedule, virtual, few_live in (
+        ("1f1b", 1, True),
+        ("1f1b", 1, False),
+        ("breadth_first", 1, True),
+        ("breadth_first", 2, True),
+    )
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,11 @@ class Letters:
 
 def with_layout(**layout: Any) -> RunConfig:
     """CONFIG with settings of `parallel` and `engine` by name, and tied, frozen (encoders), frozen_connectors,
-    toy_connectors (see `with_toys`), encoder_engines_zero. roles are none of it."""
+    toy_connectors (see `with_toys`), encoder_engines_zero. few_live: no engine keeps its weights gathered through a
+    step, however small it is, as those of a large model. roles are none of it."""
     given = dict(layout)
+    if given.pop("few_live", False):
+        given["deepspeed_config"] = str(Path(__file__).with_name("few_live.json"))
     given.pop("roles", None)  # `layout_roles` makes them, and no setting
     tied, frozen = given.pop("tied", True), given.pop("frozen", "")
     sizes = {"mlp_width": given.pop("mlp_width", CONFIG.model.mlp_width)}

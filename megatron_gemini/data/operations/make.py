@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from megatron_gemini.data.operations.spec import Operation, Sample, Setting
 from megatron_gemini.data.samples.decode import over_items
-from megatron_gemini.data.samples.items import EncoderInput, Item, RawItem
+from megatron_gemini.data.samples.items import Codes, EncoderInput, Item, Text
 from megatron_gemini.modalities.spec import ItemOperation
 from megatron_gemini.registry import MODALITIES, OPERATIONS, nearest
 
@@ -82,7 +82,7 @@ def _change_items(of_items: Mapping[str, ItemOperation], setting: Setting, **arg
 
     def apply(sample: Sample, random: np.random.Generator) -> Sample:
         def change(item: Item) -> Item:
-            if isinstance(item, EncoderInput) or not isinstance(item, RawItem) or item.modality not in changes:
+            if isinstance(item, (Text, Codes, EncoderInput)) or item.modality not in changes:
                 return item
             changed: Item = changes[item.modality](item, random)
             return changed

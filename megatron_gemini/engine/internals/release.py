@@ -29,6 +29,7 @@ MODULES = {
         "NoGatherCoalescedHandle.wait",
     ),
     "deepspeed.utils.groups": ("mpu",),
+    "deepspeed.utils.nvtx": ("enable_nvtx",),
 }
 """What is used of DeepSpeed's modules, beside the objects of `types`."""
 

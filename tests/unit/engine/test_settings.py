@@ -10,7 +10,7 @@ import pytest
 from megatron_gemini.config.engine import EngineConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.deepspeed_config import deepspeed_config
-from megatron_gemini.engine.settings import at_stage, second_engine, section, zero_stage
+from megatron_gemini.engine.settings import LIVE, at_stage, most_kept, second_engine, section, zero_stage
 
 
 def settings_of(**engine: object) -> dict:
@@ -53,3 +53,18 @@ def test_monitors_and_profilers_stay_with_the_first():
 def test_something_else_than_an_object_is_named():
     with pytest.raises(ValueError, match=r"zero_optimization\.offload_param is 'cpu'; it must be an object"):
         section({"zero_optimization": {"offload_param": "cpu"}}, "zero_optimization", "offload_param")
+
+
+@pytest.mark.parametrize(
+    ("zero", "most"),
+    [
+        ({}, LIVE),
+        ({"stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}, LIVE),
+        ({"stage3_max_live_parameters": 7}, 7),
+        ({"stage3_max_reuse_distance": 1e6}, 10**6),
+        ({"stage3_max_live_parameters": "auto"}, LIVE),
+        ({"offload_param": {"device": "cpu"}}, 0),
+    ],
+)
+def test_weights_stay_gathered_as_far_as_the_user_allows(zero, most):
+    assert most_kept({"zero_optimization": zero}) == most

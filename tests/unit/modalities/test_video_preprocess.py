@@ -1,10 +1,12 @@
 """Clips become evenly sampled frames, and unusable ones one counted reason."""
 
 import io
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,3 +127,29 @@ def test_a_clip_is_encoded_until_two_agree(monkeypatch):
 def test_odd_sides_cannot_be_encoded():
     with pytest.raises(ValueError, match="even sides"):
         encode_video(_ramp(2, side=15), fps=2)
+
+
+def test_a_clip_has_one_scaler_of_one_thread(monkeypatch):
+    """PyAV makes another for each frame, with a thread for every core: most of the time of small clips."""
+    made, used = [], []
+
+    def reformat(*arguments, **named):
+        used.append(named["threads"])
+        return made[-1].reformat(*arguments, **named)
+
+    def scaler():
+        made.append(VideoReformatter())
+        return SimpleNamespace(reformat=reformat)
+
+    monkeypatch.setattr(preprocess, "VideoReformatter", scaler)
+    decode_video(CLIP, max_frames=9)
+    assert len(made) == 1 and used == [1] * 9
+
+
+def test_a_file_is_opened_once(monkeypatch):
+    """FFmpeg decodes frames whenever it opens one."""
+    opened = []
+    true_open = preprocess.open_media
+    monkeypatch.setattr(preprocess, "open_media", lambda *given: opened.append(1) or true_open(*given))
+    decode_video(CLIP, max_frames=9)
+    assert opened == [1]
