@@ -6,7 +6,6 @@ import atexit
 import os
 import socket
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -14,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_gemini.engine.build_locks import remove_stale_locks
 from megatron_gemini.engine.builds import use_own_build_folder
+from megatron_gemini.engine.internals.unused import no_shared_memory
 
 
 def choose_device() -> torch.device:
@@ -42,13 +42,9 @@ def join(device: torch.device) -> None:
         return
     use_own_build_folder()
     remove_stale_locks()
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     if device.type == "cpu":
-        # Take away the name of the shared memory of DeepSpeed's CPU collectives, once every rank has mapped it.
-        # DeepSpeed never does, and 66 MiB a rank would stay behind after every run.
-        dist.barrier()
-        job = f"{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
-        Path(f"/dev/shm/deepspeed_allreduce_buffer_{job}_{dist.get_rank()}").unlink(missing_ok=True)
+        no_shared_memory()
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def job_store() -> dist.Store:

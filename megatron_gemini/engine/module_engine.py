@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.groups import EngineGroups, ModelParallelUnit
-from megatron_gemini.engine.internals import gathering, ranges
+from megatron_gemini.engine.internals import gathering, unused
 from megatron_gemini.engine.internals.fragments import Fragment
 from megatron_gemini.engine.internals.partitioned import fill_initial_values
 from megatron_gemini.engine.internals.types import CallableEngine
@@ -62,7 +62,7 @@ class ModuleEngine(ABC, Generic[P, Output]):
         self.dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
         self.unit = ModelParallelUnit(groups) if groups.data_group is not None else None
         if device.type == "cpu":
-            ranges.leave_out()
+            unused.no_ranges()
 
     @abstractmethod
     def forward(self, *inputs: P.args, **named: P.kwargs) -> Output:

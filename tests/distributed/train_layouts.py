@@ -114,23 +114,32 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
             add_roles(engine, config)
         return engine
 
-    engine = build()
-    curve = train(engine, 0, STEPS, out)
-    progress = training_state.RunState(step=STEPS, optimizer_steps=STEPS)
-    path = training_state.save(engine, out, progress, {}, keep=1)
-    onward = train(engine, STEPS, STEPS + MORE)
-    again = build()
-    training_state.load(again, path)
-    result = {"curve": curve, "onward": onward, "resumed": train(again, STEPS, STEPS + MORE), "checkpoint": str(path)}
+    @groups_left_at_the_end()  # those of four engines at once would be hundreds of threads
+    def resumed(checkpoint: Path) -> list[list[float]]:
+        again = build()
+        training_state.load(again, checkpoint)
+        return train(again, STEPS, STEPS + MORE)
+
+    @groups_left_at_the_end()
+    def begun(checkpoint: Path) -> list[list[float]]:
+        nonlocal config
+        config = dataclasses.replace(config, init_from=(InitFromConfig(str(checkpoint)),))
+        engine = build()
+        initialize(engine)
+        return train(engine, STEPS, STEPS + 1)
+
+    with groups_left_at_the_end():
+        engine = build()
+        curve = train(engine, 0, STEPS, out)
+        progress = training_state.RunState(step=STEPS, optimizer_steps=STEPS)
+        path = training_state.save(engine, out, progress, {}, keep=1)
+        result = {"curve": curve, "onward": train(engine, STEPS, STEPS + MORE), "checkpoint": str(path)}
+        del engine
+    result["resumed"] = resumed(path)
     if elsewhere is not None and not NOT_PLAIN & set(layout):
-        other = build()
-        training_state.load(other, elsewhere)
-        result["moved"] = train(other, STEPS, STEPS + MORE)
+        result["moved"] = resumed(elsewhere)
     if elsewhere is not None and begins(layout):
-        config = dataclasses.replace(config, init_from=(InitFromConfig(str(elsewhere)),))
-        begun = build()
-        initialize(begun)
-        result["begun"] = train(begun, STEPS, STEPS + 1)
+        result["begun"] = begun(elsewhere)
     return result
 
 

@@ -16,14 +16,18 @@ import torch
 from megatron_gemini.engine.distributed import join, leave
 join(torch.device("cpu"))
 leave()
+import deepspeed.comm.comm
+print("operator:", getattr(deepspeed.comm.comm.cdb, "shm_comm_op", None))
 """
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is elsewhere on this system")
-def test_no_shared_memory_stays_behind():
+def test_no_operator_is_compiled_to_join_and_no_shared_memory_stays_behind(tmp_path: Path):
     port = str(free_port())
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-    subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True)
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, check=True, capture_output=True)
+    assert b"operator: None" in done.stdout and not list(tmp_path.iterdir())
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
 
 
