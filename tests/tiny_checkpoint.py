@@ -11,7 +11,7 @@ from megatron_gemini.checkpoint.directory import step_directory
 from megatron_gemini.checkpoint.extensions import Extensions
 from megatron_gemini.checkpoint.index import seal
 from megatron_gemini.checkpoint.inference import save_weights
-from megatron_gemini.checkpoint.pieces import Piece
+from megatron_gemini.checkpoint.piece import Piece
 from megatron_gemini.config.encoders import AudioConfig, VisionConfig
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.model import ImageTokenizerConfig, ModelConfig

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_gemini.checkpoint.pieces import WEIGHT, Piece, PieceReader, cut
+import torch
+
+from megatron_gemini.checkpoint.piece import WEIGHT, Piece
+from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.engine.internals.fragments import Fragment
 from megatron_gemini.parallel.parameters import placement_of
 
@@ -48,5 +51,7 @@ def fill(fragments: Sequence[Fragment], reader: PieceReader, kinds: Sequence[str
         piece = describe(fragment)
         for kind in kinds:
             target = fragment.master() if kind == WEIGHT else fragment.moment(kind)
-            # Whole and then cut, one at a time: the checkpoint's pieces end where other ranks wanted them to.
-            target.copy_(cut(reader.read(kind, fragment.name), piece))
+            if target.dtype == torch.float32 and target.device.type == "cpu" and target.is_contiguous():
+                reader.read_into(kind, piece, target.detach())
+            else:
+                target.copy_(reader.read_piece(kind, piece))

@@ -6,6 +6,7 @@ It is written last. It has a hash of itself, so that no bit of it can change uns
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,16 +14,14 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TypeAlias
 
+from megatron_gemini.checkpoint.blocks import DIGITS, Entry, block_count, hash_file
 from megatron_gemini.config.schema import Plain
 
 INDEX = "index.json"
-FORMAT = 2  # of the index, the pieces and the state together
+FORMAT = 3  # of the index, the pieces and the state together
 MAX_BYTES = 1 << 28  # a file of every one of 100,000 ranks; an index may be a stranger's
 _KEYS = {"format", "run", "parent", "serial", "files", "sha256"}
-Entry: TypeAlias = tuple[int, str]
-"""(bytes, SHA-256 in hexadecimal) of a file."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +72,43 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def seal(directory: Path, run: RunId | None = None, serial: int = 1) -> None:
-    """Flush every file to the disk, then write the index that makes a directory complete."""
-    files = sorted(_files(directory))
+def flush_directory(directory: Path) -> None:
+    """Flush the names in a directory to the disk: a file that was flushed may still lack its name after a crash."""
+    file = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:  # some network file systems know nothing like it
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(file)
+
+
+def seal(
+    directory: Path, run: RunId | None = None, serial: int = 1, entries: Mapping[str, Entry] | None = None
+) -> None:
+    """Write the index that makes a directory complete.
+
+    entries: of files that have been flushed, by those who wrote them. The others are read, and flushed, here.
+    """
+    found = dict(entries or {})
     # A rename may reach the disk before contents that were not flushed: the name would then stand for empty files.
-    for name in files:
+    for name in sorted(_files(directory) - found.keys()):
         with (directory / name).open("rb") as file:
             os.fsync(file.fileno())
-    entries: dict[str, Plain] = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": file_hash(directory / name)} for name in files
-    }
+        found[name] = hash_file(directory / name)
     run = run or RunId()
+    files: dict[str, Plain] = {name: {"bytes": each.size, "xxh3": each.hashes} for name, each in sorted(found.items())}
     content: dict[str, Plain] = {
         "format": FORMAT,
         "run": run.id,
         "parent": run.parent,
         "serial": serial,
-        "files": entries,
+        "files": files,
     }
     replace_text(directory / INDEX, json.dumps({**content, "sha256": _own_hash(content)}, indent=1))
+    for folder in {directory, *((directory / name).parent for name in found)}:
+        flush_directory(folder)
 
 
 def read_index(directory: Path) -> Index:
@@ -118,10 +135,10 @@ def decode(content: bytes) -> Index:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def verify_files(directory: Path, index: Index, names: Collection[str] = ()) -> None:
+def verify_files(directory: Path, index: Index, names: Collection[str] | None = None) -> None:
     """Compare files with the index, both ways. Raises ValueError that names the first that differs.
 
-    names: whose content is compared; none for all.
+    names: whose content is compared; None for all. Of the others only the size.
     """
     there = _files(directory)
     for name in sorted(index.files.keys() - there):
@@ -129,10 +146,10 @@ def verify_files(directory: Path, index: Index, names: Collection[str] = ()) -> 
     for name in sorted(there - index.files.keys()):
         # It would be read: descriptions of pieces are found by their names.
         raise ValueError(f"{directory}: {name} is not in {INDEX}; the checkpoint is damaged, or somebody has added it")
-    for name in names or index.files:
-        path, (size, digest) = directory / name, index.files[name]
+    for name, entry in index.files.items():
+        path = directory / name
         # The size first: it tells a copy that was cut off without reading it.
-        if path.stat().st_size != size or file_hash(path) != digest:
+        if path.stat().st_size != entry.size or ((names is None or name in names) and hash_file(path) != entry):
             raise ValueError(f"{path} is not what was saved (its hash differs); the checkpoint is damaged")
 
 
@@ -180,8 +197,8 @@ def _entry(name: str, entry: Plain) -> Entry:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or path.as_posix() != name or not path.parts or "\0" in name:
         raise ValueError(f"{name!r} is no name of a file in a checkpoint")
-    if isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}:
-        size, digest = entry["bytes"], entry["sha256"]
-        if type(size) is int and isinstance(digest, str):
-            return size, digest
-    raise ValueError(f"it does not say the bytes and the sha256 of {name!r}")
+    if isinstance(entry, dict) and entry.keys() == {"bytes", "xxh3"}:
+        size, hashes = entry["bytes"], entry["xxh3"]
+        if type(size) is int and isinstance(hashes, str) and len(hashes) == DIGITS * block_count(size):
+            return Entry(size, hashes)
+    raise ValueError(f"it does not say the bytes and the xxh3 of {name!r}")

@@ -13,7 +13,8 @@ from torch import nn
 
 from megatron_gemini.checkpoint.directory import read_newest, resolve, verify
 from megatron_gemini.checkpoint.extensions import Extensions, read_checkpoint_config
-from megatron_gemini.checkpoint.pieces import PieceReader, write_tensors
+from megatron_gemini.checkpoint.pieces import PieceReader
+from megatron_gemini.checkpoint.tensor_file import Outgoing, write_tensors
 from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, find_weights, open_weights, verify_weights
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.config.run import RunConfig
@@ -103,7 +104,8 @@ def _fill_image_tokenizer(directory: Path) -> ImageTokenizer:
 def save_weights(module: nn.Module, config: RunConfig, directory: Path) -> None:
     """Writes whole float32 weights, the configuration and the names in force: all that inference needs."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in module.named_parameters()}
+    named = module.named_parameters()
+    tensors = [Outgoing(name, tuple(p.shape), torch.float32, p.detach) for name, p in named]
     write_tensors(directory / WEIGHTS, tensors)
     Extensions.of(config).write(directory)
     (directory / "config.yaml").write_text(dump_config(config))

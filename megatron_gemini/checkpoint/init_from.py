@@ -20,7 +20,7 @@ from megatron_gemini.checkpoint.extensions import FILE, Extensions
 from megatron_gemini.checkpoint.fragments import describe
 from megatron_gemini.checkpoint.index import INDEX, file_hash
 from megatron_gemini.checkpoint.names import NameMap, map_names
-from megatron_gemini.checkpoint.pieces import cut
+from megatron_gemini.checkpoint.piece import cut
 from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, find_weights, open_weights, verify_weights
 from megatron_gemini.config.init_from import WHOLE, InitFromConfig
 from megatron_gemini.config.run import RunConfig

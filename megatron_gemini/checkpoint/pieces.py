@@ -1,89 +1,31 @@
-"""A checkpoint's tensors: every rank writes the pieces it owns, any layout reads them back.
-
-A piece is a range of one parameter's flattened tensor-parallel shard, as float32: the master weights and Adam's two
-moments. Beside the safetensors file of a rank lies a JSON that says where each piece belongs in the global tensor. So
-another number of ranks, or a single process, can assemble whole parameters, one at a time.
-"""
+"""What any layout reads back of a checkpoint's pieces: whole parameters, or the ranges that a rank holds of them."""
 
 from __future__ import annotations
 
 import json
 import math
-import stat
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict, cast
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from megatron_gemini.checkpoint.blocks import BlockCache
+from megatron_gemini.checkpoint.index import INDEX, Index, read_index
+from megatron_gemini.checkpoint.piece import WEIGHT, Piece
+from megatron_gemini.checkpoint.ranges import GLOBAL, LENGTH, LOCAL, overlaps, segments
+from megatron_gemini.checkpoint.tensor_file import TensorFile
 
-
-class PieceJson(TypedDict):
-    """A `Piece` in a JSON file."""
-
-    name: str
-    start: int
-    count: int
-    shard_shape: Sequence[int]
-    sharded_dim: int | None
-    shard_start: int
-    global_shape: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where a stored range belongs.
-
-    Elements [start, start + count) of a flattened shard of shape `shard_shape`, which begins at `shard_start` along
-    `sharded_dim` of the global tensor (None: the shard is the whole tensor).
-    """
-
-    name: str
-    start: int
-    count: int
-    shard_shape: tuple[int, ...]
-    sharded_dim: int | None
-    shard_start: int
-    global_shape: tuple[int, ...]
-
-    @staticmethod
-    def from_json(value: PieceJson) -> Piece:
-        """Raises ValueError, KeyError or TypeError for what `to_json` never writes: it may be a stranger's."""
-        shapes = [tuple(value[key]) for key in ("shard_shape", "global_shape")]
-        piece = Piece(
-            value["name"],
-            value["start"],
-            value["count"],
-            shapes[0],
-            value["sharded_dim"],
-            value["shard_start"],
-            shapes[1],
-        )
-        numbers = (piece.start, piece.count, piece.shard_start, *piece.shard_shape, *piece.global_shape)
-        if not isinstance(piece.name, str) or not all(type(each) is int and 0 <= each < 1 << 62 for each in numbers):
-            raise ValueError(f"a piece of {piece.name!r} has something else in the place of a number")
-        dims = [dim for dim, sizes in enumerate(zip(*shapes, strict=True)) if sizes[0] != sizes[1]]
-        dim = piece.sharded_dim
-        if dim is not None and not (type(dim) is int and 0 <= dim < len(shapes[0])):
-            raise ValueError(f"{piece.name} is divided along {dim!r}, which is no dimension of {shapes[1]}")
-        # Copied as it is, a smaller shard would be repeated over the whole.
-        if any(each != dim for each in dims) or piece.start + piece.count > math.prod(piece.shard_shape):
-            raise ValueError(f"a piece of {piece.name} does not lie in the shape {shapes[0]} or {shapes[1]}")
-        return piece
-
-    def to_json(self) -> PieceJson:
-        return cast(PieceJson, asdict(self))
+_AT_ONCE = 1 << 24
+"""Elements that are read at once, beside those that are kept."""
 
 
 class PieceReader:
-    """Whole parameters out of the pieces of a checkpoint directory.
+    """Parameters out of the pieces of a checkpoint directory, by ranges: of another layout's files it reads what it
+    needs.
 
+    What is read is compared with the index, block by block, where the directory has one.
     role: of the model beside the policy that is read (`engine/roles.py`); "" reads the policy, and nothing of the
         others. Names are those of the model itself.
     """
@@ -91,10 +33,11 @@ class PieceReader:
     def __init__(self, directory: Path, role: str = "") -> None:
         """Raises `ValueError` that names the file when a description is missing or unreadable."""
         self.directory, self._prefix = directory, f"{role}:" if role else ""
+        self._index: Index | None = read_index(directory) if (directory / INDEX).is_file() else None
         self._where: dict[str, list[tuple[Path, Piece]]] = defaultdict(list)
-        # Kept open: each is a memory map, of which reading a piece touches the piece's own pages only.
-        self._files: dict[Path, safe_open] = {}
-        self._keys: dict[Path, set[str]] = {}
+        self._files: dict[Path, TensorFile] = {}
+        self._cache = BlockCache()
+        self._fitting: set[str] = set()
         for description in sorted(directory.glob("rank-*.json")):  # so that every rank's error names the same file
             try:
                 pieces = [Piece.from_json(value) for value in json.loads(description.read_text())["pieces"]]
@@ -123,39 +66,86 @@ class PieceReader:
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """float32[global shape] of `weight`, `exp_avg` or `exp_avg_sq`."""
-        shape, key = self.shape(name), f"{kind}/{self._prefix}{name}"
+        shape = self.shape(name)
         # Before any memory is taken: a description may promise more than all files hold.
-        there = sum(self._count(path, key, piece.count) for path, piece in self._where[name])
-        if there < math.prod(shape):
-            raise ValueError(
-                f"{self.directory}: {there} of {math.prod(shape)} elements of {name} are there; a file is missing"
-            )
-        # Zeros would pass for weights where a rank's file was not copied, so what was written is counted instead.
-        whole = torch.empty(shape, dtype=torch.float32)
-        shards: dict[int, list[tuple[Path, Piece]]] = defaultdict(list)
-        for path, piece in self._where[name]:
-            shards[piece.shard_start].append((path, piece))
-        covered, end = 0, 0
-        for begin, entries in sorted(shards.items()):
-            piece = entries[0][1]
-            # Where two overlap, the count could be right and a part of the whole be what the memory held before.
-            if begin != end:
-                raise ValueError(f"{self.directory}: the shards of {name} begin at {begin} and end at {end}")
-            end += piece.shard_shape[piece.sharded_dim] if piece.sharded_dim is not None else 0
-            covered += _place(whole, self._shard(key, name, entries), piece)
-        if covered != whole.numel():
-            raise ValueError(
-                f"{self.directory}: {covered} of {whole.numel()} elements of {name} are there; a file is missing"
-            )
-        return whole
+        for path, stored in self._where[name]:
+            self._count(path, f"{kind}/{self._prefix}{name}", stored.count)
+        self._check_fit(name)
+        whole = torch.empty(math.prod(shape), dtype=torch.float32)
+        self.read_into(kind, Piece(name, 0, math.prod(shape), shape, None, 0, shape), whole)
+        return whole.view(shape)
 
     def weight(self, name: str) -> torch.Tensor:
         """float32[global shape], the weights alone."""
         return self.read(WEIGHT, name)
 
-    def _shard(self, key: str, name: str, entries: list[tuple[Path, Piece]]) -> torch.Tensor:
-        shape, filled = entries[0][1].shard_shape, 0
-        for _, piece in sorted(entries, key=lambda entry: (entry[1].start, entry[1].count)):
+    def read_into(self, kind: str, wanted: Piece, target: torch.Tensor) -> None:
+        """Fill target, float32[wanted.count] on the CPU, with what the wanted piece stands for; padding is zero."""
+        self._check_fit(wanted.name)
+        parts = segments(wanted)
+        length = int(parts[:, LENGTH].sum())
+        if length < wanted.count:
+            target.zero_()
+        filled = 0
+        for path, stored in self._where[wanted.name]:
+            common = overlaps(parts, segments(stored))
+            if len(common):
+                key = f"{kind}/{self._prefix}{wanted.name}"
+                self._count(path, key, stored.count)
+                self._copy(self._file(path, key), key, common, target)
+                filled += int(common[:, LENGTH].sum())
+        if filled != length:
+            raise ValueError(
+                f"{self.directory}: {filled} of {length} elements of {wanted.name} are there; a file is missing"
+            )
+
+    def read_piece(self, kind: str, wanted: Piece) -> torch.Tensor:
+        """float32[wanted.count] on the CPU, as `read_into`."""
+        found = torch.empty(wanted.count, dtype=torch.float32)
+        self.read_into(kind, wanted, found)
+        return found
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether this of a parameter was written: there are no moments of one that was frozen."""
+        key = f"{kind}/{self._prefix}{name}"
+        for path, piece in self._where[name]:
+            if piece.count:
+                return key in self._file(path, f"{WEIGHT}/{self._prefix}{name}")
+        return False
+
+    def _copy(self, file: TensorFile, key: str, common: np.ndarray, target: torch.Tensor) -> None:
+        for part in _at_once(common):
+            first, last = int(part[0, LOCAL]), int(part[-1, LOCAL] + part[-1, LENGTH])
+            values = file.read(key, first, last).float()
+            for to, begin, count in part.tolist():
+                target[to : to + count] = values[begin - first : begin - first + count]
+
+    def _check_fit(self, name: str) -> None:
+        """Raise ValueError unless the pieces of a parameter are all of it, each element once."""
+        if name in self._fitting:
+            return
+        shape = self.shape(name)
+        shards: dict[int, list[Piece]] = defaultdict(list)
+        for _, piece in self._where[name]:
+            shards[piece.shard_start].append(piece)
+        covered, end = 0, 0
+        for begin, pieces in sorted(shards.items()):
+            first = pieces[0]
+            self._check_shard(name, pieces)
+            # Where two overlap, the count could be right and a part of the whole be what the memory held before.
+            if begin != end:
+                raise ValueError(f"{self.directory}: the shards of {name} begin at {begin} and end at {end}")
+            end += first.shard_shape[first.sharded_dim] if first.sharded_dim is not None else 0
+            covered += sum(int(segments(piece)[:, LENGTH].sum()) for piece in pieces)
+        if covered != math.prod(shape):
+            raise ValueError(
+                f"{self.directory}: {covered} of {math.prod(shape)} elements of {name} are there; a file is missing"
+            )
+        self._fitting.add(name)
+
+    def _check_shard(self, name: str, pieces: list[Piece]) -> None:
+        shape, filled = pieces[0].shard_shape, 0
+        for piece in sorted(pieces, key=lambda piece: (piece.start, piece.count)):
             if piece.start != filled or piece.shard_shape != shape:
                 raise ValueError(f"{self.directory}: the pieces of {name} do not fit each other; a file is missing")
             filled += piece.count
@@ -164,68 +154,42 @@ class PieceReader:
                 f"{self.directory}: {filled} of {math.prod(shape)} elements of a shard of {name} are there; "
                 "a file is missing"
             )
-        flat = torch.empty(filled, dtype=torch.float32)
-        for path, piece in entries:
-            tensor = self._file(path, key).get_tensor(key).float()
-            flat[piece.start : piece.start + piece.count] = tensor.reshape(-1)
-        return flat.view(shape)
 
-    def _count(self, path: Path, key: str, expected: int) -> int:
-        """Elements of a tensor, which is not read. Raises ValueError if the file has not as many as expected."""
-        found = math.prod(self._file(path, key).get_slice(key).get_shape())
+    def _count(self, path: Path, key: str, expected: int) -> None:
+        found = self._file(path, key).count(key)
         if found != expected:
             raise ValueError(f"{path} holds {found} elements of {key}, its description says {expected}")
-        return found
 
-    def _file(self, path: Path, key: str) -> safe_open:
+    def _file(self, path: Path, key: str) -> TensorFile:
         """Raises ValueError if the file cannot be read, or lacks the tensor."""
-        try:
-            if path not in self._files:
-                self._files[path] = safe_open(path, framework="pt")
-                self._keys[path] = set(self._files[path].keys())
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is missing or damaged ({key}: {error})") from error
-        if key not in self._keys[path]:
+        if path not in self._files:
+            entry = self._index.files.get(path.name) if self._index else None
+            if self._index and entry is None:
+                raise ValueError(f"{path} is missing or damaged ({key}: it is not in {INDEX})")
+            try:
+                self._files[path] = TensorFile(path, entry, self._cache)
+            except OSError as error:
+                raise ValueError(f"{path} is missing or damaged ({key}: {error.strerror or error})") from error
+            except ValueError as error:
+                if str(path) in str(error):
+                    raise
+                raise ValueError(f"{path} is missing or damaged ({key}: {error})") from error
+        if key not in self._files[path]:
             raise ValueError(f"{path} is missing or damaged ({key} is not in it)")
         return self._files[path]
 
-    def has(self, kind: str, name: str) -> bool:
-        """Whether any rank has written this of a parameter: there are no moments of one that was frozen."""
-        key, found = f"{kind}/{self._prefix}{name}", False
-        for path, piece in self._where[name]:
-            self._file(path, f"{WEIGHT}/{self._prefix}{name}")
-            found = found or (piece.count > 0 and key in self._keys[path])
-        return found
 
-
-def _place(whole: torch.Tensor, shard: torch.Tensor, piece: Piece) -> int:
-    """Copy a shard to its place; rows that pad the vocabulary fall away. Returns the elements copied."""
-    if piece.sharded_dim is None:
-        whole.copy_(shard)
-        return whole.numel()
-    # How many rows pad the vocabulary depends on the number of tensor-parallel ranks: they belong to no global tensor.
-    dim = piece.sharded_dim
-    kept = max(0, min(shard.shape[dim], whole.shape[dim] - piece.shard_start))
-    target = whole.narrow(dim, min(piece.shard_start, whole.shape[dim]), kept)
-    target.copy_(shard.narrow(dim, 0, kept))
-    return target.numel()
-
-
-def cut(whole: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """The float32[count] that `piece` stands for, cut out of the whole parameter (padding rows are zero)."""
-    if piece.sharded_dim is not None:
-        dim, size = piece.sharded_dim, piece.shard_shape[piece.sharded_dim]
-        begin = min(piece.shard_start, whole.shape[dim])
-        kept = max(0, min(size, whole.shape[dim] - begin))
-        shard = whole.new_zeros(piece.shard_shape)
-        shard.narrow(dim, 0, kept).copy_(whole.narrow(dim, begin, kept))
-        whole = shard
-    return whole.reshape(-1)[piece.start : piece.start + piece.count]
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file that others may read if the umask lets them: the library's are the owner's alone."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(dict(tensors), path)
-    path.chmod(mode)
+def _at_once(common: np.ndarray) -> Iterator[np.ndarray]:
+    """`overlaps` in groups that reach over at most `_AT_ONCE` stored elements, long ones cut."""
+    pieces = -(-common[:, LENGTH] // _AT_ONCE)
+    if pieces.max() > 1:
+        at = np.repeat(np.arange(len(common)), pieces)
+        offset = (np.arange(len(at)) - np.repeat(pieces.cumsum() - pieces, pieces)) * _AT_ONCE
+        length = np.minimum(common[at, LENGTH] - offset, _AT_ONCE)
+        common = np.stack([common[at, GLOBAL] + offset, common[at, LOCAL] + offset, length], axis=1)
+    start = 0
+    while start < len(common):
+        reach = common[:, LOCAL] + common[:, LENGTH] - common[start, LOCAL]
+        stop = max(start + 1, int(np.searchsorted(reach, _AT_ONCE, side="right")))
+        yield common[start:stop]
+        start = stop

@@ -16,7 +16,7 @@ What a resume needs of a role:
   of the origin, which may then be deleted. So may that of a trained role.
 
 What fills an engine fills its roles too: `checkpoint.init_from.initialize` at a run's beginning, and
-`checkpoint.training_state.load` where it goes on.
+`checkpoint.load.load` where it goes on.
 """
 
 from __future__ import annotations

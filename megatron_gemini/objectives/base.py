@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from megatron_gemini.checkpoint.training_state import Asset
+from megatron_gemini.checkpoint.save import Asset
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Plain
 from megatron_gemini.engine.engine import Engine

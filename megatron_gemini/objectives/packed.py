@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_gemini.checkpoint.inference import load_image_tokenizer, save_weights
-from megatron_gemini.checkpoint.training_state import Asset
+from megatron_gemini.checkpoint.save import Asset
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.config.schema import Plain
 from megatron_gemini.contracts import StepRows, TokenLayout

@@ -10,9 +10,12 @@ from typing import Generic
 
 import torch.distributed as dist
 
-from megatron_gemini.checkpoint import directory, training_state
+from megatron_gemini.checkpoint import directory
 from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.checkpoint.init_from import initialize
+from megatron_gemini.checkpoint.load import load
+from megatron_gemini.checkpoint.run_state import RunState
+from megatron_gemini.checkpoint.save import Asset, save
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.data.sources.identity import shared_with_validation
 from megatron_gemini.engine.engine import StepResult
@@ -40,13 +43,13 @@ class Loop(Generic[Step, Output]):
         """lock: of the run's folder, on the rank that has it."""
         self.objective, self.config, self.engine = objective, objective.config, objective.engine
         self.main = objective.topology.rank == 0
-        self.state = training_state.RunState()
+        self.state = RunState()
         self.stop, self.lock = StopRequest(), lock
         self.resumed_from, self.began = resume.find(self.engine, objective.run_dir, self.config.train.resume)
         # `init_from` is of a run's beginning alone: after a resume it would undo what the run has learned.
         if self.resumed_from:
             self.began += resume.check_settings(self.resumed_from, self.config, objective.assets())
-            self.state = training_state.load(self.engine, self.resumed_from)
+            self.state = load(self.engine, self.resumed_from)
             objective.load_data_state(self.state.data)
             self.began += [f"going on from {self.resumed_from}", *self.state.told]
             if self.config.init_from:
@@ -189,8 +192,8 @@ class Loop(Generic[Step, Output]):
         if self.lock is not None:
             self.lock.check()
         self.state.data = self.data
-        assets: dict[str, training_state.Asset] = {"config.yaml": dump_config(self.config), **self.objective.assets()}
-        path = training_state.save(self.engine, self.objective.run_dir, self.state, assets, self.config.train.keep)
+        assets: dict[str, Asset] = {"config.yaml": dump_config(self.config), **self.objective.assets()}
+        path = save(self.engine, self.objective.run_dir, self.state, assets, self.config.train.keep)
         self.saved_to, self.saved_updates, self.save_due = path, self.state.optimizer_steps, False
         progress.note(f"saved {path}")
 

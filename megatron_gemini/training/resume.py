@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_gemini.checkpoint import directory as layout
+from megatron_gemini.checkpoint.blocks import Entry, hash_file
 from megatron_gemini.checkpoint.extensions import check_resumable, read_checkpoint_config
-from megatron_gemini.checkpoint.index import RunId, file_hash, read_index, replace_text, telling, verify_files
+from megatron_gemini.checkpoint.index import RunId, read_index, replace_text, telling, verify_files
 from megatron_gemini.checkpoint.publish import lineage, recover
-from megatron_gemini.checkpoint.training_state import Asset, read_progress
+from megatron_gemini.checkpoint.run_state import read_progress
+from megatron_gemini.checkpoint.save import Asset
 from megatron_gemini.config.on_resume import refuse_changes
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.engine.engine import Engine
@@ -109,10 +111,10 @@ def check_settings(directory: Path, config: RunConfig, assets: Mapping[str, Asse
     return [line for line in told if line]
 
 
-def _is_same(directory: Path, files: Mapping[str, tuple[int, str]], name: str, source: Asset) -> bool:
+def _is_same(directory: Path, files: Mapping[str, Entry], name: str, source: Asset) -> bool:
     """Whether an asset is what the checkpoint has of it; its weights, where it is a module."""
     if isinstance(source, Path) and source.is_file():
-        return name in files and files[name][1] == file_hash(source)
+        return name in files and files[name] == hash_file(source)
     if not callable(source):
         return True
     with tempfile.TemporaryDirectory() as folder:

@@ -19,10 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from megatron_gemini.checkpoint import training_state
 from megatron_gemini.checkpoint.fragments import describe
 from megatron_gemini.checkpoint.init_from import initialize
-from megatron_gemini.checkpoint.pieces import WEIGHT
+from megatron_gemini.checkpoint.load import load
+from megatron_gemini.checkpoint.piece import WEIGHT
+from megatron_gemini.checkpoint.run_state import RunState
+from megatron_gemini.checkpoint.save import save
 from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import Batch
@@ -166,17 +168,17 @@ def tiny(out: Path) -> dict[str, object]:
     write(first.engine, out / "begin", "weight")
     norms = [first.step(number, out / f"gradients-{number}") for number in range(STEPS)]
     write(first.engine, out / "end", "weight")
-    progress = training_state.RunState(step=STEPS, optimizer_steps=STEPS)
-    saved = training_state.save(first.engine, out, progress, {}, keep=1)
+    progress = RunState(step=STEPS, optimizer_steps=STEPS)
+    saved = save(first.engine, out, progress, {}, keep=1)
     found: dict[str, object] = {"norms": norms, "checkpoint": str(saved), "onward": first.step(STEPS)}
     again = TinyEngine(TINY)
-    training_state.load(again.engine, saved)
+    load(again.engine, saved)
     found["resumed"] = again.step(STEPS)
     another = TinyEngine(TINY, InitFromConfig(str(saved)))
     found["told"] = initialize(another.engine)
     write(another.engine, out / "from a checkpoint", "weight")
     try:
-        training_state.load(another.engine, saved)
+        load(another.engine, saved)
     except ValueError as error:
         found["another reference"] = str(error)
     return found
@@ -212,7 +214,7 @@ def multimodal(layout: dict[str, object], out: Path) -> dict[str, object]:
         engine.forward_backward(step_rows(everything, topology), total_weight(everything), lambda output: None)
         engine.step(1e-3)
     write(engine, out / "end", "weight")
-    saved = training_state.save(engine, out, training_state.RunState(step=2, optimizer_steps=2), {}, keep=1)
+    saved = save(engine, out, RunState(step=2, optimizer_steps=2), {}, keep=1)
     return {
         "reference": losses,
         "policy": policy,

@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_gemini.checkpoint.pieces import WEIGHT, PieceReader
+from megatron_gemini.checkpoint.piece import WEIGHT
+from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.models.stage import DecoderStage
 from megatron_gemini.parallel.parameters import initialize

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from megatron_gemini.checkpoint.inference import fill
-from megatron_gemini.checkpoint.pieces import WEIGHT, PieceReader
+from megatron_gemini.checkpoint.piece import WEIGHT
+from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.models.gemini import Gemini
 from megatron_gemini.parallel.parameters import initialize
 from megatron_gemini.parallel.tensor.layers import LayerFactory

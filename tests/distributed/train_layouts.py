@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_gemini.checkpoint import training_state
 from megatron_gemini.checkpoint.fragments import describe
 from megatron_gemini.checkpoint.init_from import initialize
-from megatron_gemini.checkpoint.pieces import WEIGHT
+from megatron_gemini.checkpoint.load import load
+from megatron_gemini.checkpoint.piece import WEIGHT
+from megatron_gemini.checkpoint.run_state import RunState
+from megatron_gemini.checkpoint.save import save
 from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.engine import engine as engine_module
 from megatron_gemini.engine.distributed import choose_device, end_process, join, leave
@@ -117,7 +119,7 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     @groups_left_at_the_end()  # those of four engines at once would be hundreds of threads
     def resumed(checkpoint: Path) -> list[list[float]]:
         again = build()
-        training_state.load(again, checkpoint)
+        load(again, checkpoint)
         return train(again, STEPS, STEPS + MORE)
 
     @groups_left_at_the_end()
@@ -131,8 +133,8 @@ def one_layout(layout: dict, out: Path, elsewhere: Path | None, device: torch.de
     with groups_left_at_the_end():
         engine = build()
         curve = train(engine, 0, STEPS, out)
-        progress = training_state.RunState(step=STEPS, optimizer_steps=STEPS)
-        path = training_state.save(engine, out, progress, {}, keep=1)
+        progress = RunState(step=STEPS, optimizer_steps=STEPS)
+        path = save(engine, out, progress, {}, keep=1)
         result = {"curve": curve, "onward": train(engine, STEPS, STEPS + MORE), "checkpoint": str(path)}
         del engine
     result["resumed"] = resumed(path)

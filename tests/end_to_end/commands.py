@@ -18,35 +18,36 @@ from pathlib import Path
 from typing import Any
 
 from megatron_gemini import train
-from megatron_gemini.checkpoint import training_state
+from megatron_gemini.checkpoint import save
 from megatron_gemini.cli import COMMANDS, run_command
 from megatron_gemini.cli import main as run_named
 
 
 def signal_in_save() -> None:
     """SIGTERM, and Ctrl-C after it, while a checkpoint is being written."""
-    seal = training_state.seal
+    seal = save.seal
 
     def interrupted(path: Path, *arguments: Any) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         seal(path, *arguments)
 
-    training_state.seal = interrupted  # type: ignore[assignment]
+    save.seal = interrupted  # type: ignore[assignment]
 
 
 def kill_in_second_save() -> None:
     """SIGKILL half-way through the second checkpoint's weights."""
-    write_tensors, calls = training_state.write_tensors, []
+    write_tensors, calls = save.write_tensors, []
 
-    def killed(path: Path, tensors: Any) -> None:
-        write_tensors(path, tensors)
+    def killed(path: Path, tensors: Any) -> Any:
+        entry = write_tensors(path, tensors)
         calls.append(path)
         if len(calls) == 2:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
+        return entry
 
-    training_state.write_tensors = killed  # type: ignore[assignment]
+    save.write_tensors = killed  # type: ignore[assignment]
 
 
 ACCIDENTS: dict[str, Callable[[], None]] = {"": lambda: None}

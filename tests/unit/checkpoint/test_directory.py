@@ -12,8 +12,8 @@ import torch
 
 from megatron_gemini.checkpoint import directory
 from megatron_gemini.checkpoint.index import RunId, read_index, seal
-from megatron_gemini.checkpoint.pieces import write_tensors
 from megatron_gemini.checkpoint.publish import publish, recover, remove
+from megatron_gemini.checkpoint.tensor_file import Outgoing, write_tensors
 
 
 class KilledError(BaseException):
@@ -245,7 +245,7 @@ def test_a_folder_in_the_place_of_latest_is_refused_at_the_start(tmp_path: Path)
 def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     before = os.umask(0o022)
     try:
-        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+        write_tensors(tmp_path / "a.safetensors", [Outgoing("a", (2,), torch.float32, lambda: torch.zeros(2))])
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

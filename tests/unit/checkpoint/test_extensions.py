@@ -15,7 +15,9 @@ from megatron_gemini.checkpoint.extensions import Extensions
 from megatron_gemini.checkpoint.index import INDEX, seal
 from megatron_gemini.checkpoint.inference import load_for_inference, load_image_tokenizer
 from megatron_gemini.checkpoint.init_from import initialize
-from megatron_gemini.checkpoint.training_state import RunState, load, save
+from megatron_gemini.checkpoint.load import load
+from megatron_gemini.checkpoint.run_state import RunState
+from megatron_gemini.checkpoint.save import save
 from megatron_gemini.config.encoders import EncoderConfig
 from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.config.run import RunConfig

@@ -71,7 +71,7 @@ def crafted(directory: Path, **changes: object) -> None:
     (directory / INDEX).write_text(json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}))
 
 
-ENTRY = {"bytes": 1, "sha256": "0" * 64}
+ENTRY = {"bytes": 1, "xxh3": "0" * 32}
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,15 @@ ENTRY = {"bytes": 1, "sha256": "0" * 64}
         ({"files": {"./config.yaml": ENTRY}}, "is no name of a file"),
         ({"files": {"a\0b": ENTRY}}, "is no name of a file"),
         ({"files": {"config.yaml": [1, "0"]}}, "does not say the bytes"),
-        ({"files": {"config.yaml": {"bytes": "1", "sha256": "0"}}}, "does not say the bytes"),
+        ({"files": {"config.yaml": {"bytes": "1", "xxh3": "0" * 32}}}, "does not say the bytes"),
+        ({"files": {"config.yaml": {"bytes": 1, "xxh3": "0" * 64}}}, "does not say the bytes"),
+        ({"files": {"config.yaml": {"bytes": 0, "xxh3": "0" * 32}}}, "does not say the bytes"),
         ({"files": [1]}, "is not what it should be"),
         ({"serial": True}, "is not what it should be"),
         ({"run": 3}, "is not what it should be"),
         ({"more": 3}, "its own hash differs"),
-        ({"format": 1}, "this version reads format 2"),
-        ({"format": [2]}, "no format number"),
+        ({"format": 2}, "this version reads format 3"),
+        ({"format": [3]}, "no format number"),
     ],
 )
 def test_a_crafted_index_is_refused(sealed: Path, changes: dict[str, object], said: str) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from megatron_gemini.checkpoint.pieces import Piece, PieceReader
+from megatron_gemini.checkpoint.piece import Piece
+from megatron_gemini.checkpoint.pieces import PieceReader
 
 HALF = {"start": 0, "count": 6, "shard_shape": [2, 3], "sharded_dim": 0, "shard_start": 0, "global_shape": [4, 3]}
 

@@ -11,8 +11,10 @@ import torch
 
 from megatron_gemini.checkpoint.directory import step_directory
 from megatron_gemini.checkpoint.init_from import initialize
+from megatron_gemini.checkpoint.load import load
 from megatron_gemini.checkpoint.pieces import PieceReader
-from megatron_gemini.checkpoint.training_state import RunState, load, save
+from megatron_gemini.checkpoint.run_state import RunState
+from megatron_gemini.checkpoint.save import save
 from megatron_gemini.config.init_from import InitFromConfig
 from megatron_gemini.config.run import RunConfig
 from megatron_gemini.contracts import TokenLayout

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 
-from megatron_gemini.checkpoint import directory, training_state
-from megatron_gemini.checkpoint.training_state import RunState, save
+from megatron_gemini.checkpoint import directory, load
+from megatron_gemini.checkpoint import save as saving
+from megatron_gemini.checkpoint.run_state import RunState
+from megatron_gemini.checkpoint.save import ROLES, SaveError, save
 from megatron_gemini.contracts import TokenLayout
 from tests.tiny_checkpoint import CONFIG
 from tests.unit.checkpoint.still_engine import StillEngine
@@ -25,24 +26,20 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some file")
 
 
-def full_in_rust(*_: object) -> None:
-    raise SafetensorError('Error while serializing: I/O error: Os { code: 28, message: "No space left on device" }')
-
-
 def test_roles_that_are_not_readable_are_one_line(engine: StillEngine, tmp_path: Path) -> None:
     for content in ("[1]", "{", "3"):
-        (tmp_path / training_state.ROLES).write_text(content)
+        (tmp_path / ROLES).write_text(content)
         with pytest.raises(ValueError, match=r"roles\.json is not readable: .*; the checkpoint is damaged$"):
-            training_state._check_origins(engine, tmp_path)
+            load._check_origins(engine, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("module", "name", "stub"),
     [
-        (training_state, "write_tensors", full_in_rust),
-        (training_state, "write_text", full),
-        (training_state, "seal", full),
-        (training_state.shutil, "copyfile", full),
+        (saving, "write_tensors", full),
+        (saving, "write_text", full),
+        (saving, "seal", full),
+        (saving.shutil, "copyfile", full),
         (os, "replace", full),
         (os, "mkdir", full),
     ],
@@ -55,7 +52,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
     with monkeypatch.context() as patch:
         patch.setattr(module, name, stub)
         progress.step = 2
-        with pytest.raises(ValueError, match=r"cannot write .*step-00000002: .*No space left on device.*; ") as error:
+        with pytest.raises(SaveError, match=r"cannot write .*step-00000002: .*No space left on device.*; ") as error:
             save(engine, tmp_path, progress, {"text.model": asset}, keep=1)
     assert "\n" not in str(error.value)
     assert directory.newest(tmp_path).path == before

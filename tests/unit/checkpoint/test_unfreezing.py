@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from megatron_gemini.checkpoint.index import seal
-from megatron_gemini.checkpoint.training_state import RunState, load, read_progress, save
+from megatron_gemini.checkpoint.load import load
+from megatron_gemini.checkpoint.run_state import RunState, read_progress
+from megatron_gemini.checkpoint.save import save
 from megatron_gemini.engine.engine import Engine
 from megatron_gemini.engine.frozen import FrozenEngine
 from megatron_gemini.parallel.topology import Topology
