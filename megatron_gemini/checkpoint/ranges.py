@@ -1,7 +1,7 @@
 """Which elements of a stored piece are those of a wanted one, whatever the layouts of both.
 
-A piece is a range of a flattened shard, and in the flattened global tensor a row of segments: one where the shard is
-cut along its first dimension or not at all, otherwise one for every index of the dimensions before.
+A piece is a range of a flattened shard. In the flattened global tensor it is a row of segments. There is one of them
+where the shard is cut along its first dimension, or not at all. Otherwise there is one for every index before.
 """
 
 from __future__ import annotations

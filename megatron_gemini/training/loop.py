@@ -15,7 +15,7 @@ from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.checkpoint.load import load
 from megatron_gemini.checkpoint.run_state import RunState
-from megatron_gemini.checkpoint.save import Asset, save
+from megatron_gemini.checkpoint.save import Asset, SaveError, save
 from megatron_gemini.config.load import dump_config
 from megatron_gemini.data.sources.identity import shared_with_validation
 from megatron_gemini.engine.engine import StepResult
@@ -62,6 +62,7 @@ class Loop(Generic[Step, Output]):
         self.waits_told = False
         self.skips = SkippedSteps(self.config.train.max_skipped_steps)
         self.save_due = False
+        self.failed_saves = 0
         self.saved_to = self.resumed_from
         self.saved_updates = self.state.optimizer_steps if self.resumed_from else -1  # those of the newest checkpoint
         # Kept apart from the lanes, which are a step ahead while the ranks agree: saved is what was trained on.
@@ -104,7 +105,7 @@ class Loop(Generic[Step, Output]):
                 self.save_due |= self._due(train.save_every)
                 # While steps are skipped the weights may be what is wrong, and a save rotates older ones away.
                 if self.save_due and not self.skips.in_a_row:
-                    self.save(progress)
+                    self.try_save(progress)
                 self.skips.check(self.state.step, self.state.step == train.steps, self._newest())
             self.save(progress)
             self.report_skipped(progress)
@@ -193,9 +194,18 @@ class Loop(Generic[Step, Output]):
             self.lock.check()
         self.state.data = self.data
         assets: dict[str, Asset] = {"config.yaml": dump_config(self.config), **self.objective.assets()}
+        self.save_due = False  # also where it fails: the next one is due at its own step
         path = save(self.engine, self.objective.run_dir, self.state, assets, self.config.train.keep)
-        self.saved_to, self.saved_updates, self.save_due = path, self.state.optimizer_steps, False
+        self.saved_to, self.saved_updates = path, self.state.optimizer_steps
         progress.note(f"saved {path}")
+
+    def try_save(self, progress: Progress) -> None:
+        """As `save`, in the midst of a run: one that fails is told and counted, and costs no step."""
+        try:
+            self.save(progress)
+        except SaveError as error:
+            self.failed_saves += 1
+            progress.note(f"warning: {error}; the run goes on ({self.failed_saves} of its saves have failed)")
 
     def _newest(self) -> str:
         return f"the newest checkpoint is {self.saved_to}" if self.saved_to else "there is no checkpoint yet"
@@ -236,6 +246,7 @@ class Loop(Generic[Step, Output]):
             "train_seconds": round(seconds, 3),
             "tokens_per_second": round(self.state.tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
+            "failed_saves": self.failed_saves,
         }
         write_text(self.objective.run_dir / "summary.json", json.dumps(summary, indent=1))
         try:

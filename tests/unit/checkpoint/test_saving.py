@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_gemini.checkpoint import directory, load
 from megatron_gemini.checkpoint import save as saving
@@ -60,3 +63,40 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(
     after = save(engine, tmp_path, progress, {"text.model": asset}, keep=1)
     assert directory.newest(tmp_path).path == after
     assert sorted(path.name for path in after.parent.iterdir()) == ["latest", "step-00000002"]
+
+
+class TwoRanks(StillEngine):
+    """Rank 0 of two; what the other one says is given."""
+
+    others: list[str]
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, ([], self.others.pop(0))]
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2])
+def test_what_fails_on_another_rank_fails_here_and_leaves_nothing(phase: int, tmp_path: Path) -> None:
+    two = TwoRanks(CONFIG, TokenLayout(300, (("image", 12),)))
+    two.topology = dataclasses.replace(two.topology, world=2)
+    two.others = [""] * phase + ["Input/output error"]
+    with pytest.raises(SaveError, match=r"cannot write .*step-00000001: Input/output error on rank 1; ") as error:
+        save(two, tmp_path, RunState(step=1), {}, keep=1)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "checkpoints").glob(".step-*"))
+    two.others = ["", "", ""]
+    assert directory.newest(tmp_path).path == (None if phase < 2 else directory.step_directory(tmp_path, 1))
+    directory.verify(save(two, tmp_path, RunState(step=2), {}, keep=1))
+
+
+def test_frozen_weights_are_written_once_in_their_own_precision(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, engine=dataclasses.replace(CONFIG.engine, precision="bf16"))
+    still = StillEngine(config, TokenLayout(300, (("image", 12),)))
+    path = save(still, tmp_path, RunState(step=1), {}, keep=1)
+    elements = sum(weight.numel() for weight in still.weights().values())
+    assert 2 * elements < (path / "rank-00000.safetensors").stat().st_size < 3 * elements
+    before = still.weights()
+    with torch.no_grad():
+        for parameter in still.frozen[0].module.parameters():
+            parameter.zero_()
+    load.load(still, path)
+    assert all(torch.equal(weight, before[name]) for name, weight in still.weights().items())

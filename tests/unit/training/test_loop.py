@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import signal
 from pathlib import Path
 
 import pytest
 
+from megatron_gemini.checkpoint import save as saving
 from megatron_gemini.checkpoint.directory import complete_steps, newest
+from megatron_gemini.checkpoint.save import SaveError
 from megatron_gemini.exit_status import NotLearningError
 from megatron_gemini.training import loop
 from megatron_gemini.training.loop import Loop
@@ -50,6 +54,34 @@ def test_a_run_without_one_trained_step_is_no_success_however_short(tmp_path: Pa
 def test_a_save_that_is_due_while_steps_are_skipped_waits_for_one_that_trains(tmp_path: Path) -> None:
     Loop(objective(tmp_path, [GOOD, BAD, BAD, GOOD, GOOD], save_every=2, keep=9)).run()
     assert saved(tmp_path) == [4, 5]
+
+
+def test_a_save_that_fails_is_counted_and_told_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, calls = saving.seal, []
+
+    def seal(*given: object, **named: object) -> None:
+        calls.append(given)
+        if len(calls) in (2, 3):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        true(*given, **named)
+
+    monkeypatch.setattr(saving, "seal", seal)
+    assert Loop(objective(tmp_path, [GOOD] * 5, save_every=1, keep=9)).run() == 0
+    assert saved(tmp_path) == [1, 4, 5]
+    assert json.loads((tmp_path / "summary.json").read_text())["failed_saves"] == 2
+    told = [line for line in capsys.readouterr().out.splitlines() if "No space left" in line]
+    assert len(told) == 2 and told[1].endswith("the run goes on (2 of its saves have failed)")
+
+
+def test_the_last_save_may_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def seal(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(saving, "seal", seal)
+    with pytest.raises(SaveError, match="Read-only file system"):
+        Loop(objective(tmp_path, [GOOD] * 2)).run()
 
 
 def test_the_end_of_a_run_writes_no_second_copy_of_the_same_weights(tmp_path: Path) -> None:
