@@ -31,7 +31,9 @@ COMMANDS = {
     "train": "train a model, or go on with a run that was stopped",
     "generate": "ask a trained model, in text, images, audio and video",
     "evaluate": "score a trained model on validation data",
+    "checkpoint": "list, verify, compare and prune checkpoints, or take their weights out",
 }
+_MODULES = {"checkpoint": "checkpoint_command"}  # the others are called as their commands are
 PATIENCE = 5.0  # DeepSpeed's launcher looks at its ranks once a second, torchrun more often
 _PEER_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -60,7 +62,7 @@ def _dispatch(argv: list[str]) -> int:
     command, rest = (argv[0], argv[1:]) if argv else ("", [])
     # By name: each command imports what it needs, and `--help` of this script none of it.
     if command in COMMANDS:
-        return importlib.import_module(f"megatron_gemini.{command}").main(rest)
+        return importlib.import_module(f"megatron_gemini.{_MODULES.get(command, command)}").main(rest)
     if command == "--version":
         print(f"megatron-gemini {__version__}")
     elif command in ("--help", "-h", "help"):

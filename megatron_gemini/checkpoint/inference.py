@@ -13,7 +13,6 @@ from torch import nn
 
 from megatron_gemini.checkpoint.directory import read_newest, resolve, verify
 from megatron_gemini.checkpoint.extensions import Extensions, read_checkpoint_config
-from megatron_gemini.checkpoint.pieces import PieceReader
 from megatron_gemini.checkpoint.tensor_file import Outgoing, write_tensors
 from megatron_gemini.checkpoint.weights import WEIGHTS, WeightReader, find_weights, open_weights, verify_weights
 from megatron_gemini.config.load import dump_config
@@ -65,7 +64,7 @@ def _load(directory: Path) -> Loaded:
     text_tokenizer = TextTokenizer(directory / "text.model")
     layout = TokenLayout(text_tokenizer.size, code_ranges(config))
     model = Gemini(config, layout, LayerFactory(Topology.serial()))
-    fill(model, PieceReader(directory), directory)
+    fill(model, open_weights(directory), directory)
     # A run that was not given the tokenizer of its codes, such as one on texts alone, has none in its checkpoints. One
     # that was lost is in the index, and was missed above.
     carried = directory / "image_tokenizer"

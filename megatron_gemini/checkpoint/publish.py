@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_gemini.checkpoint.directory import ASIDE, STEP, aside, complete, complete_steps, step_directory
-from megatron_gemini.checkpoint.index import Index, RunId, replace_text
+from megatron_gemini.checkpoint.index import Index, RunId, flush_directory, replace_text
 
 
 def remove(path: Path) -> None:
@@ -21,19 +22,26 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def publish(temporary: Path, final: Path, keep: int, run: RunId) -> None:
+def publish(temporary: Path, final: Path, keep: int, run: RunId, every: int = 0) -> None:
     """Rename a sealed directory into place, point `latest` at it, delete all but the newest `keep` of this run.
 
-    Checkpoints of another run in the same folder are left to the user.
+    every: checkpoints whose step is a multiple of it stay as well. Those of another run in the same folder are left to
+    the user.
     """
     replaced = _put(temporary, final)
+    flush_directory(final.parent)  # a crash of the machine may undo a rename that is not on the disk
     replace_text(final.parent / "latest", final.name + "\n")
     remove(replaced)
     steps = [(index, path) for index, path in complete_steps(final.parent.parent) if STEP.fullmatch(path.name)]
     mine = lineage(run, [index for index, _ in steps])
     own = [path for index, path in steps if index.run.id in mine]
-    for old in own[:-keep]:  # last: whatever ends the process before leaves one checkpoint too many, not too few
-        _delete(old)
+    for old in rotated(own, keep, every):  # last: whatever ends the process before leaves one too many, not too few
+        unpublish(old)
+
+
+def rotated(own: Sequence[Path], keep: int, every: int) -> list[Path]:
+    """Those of a run's checkpoints, in the order in which they were saved, that go."""
+    return [path for path in own[:-keep] if not every or int(path.name.removeprefix("step-")) % every]
 
 
 def lineage(run: RunId, indices: list[Index]) -> set[str]:
@@ -58,7 +66,8 @@ def _put(path: Path, final: Path) -> Path:
     return replaced
 
 
-def _delete(final: Path) -> None:
+def unpublish(final: Path) -> None:
+    """Delete a checkpoint, whole or not at all to those who read."""
     # Renamed first: a kill in the midst of the deletion would leave a part of it under the final name for ever.
     moved = aside(final, ".deleted")
     remove(moved)
@@ -85,7 +94,7 @@ def recover(run: Path) -> list[str]:
         there = complete(final)
         if there is None or there.serial < serial:
             if os.path.lexists(final):
-                _delete(final)
+                unpublish(final)
             os.replace(newest_copy, final)
             told.append(f"put back {final}, which was complete when the run was ended")
         for _, path in found:  # only now: until the rename each may have been the one complete copy

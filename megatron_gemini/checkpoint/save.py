@@ -41,10 +41,10 @@ class SaveError(ValueError):
     """A checkpoint could not be written, on all ranks alike. Those before it are whole."""
 
 
-def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset], keep: int) -> Path:
+def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset], keep: int, every: int = 0) -> Path:
     """Write a checkpoint; every rank calls it. Returns its directory.
 
-    progress.data: this rank's lanes only. assets: what else belongs in it, by name.
+    progress.data: this rank's lanes only. assets: what else belongs in it, by name. keep, every: as `publish`.
     Raises SaveError on every rank where one cannot write.
     """
     temporary, final = layout.temporary_directory(run, progress.step), layout.step_directory(run, progress.step)
@@ -59,7 +59,7 @@ def save(engine: Engine, run: Path, progress: RunState, assets: dict[str, Asset]
             _add(temporary / name, source)
         _write_state(engine, temporary, progress)
         seal(temporary, progress.run, layout.next_serial(run), entries)
-        publish(temporary, final, keep, progress.run)
+        publish(temporary, final, keep, progress.run, every)
 
     try:
         # What a killed save left is gone before anybody writes.

@@ -60,7 +60,8 @@ _TABLE: dict[str, dict[str, str]] = {
     "train": {
         FIXED: "seed",
         # The loader refuses another rows_per_step where the run does not stand between two of its steps.
-        FREE: "steps rows_per_step save_every keep validation_every validation_rows max_skipped_steps rank_timeout",
+        FREE: "steps rows_per_step save_every keep keep_every validation_every validation_rows max_skipped_steps "
+        "rank_timeout",
         OWN: "output_dir resume image_tokenizer",
     },
     "init_from.*": {OWN: "checkpoint module source rename allow_missing ignore"},

@@ -58,6 +58,8 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves only at the end (and when stopped)."""
     keep: int = 2
     """Checkpoints of this run that are kept; older ones are deleted, those of another run in the folder are not."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of it are kept for ever; 0 none."""
     validation_every: int = 0
     """Steps between validation losses; 0 never."""
     validation_rows: int = 8
@@ -74,7 +76,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # keep is above 0: the newest checkpoint is what a stopped run goes on from.
         positive(self, "train", "steps", "rows_per_step", "keep", "validation_rows", "max_skipped_steps")
-        at_least(self, "train", 0, "save_every", "validation_every", "seed", "rank_timeout")
+        at_least(self, "train", 0, "save_every", "keep_every", "validation_every", "seed", "rank_timeout")
 
 
 @dataclass(frozen=True)

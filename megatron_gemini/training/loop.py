@@ -195,7 +195,8 @@ class Loop(Generic[Step, Output]):
         self.state.data = self.data
         assets: dict[str, Asset] = {"config.yaml": dump_config(self.config), **self.objective.assets()}
         self.save_due = False  # also where it fails: the next one is due at its own step
-        path = save(self.engine, self.objective.run_dir, self.state, assets, self.config.train.keep)
+        train = self.config.train
+        path = save(self.engine, self.objective.run_dir, self.state, assets, train.keep, train.keep_every)
         self.saved_to, self.saved_updates = path, self.state.optimizer_steps
         progress.note(f"saved {path}")
 

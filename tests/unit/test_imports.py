@@ -26,7 +26,7 @@ LEVELS = (
     {"registry": set(), "plugins": set()},
     {"contracts": set(), "exit_status": set()},
 )
-ENTRY_POINTS = {"cli", "train", "generate", "evaluate", "plan"}
+ENTRY_POINTS = {"checkpoint_command", "cli", "train", "generate", "evaluate", "plan"}
 # Data stand beside the levels: they know of modalities how items are read, and of connectors how long runs become.
 DATA = {"contracts", "config", "registry", "plugins", "data", "modalities", "connectors"}
 READERS_OF_DATA = {"training", "evaluation", "objectives", "generation", "engine", "checkpoint"}

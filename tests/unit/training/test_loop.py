@@ -75,6 +75,11 @@ def test_a_save_that_fails_is_counted_and_told_and_the_run_goes_on(
     assert len(told) == 2 and told[1].endswith("the run goes on (2 of its saves have failed)")
 
 
+def test_some_checkpoints_are_kept_for_ever(tmp_path: Path) -> None:
+    Loop(objective(tmp_path, [GOOD] * 7, save_every=1, keep=1, keep_every=3)).run()
+    assert saved(tmp_path) == [3, 6, 7]
+
+
 def test_the_last_save_may_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def seal(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
