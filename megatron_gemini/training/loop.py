@@ -11,6 +11,7 @@ from typing import Generic
 import torch.distributed as dist
 
 from megatron_gemini.checkpoint import directory
+from megatron_gemini.checkpoint.forecast import forecast
 from megatron_gemini.checkpoint.index import write_text
 from megatron_gemini.checkpoint.init_from import initialize
 from megatron_gemini.checkpoint.load import load
@@ -56,6 +57,7 @@ class Loop(Generic[Step, Output]):
                 self.began += ["init_from was for the beginning of this run, which has weights of its own by now"]
         else:
             self.began += initialize(self.engine)
+        self.began += forecast(self.engine, objective.run_dir, self.config.train.keep)
         if self.main:
             resume.record_start(objective.run_dir, self.state.run)
         self.waits: deque[tuple[float, float]] = deque(maxlen=WATCHED_STEPS)  # (waited for data, seconds) of steps

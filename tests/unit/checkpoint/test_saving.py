@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from megatron_gemini.checkpoint import directory, load
 from megatron_gemini.checkpoint import save as saving
+from megatron_gemini.checkpoint.forecast import checkpoint_bytes, forecast
 from megatron_gemini.checkpoint.run_state import RunState
 from megatron_gemini.checkpoint.save import ROLES, SaveError, save
 from megatron_gemini.contracts import TokenLayout
@@ -100,3 +103,16 @@ def test_frozen_weights_are_written_once_in_their_own_precision(tmp_path: Path) 
             parameter.zero_()
     load.load(still, path)
     assert all(torch.equal(weight, before[name]) for name, weight in still.weights().items())
+
+
+def test_the_forecast_is_what_a_checkpoint_takes(
+    engine: StillEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = checkpoint_bytes(engine)
+    for free, told in ((3 * size, 0), (3 * size - 1, 1)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert len(forecast(engine, tmp_path / "not" / "there", keep=2)) == told
+    path = save(engine, tmp_path, RunState(step=1), {}, keep=1)
+    assert 0 < size < (path / "rank-00000.safetensors").stat().st_size < size + 16384
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
+    assert not forecast(engine, tmp_path, keep=2)  # one is there

@@ -6,8 +6,10 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +80,14 @@ def test_a_save_that_fails_is_counted_and_told_and_the_run_goes_on(
 def test_some_checkpoints_are_kept_for_ever(tmp_path: Path) -> None:
     Loop(objective(tmp_path, [GOOD] * 7, save_every=1, keep=1, keep_every=3)).run()
     assert saved(tmp_path) == [3, 6, 7]
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=-1))
+    assert Loop(objective(tmp_path, [GOOD])).run() == 0
+    assert "train.keep 2 needs room for 3 more" in capsys.readouterr().out
 
 
 def test_the_last_save_may_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
