@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,7 @@ from megatron_gemini.checkpoint import directory
 from megatron_gemini.checkpoint.index import RunId, read_index, seal
 from megatron_gemini.checkpoint.publish import publish, recover, remove
 from megatron_gemini.checkpoint.tensor_file import Outgoing, write_tensors
-
-
-class KilledError(BaseException):
-    """Nothing may catch it, as nothing catches SIGKILL."""
+from tests.unit.checkpoint.killing import kill_at
 
 
 def save(run: Path, step: int, run_id: RunId, keep: int = 2, content: str = "weights") -> Path:
@@ -41,28 +37,6 @@ def content(run: Path) -> str:
 
 def names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def kill_at(number: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> bool:
-    """Run `act`, killed before the given change of the file system. False if it makes fewer changes."""
-    calls = 0
-    with monkeypatch.context() as patch:
-        for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync"):
-            true = getattr(os, name)
-
-            def counted(*given: object, true: Callable[..., object] = true, **named: object) -> object:
-                nonlocal calls
-                calls += 1
-                if calls == number:
-                    raise KilledError
-                return true(*given, **named)
-
-            patch.setattr(os, name, counted)
-        try:
-            act()
-        except KilledError:
-            return True
-    return False
 
 
 @pytest.mark.parametrize("case", ["next", "replaced", "anew", "put back"])

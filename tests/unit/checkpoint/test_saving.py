@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from megatron_gemini.checkpoint import directory, load
 from megatron_gemini.checkpoint import save as saving
 from megatron_gemini.checkpoint.forecast import checkpoint_bytes, forecast
+from megatron_gemini.checkpoint.publish import recover
 from megatron_gemini.checkpoint.run_state import RunState
 from megatron_gemini.checkpoint.save import ROLES, SaveError, save
 from megatron_gemini.contracts import TokenLayout
 from tests.tiny_checkpoint import CONFIG
+from tests.unit.checkpoint.killing import kill_at
 from tests.unit.checkpoint.still_engine import StillEngine
 
 
@@ -116,3 +119,39 @@ def test_the_forecast_is_what_a_checkpoint_takes(
     assert 0 < size < (path / "rank-00000.safetensors").stat().st_size < size + 16384
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * size))
     assert not forecast(engine, tmp_path, keep=2)  # one is there
+
+
+def test_a_kill_anywhere_in_a_save_leaves_a_checkpoint_that_loads(
+    engine: StillEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any write, flush, rename or deletion: a start finds the checkpoint before, or the new one, to the bit."""
+    weights = [part for name, part in engine.frozen[0].module.named_parameters() if part.ndim]
+    begun = [weight.detach().clone() for weight in weights]
+    progress = RunState(step=1)
+    save(engine, template := tmp_path / "template", progress, {"text.model": "model"}, keep=1)
+    number, killed, found = 0, True, set()
+    try:
+        while killed:
+            number += 1
+            run = shutil.copytree(template, tmp_path / f"{number}")
+            with torch.no_grad():
+                for weight, begin in zip(weights, begun, strict=True):
+                    weight.copy_(begin + 1)  # what step 2 saves
+            second = RunState(step=2, run=progress.run)
+            act = partial(save, engine, run, second, {"text.model": "model"}, keep=1)
+            killed = kill_at(number, monkeypatch, act)
+            recover(run)
+            path = directory.newest(run).path
+            assert path is not None
+            directory.verify(path)
+            step = load.load(engine, path).step
+            found.add(step)
+            assert all(torch.equal(w, b + (step - 1)) for w, b in zip(weights, begun, strict=True))
+            after = save(engine, run, RunState(step=3, run=progress.run), {"text.model": "model"}, keep=1)
+            assert sorted(each.name for each in after.parent.iterdir()) == ["latest", "step-00000003"]
+            shutil.rmtree(run)
+    finally:
+        with torch.no_grad():
+            for weight, begin in zip(weights, begun, strict=True):
+                weight.copy_(begin)
+    assert found == {1, 2} and number > 20
