@@ -45,7 +45,7 @@ class Loop(Generic[Step, Output]):
         self.objective, self.config, self.engine = objective, objective.config, objective.engine
         self.main = objective.topology.rank == 0
         self.state = RunState()
-        self.stop, self.lock = StopRequest(), lock
+        self.stop, self.lock = StopRequest(objective.run_dir if self.main else None), lock
         self.resumed_from, self.began = resume.find(self.engine, objective.run_dir, self.config.train.resume)
         # `init_from` is of a run's beginning alone: after a resume it would undo what the run has learned.
         if self.resumed_from:
@@ -225,6 +225,7 @@ class Loop(Generic[Step, Output]):
         progress.note(
             f"stopped by {reason(number)} after step {self.state.step}; {saved}; the same command goes on from there"
         )
+        self.stop.forget_file()
         if dist.is_initialized():
             dist.barrier()
 

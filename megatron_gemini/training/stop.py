@@ -1,7 +1,10 @@
-"""Stopping at a step boundary: Ctrl-C, SIGTERM, SIGUSR1, a closed terminal, or a launcher that has gone.
+"""Stopping at a step boundary: Ctrl-C, SIGTERM, SIGUSR1, a closed terminal, a launcher that has gone, or a file.
 
 A signal may reach one rank only, the launcher only, or everybody. Each rank just remembers it; the ranks agree in the
 small all-gather that begins every step, so that all of them save after the same step.
+
+The file `stop` in the run's folder does the same, for those who reach the disk and no process. Rank 0 looks for it once
+a step. It removes the file when all have saved.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-LAUNCHER_GONE = 256  # stands where a signal's number stands
+LAUNCHER_GONE, FILE_THERE = 256, 257  # stand where a signal's number stands
+NAME = "stop"
 _LAUNCHERS = {
     *("deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"),
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
@@ -21,10 +25,14 @@ _LAUNCHERS = {
 
 
 class StopRequest:
-    """Remembers what asked this process to stop. `install` takes over the signals until `restore`."""
+    """Remembers what asked this process to stop. `install` takes over the signals until `restore`.
 
-    def __init__(self) -> None:
+    run: the folder in which this process looks for the file; None looks for none.
+    """
+
+    def __init__(self, run: Path | None = None) -> None:
         self.number = 0
+        self._file = run / NAME if run is not None else None
         self._previous: dict[int, object] = {}
         self._launchers = list(launchers())
 
@@ -46,10 +54,18 @@ class StopRequest:
         self._previous.clear()
 
     def requested(self) -> int:
-        """The signal's number if this rank was asked to stop, `LAUNCHER_GONE` if nobody is left to ask, else 0."""
+        """The signal's number if this rank was asked to stop, `LAUNCHER_GONE` if nobody is left to ask, `FILE_THERE`
+        for the file, else 0."""
         if not self.number and any(started(pid) != when for pid, when in self._launchers):
             self.number = LAUNCHER_GONE
+        if not self.number and self._file is not None and self._file.exists():
+            self.number = FILE_THERE
         return self.number
+
+    def forget_file(self) -> None:
+        """Remove the file: the next start goes on."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = self.number or number  # the first: a launcher may answer one by sending another
@@ -57,7 +73,8 @@ class StopRequest:
 
 def reason(number: int) -> str:
     """What `StopRequest.requested` found, in words that follow "stopped by"."""
-    return "the end of its launcher" if number == LAUNCHER_GONE else signal.Signals(number).name
+    others = {LAUNCHER_GONE: "the end of its launcher", FILE_THERE: f"the file {NAME} in its folder"}
+    return others[number] if number in others else signal.Signals(number).name
 
 
 def launchers() -> Iterator[tuple[int, str]]:
@@ -102,4 +119,4 @@ class StoppedError(SystemExit):
     """Ends the process with the status that a shell gives a process ended by the signal."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(128 + (signal.SIGTERM if number == LAUNCHER_GONE else number))
+        super().__init__(128 + (signal.SIGTERM if number in (LAUNCHER_GONE, FILE_THERE) else number))

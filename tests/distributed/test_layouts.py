@@ -7,7 +7,7 @@ balancing and recomputation of the encoders, our norm and our clipping are all a
 on most steps (asserted), so that a wrong norm bends the curve; one row has text only; rows have unequal targets;
 initial weights come from the seed on every rank and are never copied.
 
-Compared over ten steps: the loss, the global norm, and every gradient before clipping, put together from the pieces
+Compared over six steps: the loss, the global norm, and every gradient before clipping, put together from the pieces
 of all ranks, to 1e-5; final weights to a hundredth of the learning rate, with Adam's eps large enough (1e-4) that
 rounding of a gradient near zero does not turn into a step. For gradients, 1e-5 is of the largest value of their
 parameter.

@@ -37,7 +37,7 @@ from tests.distributed.layout_roles import add_roles, train_roles
 from tests.distributed.process_groups import groups_left_at_the_end
 from tests.distributed.rows import LAYOUT, loss_of, rows, step_rows, total_weight, with_layout
 
-STEPS = 10
+STEPS = 6
 MORE = 2
 NOT_PLAIN = {"tied", "frozen", "frozen_connectors", "toy_connectors", "roles"}
 """Of a layout that trains another model than the plain one."""

@@ -17,7 +17,7 @@ def no_shared_memory() -> None:
     """Leave out its all-reduce over shared memory, before `deepspeed.init_distributed`: it is for inference alone.
 
     To compile it takes half a minute in every new environment. At every start it took 66 MiB a rank of /dev/shm, which
-    stayed there, and the compiler was asked about all operators, since this one was looked up in their list.
+    stayed there. It is looked up in the list of operators that can be compiled.
     """
     from deepspeed import ops
 

@@ -19,6 +19,7 @@ from megatron_gemini.checkpoint.save import SaveError
 from megatron_gemini.exit_status import NotLearningError
 from megatron_gemini.training import loop
 from megatron_gemini.training.loop import Loop
+from megatron_gemini.training.stop import SIGNALS, StoppedError
 from tests.unit.training.plain_objective import Planned, objective
 
 GOOD, BAD, NOTHING = Planned(), Planned(norm=math.nan), Planned(weight=0.0)
@@ -80,6 +81,21 @@ def test_a_save_that_fails_is_counted_and_told_and_the_run_goes_on(
 def test_some_checkpoints_are_kept_for_ever(tmp_path: Path) -> None:
     Loop(objective(tmp_path, [GOOD] * 7, save_every=1, keep=1, keep_every=3)).run()
     assert saved(tmp_path) == [3, 6, 7]
+
+
+def test_a_file_stops_a_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    touch = Planned(before=lambda: (tmp_path / "stop").touch())
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        number = Loop(objective(tmp_path, [GOOD, GOOD, touch, GOOD])).run()
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert StoppedError(number).code == 128 + signal.SIGTERM
+    assert saved(tmp_path) == [2] and not (tmp_path / "stop").exists()
+    assert "stopped by the file stop in its folder after step 2; saved " in capsys.readouterr().out
+    again = objective(tmp_path, [GOOD] * 4)
+    assert Loop(again).run() == 0 and again.engine.updates == 2
 
 
 def test_a_disk_without_room_is_told_before_the_first_step(
