@@ -143,6 +143,16 @@ def test_every_epoch_augments_and_empties_prompts_anew(tmp_path):
         assert all(len(set(epochs)) > 1 for epochs in found.values()), source.label
 
 
+def test_what_chance_does_to_a_prompt_stays_the_same_from_release_to_release(tmp_path):
+    """Written down: a run that goes on would see other prompts if the generator had another key."""
+    shard = write_tar(tmp_path / "x.tar", ((f"s{i}", sample(i)) for i in range(3)))
+    drawings = SourceConfig(shards=shard, task="generate", name="drawings", prompts=("{text}",))
+    (source,) = load(run_config([drawings], caption_dropout=0.5, row_tokens=256)).sources
+    begins = [LAYOUT.control(name) for name in ("bos", "user", "model")]
+    drawn = [source.document(position).token_L.tolist()[:3] == begins for position in range(16)]
+    assert "".join("-x"[empty] for empty in drawn) == "xx---x-x---xxxx-"
+
+
 def pixels_of(document):
     return str([item.values_PC.tolist() for item in document.media])
 

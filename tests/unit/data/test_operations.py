@@ -158,6 +158,14 @@ def test_a_source_may_keep_its_prompts_where_the_run_drops_half_of_them():
     assert emptied("format(caption_dropout=0)") == 0
 
 
+def test_a_setting_that_says_nothing_of_prompts_empties_none():
+    given = setting(task="generate")
+    silent = Setting(given.decoder, given.schema, LAYOUT, given.text_tokenizer)
+    pipeline = OperationPipeline(("decode", "format", "tokenize"), silent)
+    made = pipeline.document(pipeline.fixed(Sample("k", sample(3))), random_stream(0))
+    assert made.token_L.tolist()[2] != LAYOUT.control("model")
+
+
 def test_a_document_without_an_answer_is_learned_whole():
     assert document("text", sample(3)).loss_L.tolist() == [0, *[1] * (len("number 3") + 1)]
 

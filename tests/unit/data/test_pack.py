@@ -209,6 +209,10 @@ def test_no_choice_exceeds_what_is_left_of_a_row(waiting, room):
         assert chosen  # the oldest alone would have fitted
 
 
+def test_a_document_without_inputs_of_an_encoder_leaves_its_room_to_others():
+    assert choose([Size(1), size(1, 1, 0)], size(2, 1, 0)) == [0, 1]
+
+
 def test_a_document_beyond_the_encoders_budget_is_a_bad_sample():
     document = build([Image(pixels(8, 8)), Audio(np.ones(1600, np.float32))], [Text("a")])
     assert taken(document.size) == [12, 4, 10]

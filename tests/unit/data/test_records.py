@@ -148,7 +148,7 @@ def test_nothing_is_run_or_fetched_for_a_path(path):
             touch(path)
 
 
-def test_an_attachment_lies_in_the_folder_of_its_shard(tmp_path):
+def test_an_attachment_lies_in_the_folder_of_its_shard(tmp_path, monkeypatch):
     folder = tmp_path / "data"
     (folder / "images").mkdir(parents=True)
     write(folder / "images" / "a.png", b"in")
@@ -157,6 +157,8 @@ def test_an_attachment_lies_in_the_folder_of_its_shard(tmp_path):
     shard = write(folder / "x.jsonl", b"{}")
     assert read_attachment(shard, "images/a.png") == b"in"
     assert read_attachment(shard, "images/b.png") is None
+    monkeypatch.chdir(folder)
+    assert read_attachment("x.jsonl", "images/a.png") == b"in"
     for name in (
         "../secret",
         str(tmp_path / "secret"),

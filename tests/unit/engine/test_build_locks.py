@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from megatron_gemini.engine import build_locks
 from megatron_gemini.engine.build_locks import remove_stale_locks
 
 
@@ -34,6 +35,22 @@ def test_a_lock_that_a_process_holds_stays(lock):
         assert lock.exists()
     finally:
         os.close(descriptor)
+
+
+def test_a_lock_is_looked_at_again_a_second_later(lock, monkeypatch):
+    slept, taken = [], []
+
+    def take_it_meanwhile(seconds):
+        slept.append(seconds)
+        taken.append(os.open(lock, os.O_RDONLY))
+
+    monkeypatch.setattr(build_locks.time, "sleep", take_it_meanwhile)
+    try:
+        assert remove_stale_locks() == []
+        assert lock.exists() and slept == [1.0]
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 # What torchrun, DeepSpeed's launcher and srun export; the jobs in examples/ start their ranks by srun.

@@ -61,6 +61,11 @@ def test_what_an_object_of_deepspeed_lacks_is_named(engines, monkeypatch, listed
                 check(kind, engines[kind])
 
 
+def test_a_frozen_engine_lists_what_gathers_its_weights(engines):
+    listed = {use.listed for use in uses("frozen", engines["frozen"])}
+    assert listed >= {types.ParameterOffload, types.HookHandle, types.PartitionedParameter}
+
+
 @pytest.mark.parametrize(("module", "name"), IN_MODULES)
 @pytest.mark.parametrize("kind", ["plain", "stage 3", "frozen"])
 def test_what_a_module_of_deepspeed_lacks_is_named(engines, monkeypatch, kind, module, name):

@@ -70,6 +70,12 @@ def test_any_part_of_a_rows_queries_equals_the_dense_reference(attend, given_row
     assert_equals_reference(segment, span, *counts, attend=attend, query_Q=query)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_any_number_but_zero_names_a_span(sign):
+    segment, span = row([7, 8], [(1, 4), (8, 11)], 1)  # one bucket, in which the first document is filled up
+    assert_equals_reference(segment, sign * span)
+
+
 @settings(max_examples=30, deadline=None)
 @given(rows(), st.integers(1, 4))
 def test_ranks_that_divide_the_queries_have_the_rows_output_and_their_key_gradients_sum_to_its(segment_and_span, ranks):

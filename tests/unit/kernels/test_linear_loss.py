@@ -185,6 +185,15 @@ def test_peak_memory_is_a_chunk_of_logits_and_the_gradients(deferred, chunk_of):
     assert peak_bytes(step, torch.device("cpu")) < returned + 1.3 * chunk < 4 * tokens * rows / 8
 
 
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float64, 14), (torch.float32, 28), (torch.bfloat16, 18)])
+def test_a_chunk_of_float32_logits_has_no_second_copy_beside_it(chunk_of, dtype, tokens):
+    """Lower precisions keep theirs in float32 as well, which counts as a part of the chunk."""
+    chunk_of(28, 9)
+    h, weight, target, _ = draw(60, 9, 9, dtype=dtype)
+    rows = head_chunks.HeadChunks(h, weight, target, head_chunks.VocabularyRows(0, 9, None, False, None)).rows
+    assert rows[:2] == [slice(0, tokens), slice(tokens, 2 * tokens)]
+
+
 def test_without_gradients_none_are_made(monkeypatch):
     monkeypatch.setattr(head_chunks.GradientSums, "__init__", None)  # calling it fails
     h, weight, target, token_weight = draw(5, 9, 9)

@@ -5,12 +5,15 @@ Several ranks: tests/distributed/test_loss.py.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_gemini.kernels.losses import sigmoid
 from megatron_gemini.kernels.losses.sigmoid import sigmoid_contrastive_loss
 from tools.bench.loss import peak_bytes
 
@@ -139,3 +142,20 @@ def test_bad_input_is_an_error_that_names_it(name):
 def test_an_empty_tile_is_an_error():
     with pytest.raises(ValueError, match="chunk is 0"):
         sigmoid_contrastive_loss(*draw(5), chunk=0)
+
+
+def test_texts_are_passed_on_once_less_than_there_are_ranks_and_their_gradients_all_the_way(monkeypatch):
+    tags = []
+
+    class Passing:
+        def __init__(self, tensor, count, group, tag):
+            self.tensor = tensor
+            tags.append(tag)
+
+        def wait(self):
+            return self.tensor
+
+    monkeypatch.setattr(sigmoid, "_Passing", Passing)
+    monkeypatch.setattr(sigmoid, "_pairs_of_ranks", lambda text, *_: [len(text)] * 3)
+    sigmoid_contrastive_loss(*draw(4), group=SimpleNamespace(size=lambda: 3, rank=lambda: 1))
+    assert (tags.count(0), tags.count(1)) == (2, 3)

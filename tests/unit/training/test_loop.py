@@ -171,6 +171,23 @@ def test_a_run_that_goes_on_counts_anew(tmp_path: Path) -> None:
     assert newest(tmp_path).path == tmp_path / "checkpoints" / "step-00000002"
 
 
+def test_the_watch_over_ranks_ends_with_the_run_however_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+
+    class Watch:
+        def close(self) -> None:
+            closed.append(1)
+
+    monkeypatch.setattr(loop, "watch_ranks", lambda *_: Watch())
+    Loop(objective(tmp_path / "a", [GOOD])).run()
+    assert closed == [1]
+    with pytest.raises(NotLearningError):
+        Loop(objective(tmp_path / "b", [BAD])).run()
+    assert closed == [1, 1]
+
+
 def test_a_figure_that_cannot_be_drawn_is_a_warning_at_the_end_of_a_good_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,5 +70,6 @@ def test_every_axis_says_what_it_shows(tmp_path, monkeypatch):
     )
     assert [text.get_text() for text in losses.get_legend().get_texts()] == ["all", "all, held out"]
     assert rate.get_ylim()[0] == 0
+    assert not any(axes.spines[side].get_visible() for axes in (losses, rate) for side in ("top", "right"))
     assert losses.get_xlim() == rate.get_xlim()
     assert rate.lines[0].get_ydata().tolist() == [0.1, 0.1]
