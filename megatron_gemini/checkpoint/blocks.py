@@ -23,6 +23,10 @@ KEPT = 8
 """Blocks that a reader keeps, since neighboring pieces share them."""
 
 
+class DamagedError(ValueError):
+    """Something of a checkpoint is not what was saved."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What an index says of a file. size: bytes. hashes: of its blocks one after the other, in hexadecimal."""
@@ -89,7 +93,7 @@ class BlockCache:
 class BlockFile:
     """Ranges of a file. entry: what its blocks are compared with; None reads them as they are.
 
-    Raises OSError, or ValueError for a block that differs.
+    Raises OSError, or DamagedError for a block that differs.
     """
 
     def __init__(self, path: Path, entry: Entry | None, cache: BlockCache) -> None:
@@ -146,5 +150,5 @@ class BlockFile:
         if xxh3_128(block).hexdigest() != self._entry.of_block(number):
             raise self._damaged()
 
-    def _damaged(self) -> ValueError:
-        return ValueError(f"{self.path} is not what was saved (its hash differs); the checkpoint is damaged")
+    def _damaged(self) -> DamagedError:
+        return DamagedError(f"{self.path} is not what was saved (its hash differs); the checkpoint is damaged")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_gemini.checkpoint.blocks import DamagedError
 from megatron_gemini.checkpoint.index import INDEX, Index, read_index, verify_files
 
 logger = logging.getLogger(__name__)
@@ -135,12 +136,18 @@ def verify(directory: Path, but_pieces: bool = False) -> None:
 
     but_pieces: of files of pieces the size alone, since `PieceReader` compares what it reads of them.
     """
-    with held(directory):
+    with held(directory), telling_way_out(directory):
         index = _check_index(directory)
-        try:
-            verify_files(directory, index, [n for n in index.files if not (but_pieces and PIECES.fullmatch(n))])
-        except ValueError as error:
-            raise ValueError(f"{error}{_way_out(directory)}") from error
+        verify_files(directory, index, [n for n in index.files if not (but_pieces and PIECES.fullmatch(n))])
+
+
+@contextlib.contextmanager
+def telling_way_out(directory: Path) -> Iterator[None]:
+    """Whatever is found damaged inside is told with the checkpoint to take in its place."""
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"{error}{_way_out(directory)}") from error
 
 
 def _check_index(directory: Path) -> Index:

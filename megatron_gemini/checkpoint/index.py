@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from megatron_gemini.checkpoint.blocks import DIGITS, Entry, block_count, hash_file
+from megatron_gemini.checkpoint.blocks import DIGITS, DamagedError, Entry, block_count, hash_file
 from megatron_gemini.config.schema import Plain
 
 INDEX = "index.json"
@@ -136,21 +136,23 @@ def decode(content: bytes) -> Index:
 
 
 def verify_files(directory: Path, index: Index, names: Collection[str] | None = None) -> None:
-    """Compare files with the index, both ways. Raises ValueError that names the first that differs.
+    """Compare files with the index, both ways. Raises DamagedError that names the first that differs.
 
     names: whose content is compared; None for all. Of the others only the size.
     """
     there = _files(directory)
     for name in sorted(index.files.keys() - there):
-        raise ValueError(f"{directory}: {name} is missing; the checkpoint is damaged")
+        raise DamagedError(f"{directory}: {name} is missing; the checkpoint is damaged")
     for name in sorted(there - index.files.keys()):
         # It would be read: descriptions of pieces are found by their names.
-        raise ValueError(f"{directory}: {name} is not in {INDEX}; the checkpoint is damaged, or somebody has added it")
+        raise DamagedError(
+            f"{directory}: {name} is not in {INDEX}; the checkpoint is damaged, or somebody has added it"
+        )
     for name, entry in index.files.items():
         path = directory / name
         # The size first: it tells a copy that was cut off without reading it.
         if path.stat().st_size != entry.size or ((names is None or name in names) and hash_file(path) != entry):
-            raise ValueError(f"{path} is not what was saved (its hash differs); the checkpoint is damaged")
+            raise DamagedError(f"{path} is not what was saved (its hash differs); the checkpoint is damaged")
 
 
 def _files(directory: Path) -> set[str]:

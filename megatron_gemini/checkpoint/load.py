@@ -36,13 +36,14 @@ def load(engine: Engine, directory: Path) -> RunState:
     progress = read_progress(directory)
     progress.run = RunId(parent=read_index(directory).run.id)
     progress.told += told
-    for role, part in saved_parts(engine):
-        if isinstance(part, ZeroEngine) and progress.optimizer_steps:
-            _begin_moments(part, role, readers[role], progress)
-        fill(part.fragments, readers[role])
-        if isinstance(part, ZeroEngine):
-            part.wrapper.publish_masters()
-            part.wrapper.put_back()
+    with layout.telling_way_out(directory):
+        for role, part in saved_parts(engine):
+            if isinstance(part, ZeroEngine) and progress.optimizer_steps:
+                _begin_moments(part, role, readers[role], progress)
+            fill(part.fragments, readers[role])
+            if isinstance(part, ZeroEngine):
+                part.wrapper.publish_masters()
+                part.wrapper.put_back()
     return progress
 
 
