@@ -114,6 +114,8 @@ class PieceReader:
         return False
 
     def _copy(self, file: TensorFile, key: str, common: np.ndarray, target: torch.Tensor) -> None:
+        if len(common) == 1 and file.read_into(key, int(common[0, LOCAL]), _part(target, common[0])):
+            return
         for part in _at_once(common):
             first, last = int(part[0, LOCAL]), int(part[-1, LOCAL] + part[-1, LENGTH])
             values = file.read(key, first, last).float()
@@ -177,6 +179,10 @@ class PieceReader:
         if key not in self._files[path]:
             raise ValueError(f"{path} is missing or damaged ({key} is not in it)")
         return self._files[path]
+
+
+def _part(target: torch.Tensor, common: np.ndarray) -> torch.Tensor:
+    return target[int(common[GLOBAL]) : int(common[GLOBAL] + common[LENGTH])]
 
 
 def _at_once(common: np.ndarray) -> Iterator[np.ndarray]:

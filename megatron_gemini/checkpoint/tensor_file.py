@@ -90,6 +90,17 @@ class TensorFile:
             return torch.empty(0, dtype=place.dtype)
         return torch.frombuffer(self._file.read(first + start * size, first + stop * size), dtype=place.dtype)
 
+    def read_into(self, key: str, start: int, target: torch.Tensor) -> bool:
+        """Fill target, contiguous and on the CPU, with elements from `start` on. False, and nothing done, if its dtype
+        is another one than the file's."""
+        place = self._places[key]
+        if target.dtype != place.dtype:
+            return False
+        if len(target):
+            view = target.view(torch.uint8).numpy().data
+            self._file.read_into(view, place.start + start * place.dtype.itemsize)
+        return True
+
     def _header(self) -> list[tuple[str, _Place]]:
         length = int.from_bytes(self._file.read(0, min(8, self._file.size)), "little")
         if self._file.size < 8 or length > min(MOST_HEADER, self._file.size - 8):
