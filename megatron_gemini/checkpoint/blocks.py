@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 from xxhash import xxh3_128
 
 Content: TypeAlias = bytes | bytearray | memoryview
@@ -75,6 +74,8 @@ def hash_file(path: Path) -> Entry:
 
 
 def _unfilled(size: int) -> memoryview:
+    import numpy as np  # here, since what lists checkpoints and `--help` do without
+
     # A bytearray would be filled with zeros first: loading 0.5 GB from a tmpfs took 0.21 s so, with one more copy.
     return np.empty(size, np.uint8).data
 
