@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -81,10 +82,11 @@ def _unfilled(size: int) -> memoryview:
 
 
 class BlockCache:
-    """The blocks that were read last, of any file."""
+    """The blocks that were read last, of any file. pool: a thread that compares."""
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[tuple[Path, int], memoryview] = OrderedDict()
+        self.pool = ThreadPoolExecutor(1)
 
     def get(self, key: tuple[Path, int]) -> memoryview | None:
         if key in self._blocks:
@@ -128,15 +130,19 @@ class BlockFile:
         if self._entry is None:
             self._fill(view, start)
             return
+        comparing = list[Future[None]]()
         for number in range(start // BLOCK, block_count(stop)):
             begin, end = number * BLOCK, min((number + 1) * BLOCK, self.size)
             if start <= begin and end <= stop:  # straight to its place
                 self._fill(view[begin - start : end - start], begin)
-                self._check(number, view[begin - start : end - start])
+                # While the next one is read: neither holds the interpreter's lock.
+                comparing.append(self._cache.pool.submit(self._check, number, view[begin - start : end - start]))
                 continue
             block = self._block(number, begin, end)
             first, last = max(start, begin), min(stop, end)
             view[first - start : last - start] = block[first - begin : last - begin]
+        for each in comparing:
+            each.result()
 
     def _block(self, number: int, begin: int, end: int) -> memoryview:
         block = self._cache.get((self.path, number))

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,17 +43,20 @@ def write_tensors(path: Path, tensors: Sequence[Outgoing]) -> Entry:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
     hashed = BlockHash()
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            file.write(part)
-            hashed.update(part)
+    # A thread writes while this one hashes: neither holds the interpreter's lock.
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        for head in (len(text).to_bytes(8, "little"), text):
+            file.write(head)
+            hashed.update(head)
         for each in tensors:
             values = each.read().detach().to("cpu", each.dtype).contiguous()
             assert values.shape == each.shape, (each.key, values.shape, each.shape)
             content = values.view(-1).view(torch.uint8).numpy().data if values.numel() else memoryview(b"")
             for start in range(0, len(content), _PART):
-                file.write(content[start : start + _PART])
-                hashed.update(content[start : start + _PART])
+                part = content[start : start + _PART]
+                written = pool.submit(file.write, part)
+                hashed.update(part)
+                written.result()
         file.flush()
         os.fsync(file.fileno())
     return hashed.entry()
