@@ -65,8 +65,8 @@ def size_of(index: Index) -> int:
     return sum(entry.size for entry in index.files.values())
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+def _told(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 10**9 else f"{size / 1e6:.3g} MB"
 
 
 def _list(argv: list[str]) -> int:
@@ -81,7 +81,7 @@ def _list(argv: list[str]) -> int:
     for index, path in steps:
         origin = f"  after {index.run.parent[:8]}" if index.run.parent else ""
         mark = "  <- a run goes on from here" if path == found.path else ""
-        print(f"{path.name}  {_gigabytes(size_of(index)):>9}  run {index.run.id[:8]}{origin}{mark}")
+        print(f"{path.name}  {_told(size_of(index)):>9}  run {index.run.id[:8]}{origin}{mark}")
     if not steps:
         print("no complete checkpoint")
     return 0
@@ -106,7 +106,7 @@ def _verify(argv: list[str]) -> int:
             damaged += [name] if bad else []
     if damaged:
         raise ValueError(f"{directory}: not what was saved (the hash differs): {', '.join(sorted(damaged))}")
-    print(f"{directory} is whole: {len(names)} files, {_gigabytes(size_of(index))}")
+    print(f"{directory} is whole: {len(names)} files, {_told(size_of(index))}")
     return 0
 
 
@@ -175,7 +175,7 @@ def _prune(argv: list[str]) -> int:
             lock.release()
     done = "deleted" if options.yes else "would delete (--yes does)"
     print("\n".join([f"{done} {path}" for path in going]) if going else "nothing to delete")
-    print(f"{len(steps) - len(going)} stay, {_gigabytes(freed)} {'freed' if options.yes else 'to be freed'}")
+    print(f"{len(steps) - len(going)} stay, {_told(freed)} {'freed' if options.yes else 'to be freed'}")
     return 0
 
 
