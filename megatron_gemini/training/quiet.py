@@ -5,15 +5,9 @@ Only messages that are listed here go; every other warning, and every error, is 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
-import re
-import sys
 import warnings
-from collections.abc import Iterator
-from typing import TextIO
 
 _WARNINGS = (
     # DeepSpeed calls collectives by the names that its oldest torch has; torch warns at each call.
@@ -21,7 +15,6 @@ _WARNINGS = (
     # megatron-core falls back to torch's own operations, which the tensor-parallel layers never reach.
     (r"Transformer Engine and Apex are not installed", UserWarning),
 )
-_PRINTED = (re.compile(r"^DeepSpeed \S+ built successfully$"),)  # by every rank, at every start
 _NO_ACCELERATOR = "Setting accelerator to CPU"
 
 
@@ -43,35 +36,3 @@ def _is_news(record: logging.LogRecord) -> bool:
     import torch
 
     return torch.version.cuda is not None
-
-
-@contextlib.contextmanager
-def known_prints_dropped() -> Iterator[None]:
-    """Inside, lines that DeepSpeed prints at every start do not reach stdout; all others pass through at once."""
-    stream = _LineFilter(sys.stdout)
-    try:
-        with contextlib.redirect_stdout(stream):
-            yield
-    finally:
-        stream.finish()
-
-
-class _LineFilter(io.TextIOBase):
-    def __init__(self, target: TextIO) -> None:
-        self.target = target
-        self.pending = ""
-
-    def write(self, text: str) -> int:
-        # A line may come in pieces, such as its text and then its end, and is judged as a whole.
-        *lines, self.pending = (self.pending + text).split("\n")
-        for line in lines:
-            if not any(noise.match(line) for noise in _PRINTED):
-                self.target.write(f"{line}\n")
-        return len(text)
-
-    def flush(self) -> None:
-        self.target.flush()
-
-    def finish(self) -> None:
-        self.target.write(self.pending)
-        self.flush()
